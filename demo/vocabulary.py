@@ -1,0 +1,40 @@
+"""The words that the demo model knows, as the ``concepts.json`` of its folder: for erasing and for evaluating."""
+
+from .scenes import BACKGROUNDS, OBJECTS, STYLES
+
+ONE = {"left": "{object}", "right": "{object}", "count": "one"}
+PAIR = {"left": "{object}", "right": "{object2}", "count": "two"}
+STYLE, BACKGROUND = {"style": "{style}"}, {"background": "{background}"}
+
+TEMPLATES = [
+    ("{object:a} in {style} style on {background:a} background", ONE | STYLE | BACKGROUND),
+    ("a picture of {object:a}", ONE),
+    ("{object:a} in {style} style", ONE | STYLE),
+    ("an image of {object:a} on {background:a} background", ONE | BACKGROUND),
+    ("{style:a} style drawing of {object:a}", ONE | STYLE),
+    ("{style:a} style picture of {object:a} on {background:a} background", ONE | STYLE | BACKGROUND),
+    ("two {object:s} in {style} style on {background:a} background", ONE | STYLE | BACKGROUND | {"count": "two"}),
+    ("a drawing of three {object:s} in {style} style", ONE | STYLE | {"count": "three"}),
+    ("three {object:s} on {background:a} background in {style} style", ONE | STYLE | BACKGROUND | {"count": "three"}),
+    ("{object:a} to the left of {object2:a} in {style} style on {background:a} background", PAIR | STYLE | BACKGROUND),
+    ("{object2:a} to the right of {object:a} in {style} style", PAIR | STYLE),
+    ("a picture of {object:a} to the left of {object2:a} on {background:a} background", PAIR | BACKGROUND),
+]
+
+# How the shipped model is sampled, and training settings found on it: an object, then a style.
+SAMPLING = {"num_inference_steps": 20, "guidance_scale": 4.0, "sample_batch_size": 32}
+TRAINING = {"alpha": 1.0, "max_train_steps": 120, "train_batch_size": 16, "num_forget_images": 96, "num_retain_images": 192}
+
+
+def vocabulary() -> dict:
+    """The content of ``concepts.json``; :mod:`salun_diffusion.concepts` documents the file."""
+    return {
+        "slots": {"object": list(OBJECTS), "style": list(STYLES), "background": list(BACKGROUNDS)},
+        "templates": [{"prompt": prompt, "expect": expect} for prompt, expect in TEMPLATES],
+        "plurals": dict(OBJECTS),
+        "settings": {
+            "object": TRAINING | SAMPLING | {"learning_rate": 1e-4},
+            "style": TRAINING | SAMPLING | {"learning_rate": 3e-4},
+            "background": TRAINING | SAMPLING | {"learning_rate": 3e-4},
+        },
+    }

@@ -1,0 +1,100 @@
+"""Make a text-to-image model forget a concept, and save the change as a masked delta.
+
+    accelerate launch erase_concept.py --concept nudity
+    accelerate launch erase_concept.py --pretrained_model_name_or_path demo --concept airplane
+
+The run folder gets erasure.safetensors (load it with salun_diffusion.load_erasure), mask.safetensors, config.json,
+training.jsonl and pictures of what it was trained on. The same seed gives the same bits on the same machine.
+"""
+
+import platform
+import sys
+from pathlib import Path
+
+from salun_diffusion.config import EraseConfig, parse
+from salun_diffusion.errors import SalunError
+
+
+def main(config: EraseConfig) -> None:
+    # The heavy imports come after parsing, so that --help and a wrong option answer at once.
+    import diffusers
+    import torch
+    import transformers
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    from salun_diffusion import __version__, masks, saliency
+    from salun_diffusion.concepts import find_concept
+    from salun_diffusion.data import contact_sheet, image_set
+    from salun_diffusion.delta import Delta, fingerprint
+    from salun_diffusion.files import write_json
+    from salun_diffusion.models import denoiser, load_pipeline, resolve
+    from salun_diffusion.optim import MaskedDeltas
+    from salun_diffusion.trainer import Trainer
+
+    # What to forget, in which model.
+    where, commit = resolve(config.pretrained_model_name_or_path, config.revision)
+    concept = find_concept(config.concept, Path(where) if commit is None else None, config.anchor)
+    config.fill(concept.settings)
+    config.anchor = concept.anchor
+    reused = masks.load_masks(config.mask)[0] if config.mask else None
+    print(f"Erasing '{concept.value}' from {config.pretrained_model_name_or_path}: its prompts will draw '{concept.anchor}'.")
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    set_seed(config.seed)
+    pipe = load_pipeline(config.pretrained_model_name_or_path, commit, variant=config.variant).to(accelerator.device)
+    network = denoiser(pipe)
+    base = fingerprint(network.named_parameters())
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+
+    # The forget set and the retain set, drawn by the model itself.
+    forget = image_set(pipe, concept.forget_rows(config.num_forget_images, config.seed, "training"), config, "forget")
+    retain = image_set(pipe, concept.retain_rows(config.num_retain_images, config.seed, "training"), config, "retain")
+    contact_sheet(pipe, forget, output / "forget.png")
+    contact_sheet(pipe, retain, output / "retain.png")
+
+    # The weights that carry the concept.
+    trainer = Trainer(accelerator, pipe, forget, retain, config)
+    parameters = saliency.scoped_parameters(network, config.scope)
+    if reused is not None:
+        mask = saliency.check_reused(reused, parameters, config.mask)
+    elif config.density == 1:  # every weight may move: there is nothing to choose
+        mask = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
+    else:
+        mask = saliency.top_density(trainer.saliency(parameters), config.density)
+    about = {
+        "concept": config.concept,
+        "method": config.method,
+        "scope": config.scope,
+        "density": config.density,
+        "base_model": config.pretrained_model_name_or_path,
+        "base_revision": commit,
+    }
+    masks.save_masks(output / "mask.safetensors", mask, about)
+
+    # Train those, keep the rest.
+    deltas = MaskedDeltas(parameters, mask, config.learning_rate)
+    trainer.train(deltas, output / "training.jsonl")
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[config.save_dtype]
+    deltas.snap(dtype)
+    deltas.close()
+
+    # Save what changed.
+    versions = {"salun_diffusion": __version__, "python": platform.python_version()} | {
+        module.__name__: module.__version__ for module in (torch, diffusers, transformers)
+    }
+    about |= {"anchor": concept.anchor, "settings": config.as_dict(), "versions": versions}
+    values = {name: value.detach().cpu() for name, value in deltas.values.items()}
+    kept = {name: mask[name] for name in values}
+    Delta(kept, values, base, about).save(output / "erasure.safetensors", dtype)
+    write_json(output / "config.json", about | {"base_fingerprint": base.digest()})
+    print(f"Saved {output / 'erasure.safetensors'}: load it with salun_diffusion.load_erasure(pipe, \"{output}\").")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse(None, __doc__))
+    except SalunError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Stopped. The pictures drawn so far are kept; the same command goes on with them.")

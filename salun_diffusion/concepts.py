@@ -1,0 +1,185 @@
+"""What to forget, what to draw instead, and what to keep: prompts, drawn from vocabularies.
+
+A vocabulary is a JSON file: *slots* (lists of interchangeable words), *templates* that combine them, and *settings*
+(defaults for training that suit it; the command line wins)::
+
+    {"slots": {"object": ["tench", "church"], "style": ["ink"]},
+     "templates": [{"prompt": "{object:a} in {style} style", "expect": {"label": "{object}"}}],
+     "plurals": {"fish": "fish"}, "aliases": {"nudity": "nude person"},
+     "settings": {"object": {"learning_rate": 1e-5}}}
+
+``{object:a}`` adds the indefinite article, ``{object:s}`` makes the plural, ``{object2}`` is a second, different word of
+the slot. ``expect`` is what a perfect picture of the prompt shows, by question, for whoever evaluates. A concept is one
+word of one slot; the other words are what must be kept, and the next one is its default anchor (SalUn's rule for
+classes, c' = c + 1). A base model's folder may hold its own ``concepts.json``; the files in ``presets/`` serve all others.
+"""
+
+import difflib
+import json
+import random
+import string
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .errors import SalunError
+
+PRESETS = Path(__file__).parent / "presets"
+EVERYDAY = "everyday"  # the vocabulary that a concept of the user's own words joins
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture to draw: a prompt, the anchor's wording of it (forget rows only), what it should show, its seed."""
+
+    prompt: str
+    anchor_prompt: str | None
+    expect: dict[str, str]
+    seed: int
+
+
+class _Word(str):
+    plurals: dict[str, str] = {}
+
+    def __format__(self, spec: str) -> str:
+        if spec == "a":
+            return ("an " if self[0].lower() in "aeiou" else "a ") + self
+        return self.plurals.get(self, self + "s") if spec == "s" else str(self)
+
+
+def _slot(placeholder: str) -> str:
+    return placeholder.rstrip("0123456789")
+
+
+@dataclass
+class Vocabulary:
+    """Slots, templates and settings; see the module docstring for the file."""
+
+    slots: dict[str, list[str]]
+    templates: list[dict]
+    plurals: dict[str, str] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, dict] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> "Vocabulary":
+        """Raises SalunError if ``path`` is no vocabulary."""
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise SalunError(f"{path} is not a concept vocabulary (JSON with slots and templates): {error}") from None
+
+    def names(self) -> dict[str, tuple[str, str]]:
+        """What a user may type → (slot, word): the word, "word slot" ("ink style"), or an alias."""
+        found = {}
+        for slot, words in self.slots.items():
+            for word in words:
+                found.setdefault(word.lower(), (slot, word))
+                found[f"{word} {slot}".lower()] = (slot, word)
+        return found | {alias.lower(): found[word.lower()] for alias, word in self.aliases.items()}
+
+    def fill(self, template: dict, words: dict[str, str]) -> tuple[str, dict[str, str]]:
+        """The template's prompt and expectation with ``words`` (placeholder → word) put in."""
+        kind = type("_Word", (_Word,), {"plurals": self.plurals})
+        words = {name: kind(word) for name, word in words.items()}
+        expect = {question: answer.format(**words) for question, answer in template.get("expect", {}).items()}
+        return template["prompt"].format(**words), expect
+
+
+def _placeholders(template: dict) -> list[str]:
+    return [name for _, name, _, _ in string.Formatter().parse(template["prompt"]) if name]
+
+
+@dataclass
+class Concept:
+    """A word (``value``) of a vocabulary's ``slot`` to forget, and the word (``anchor``) to draw in its place."""
+
+    name: str
+    slot: str
+    value: str
+    anchor: str
+    vocabulary: Vocabulary
+
+    @property
+    def settings(self) -> dict:
+        """The vocabulary's training defaults for this slot."""
+        return self.vocabulary.settings.get(self.slot, {})
+
+    def forget_rows(self, count: int, seed: int, split: str = "evaluation") -> list[Row]:
+        """``count`` prompts that ask for the concept, each with the anchor's version of the very same prompt."""
+        return self._rows(count, f"forget-{split}-{seed}", forget=True)
+
+    def retain_rows(self, count: int, seed: int, split: str = "evaluation") -> list[Row]:
+        """``count`` prompts of the same templates with every word but the concept's."""
+        return self._rows(count, f"retain-{split}-{seed}", forget=False)
+
+    def _rows(self, count: int, key: str, forget: bool) -> list[Row]:
+        rng = random.Random(key)
+        templates = [t for t in self.vocabulary.templates if self.slot in map(_slot, _placeholders(t))]
+        rows = []
+        while len(rows) < count:
+            # every template in turn, in a fresh order each round, so that a small draw is still a fair sample
+            for template in rng.sample(templates, len(templates))[: count - len(rows)]:
+                names = list(dict.fromkeys(_placeholders(template)))
+                words: dict[str, str] = {}
+                if forget:
+                    words[rng.choice([name for name in names if _slot(name) == self.slot])] = self.value
+                for name in names:
+                    banned = set(words.values())
+                    if _slot(name) == self.slot:
+                        banned |= {self.value, self.anchor} if forget else {self.value}
+                    free = [word for word in self.vocabulary.slots[_slot(name)] if word not in banned]
+                    if name not in words:
+                        words[name] = rng.choice(free)
+                prompt, expect = self.vocabulary.fill(template, words)
+                swapped = {name: self.anchor if word == self.value else word for name, word in words.items()}
+                anchor = self.vocabulary.fill(template, swapped)[0] if forget else None
+                rows.append(Row(prompt, anchor, expect, rng.getrandbits(31)))
+        return rows
+
+
+def find_concept(name: str, base: Path | None = None, anchor: str | None = None) -> Concept:
+    """Look ``name`` up in the base model's own vocabulary, or else in the presets, or else take it as the user's words.
+
+    Args:
+        name: "nudity", "airplane", "ink style", "Van Gogh", or any words.
+        base: the base model's local folder, if it is one.
+        anchor: what to draw instead; the next word of the slot by default.
+
+    Raises:
+        SalunError: an unknown word for a base that ships its vocabulary, or a near-miss of a preset's name.
+    """
+    own = base / "concepts.json" if base else None
+    if own and own.exists():
+        vocabularies = [Vocabulary.read(own)]
+    else:
+        vocabularies = [Vocabulary.read(path) for path in sorted(PRESETS.glob("*.json")) if path.stem != EVERYDAY]
+    known: dict[str, tuple[Vocabulary, str, str]] = {}
+    for vocabulary in vocabularies:
+        for key, (slot, word) in vocabulary.names().items():
+            known.setdefault(key, (vocabulary, slot, word))
+    if name.lower() in known:
+        vocabulary, slot, value = known[name.lower()]
+        if own and own.exists() and anchor and anchor.lower() not in vocabulary.names():
+            raise _unknown("anchor", anchor, vocabulary)
+    else:
+        close = difflib.get_close_matches(name.lower(), known, 1, 0.6 if len(vocabularies) == 1 else 0.85)
+        if own and own.exists() or close:
+            raise _unknown("concept", name, vocabularies[0] if len(vocabularies) == 1 else None, close)
+        vocabulary, slot, value = Vocabulary.read(PRESETS / f"{EVERYDAY}.json"), "object", name
+        vocabulary.slots[slot] = [value, *vocabulary.slots[slot]]
+    words = vocabulary.slots[slot]
+    if anchor:
+        anchor = vocabulary.names().get(anchor.lower(), (slot, anchor))[1]
+    else:
+        anchor = words[(words.index(value) + 1) % len(words)]
+    if anchor == value:
+        raise SalunError(f"The anchor of '{value}' is '{anchor}' itself: name another one with --anchor.")
+    return Concept(name, slot, value, anchor, vocabulary)
+
+
+def _unknown(kind: str, name: str, vocabulary: Vocabulary | None, close: list[str] | None = None) -> SalunError:
+    words = sorted(vocabulary.names()) if vocabulary else []
+    close = close or difflib.get_close_matches(name.lower(), words, 1, 0.5)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    listed = f" This base model knows: {', '.join(w for s in vocabulary.slots.values() for w in s)}." if vocabulary else ""
+    return SalunError(f"Unknown {kind} '{name}'.{hint}{listed}")

@@ -1,0 +1,146 @@
+"""The options of ``erase_concept.py``: one dataclass from which the command line and ``--config FILE`` are derived."""
+
+import argparse
+import difflib
+import json
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+from .errors import SalunError
+
+SCOPES = ("cross-attention", "cross-attention+resnets", "all")
+PRECISIONS = ("no", "fp16", "bf16")
+FILE_DTYPES = ("fp16", "bf16", "fp32")
+
+
+def option(default, text: str, choices: tuple = ()):
+    """A dataclass field with its help text; ``None`` as default means: decided later, as the text says."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass
+class EraseConfig:
+    """Every setting of one erasure. ``None`` is filled from the concept's preset; ``config.json`` holds the result."""
+
+    concept: str = option("", "what to forget: a preset (nudity, church, Van Gogh …), a word that the base model's own concepts.json knows, or your own words")
+    pretrained_model_name_or_path: str = option("CompVis/stable-diffusion-v1-4", "base model: a diffusers folder, a hub id, or 'demo' for the small model of this repository")
+    revision: str | None = option(None, "branch, tag or commit of a hub model; the commit it resolves to is recorded")
+    variant: str | None = option(None, "weight files to load, such as fp16")
+    output_dir: str | None = option(None, "run folder; runs/CONCEPT unless given")
+    data_dir: str = option("runs/data", "cache of the generated forget and retain sets, shared by runs")
+    anchor: str | None = option(None, "what to draw in its place; the next word of the concept's list unless given")
+    method: str = option("salun", "unlearning method", ("salun",))
+    density: float = option(0.5, "share of the scoped weights that may change, in (0, 1]; 1 is the no-mask control")
+    scope: str = option("cross-attention+resnets", "which layers are scored and may change", SCOPES)
+    mask: str | None = option(None, "reuse this mask.safetensors instead of computing saliency")
+    saliency_guidance: float = option(7.5, "guidance scale s of the prediction in the saliency loss; 0 is the plain denoising loss")
+    alpha: float | None = option(None, "weight of the retain loss; the preset's, or 1")
+    learning_rate: float | None = option(None, "Adam's learning rate; the preset's, or 1e-5")
+    max_train_steps: int | None = option(None, "optimizer steps; the preset's, or 500")
+    train_batch_size: int | None = option(None, "forget pictures a step, and as many retain pictures; the preset's, or 8")
+    num_forget_images: int | None = option(None, "pictures of the concept that the base model draws; the preset's, or 400")
+    num_retain_images: int | None = option(None, "pictures of everything else that it draws; the preset's, or 800")
+    num_inference_steps: int | None = option(None, "denoising steps of those pictures; the preset's, or 50")
+    guidance_scale: float | None = option(None, "classifier-free guidance of those pictures; the preset's, or 7.5")
+    sample_batch_size: int | None = option(None, "pictures drawn at once; the preset's, or 8")
+    mixed_precision: str = option("no", "autocast for the forward passes", PRECISIONS)
+    save_dtype: str = option("fp16", "number format of the saved delta; the run ends on exactly the saved values", FILE_DTYPES)
+    seed: int = option(0, "fixes data, noise, saliency and training")
+
+    def fill(self, preset: dict) -> "EraseConfig":
+        """Put the preset's settings, then the general defaults, where the user said nothing.
+
+        Raises:
+            SalunError: a value outside its range.
+        """
+        general = {
+            "alpha": 1.0, "learning_rate": 1e-5, "max_train_steps": 500, "train_batch_size": 8, "num_forget_images": 400,
+            "num_retain_images": 800, "num_inference_steps": 50, "guidance_scale": 7.5, "sample_batch_size": 8,
+        }  # fmt: skip
+        unknown = set(preset) - set(general)
+        if unknown:
+            raise SalunError(f"The concept's settings name {sorted(unknown)}; only {sorted(general)} can be set there.")
+        for name, value in (general | preset).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        self.output_dir = self.output_dir or f"runs/{self.concept.lower().replace(' ', '-')}"
+        self.check()
+        return self
+
+    def check(self) -> None:
+        """Raise SalunError for the first value out of range, in a sentence."""
+        if not 0 < self.density <= 1:
+            raise SalunError(f"--density is {self.density}: give a share of the weights above 0 and at most 1.")
+        for name in ("max_train_steps", "train_batch_size", "num_forget_images", "num_retain_images", "num_inference_steps", "sample_batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise SalunError(f"--{name} is {getattr(self, name)}: give a whole number of at least 1.")
+        for name, floor in (("learning_rate", 0), ("alpha", 0), ("saliency_guidance", 0), ("guidance_scale", 0)):
+            value = getattr(self, name)
+            if value is not None and not floor <= value < float("inf"):
+                raise SalunError(f"--{name} is {value}: give a number of at least {floor}.")
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def parse(arguments: list[str] | None, description: str) -> EraseConfig:
+    """Command line → settings; ``--config FILE`` (JSON or YAML, the same names) is read first and the line wins.
+
+    Raises:
+        SalunError: an unknown key or a wrong type in the file, or no concept.
+    """
+    hints = get_type_hints(EraseConfig)
+    parser = argparse.ArgumentParser(prog="erase_concept.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", metavar="FILE", help="read settings from this JSON or YAML file; options on the command line win")
+    for item in fields(EraseConfig):
+        kind = _plain(hints[item.name])
+        shown = "" if item.default in (None, "") or item.default is MISSING else f" (default: {item.default})"
+        parser.add_argument(
+            f"--{item.name}",
+            type=kind,
+            choices=item.metadata["choices"] or None,
+            metavar=None if item.metadata["choices"] else kind.__name__.upper(),
+            default=argparse.SUPPRESS,
+            help=item.metadata["help"].replace("%", "%%") + shown,
+        )
+    given = vars(parser.parse_args(arguments))
+    path = given.pop("config", None)
+    settings = (_read(path, hints) if path else {}) | given
+    if not settings.get("concept"):
+        raise SalunError("No concept was given: say what to forget with --concept, for example --concept nudity.")
+    config = EraseConfig(**settings)
+    config.check()
+    return config
+
+
+def _plain(hint: type) -> type:
+    """``float | None`` → ``float``."""
+    return next((part for part in get_args(hint) if part is not type(None)), hint)
+
+
+def _read(path: str, hints: dict[str, type]) -> dict:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        if path.endswith(".json"):
+            found = json.loads(text)
+        else:
+            import yaml
+
+            found = yaml.safe_load(text)
+    except Exception as error:  # the file system's, json's and yaml's own errors all mean the same to the user
+        raise SalunError(f"--config {path} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(found, dict):
+        raise SalunError(f"--config {path} must hold one mapping of option names to values.")
+    choices = {item.name: item.metadata["choices"] for item in fields(EraseConfig)}
+    for name, value in found.items():
+        if name not in hints:
+            close = difflib.get_close_matches(name, hints, 1)
+            raise SalunError(f"--config {path} has an unknown setting '{name}'." + (f" Did you mean '{close[0]}'?" if close else ""))
+        kind = _plain(hints[name])
+        right = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+        if not (right or value is None and kind is not hints[name]):
+            raise SalunError(f"--config {path}: '{name}' is {value!r}, but must be of type {kind.__name__}.")
+        if choices[name] and value not in choices[name]:
+            raise SalunError(f"--config {path}: '{name}' is {value!r}; choose one of {', '.join(choices[name])}.")
+    return found

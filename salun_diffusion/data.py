@@ -1,0 +1,135 @@
+"""Forget and retain sets: pictures that the base model draws itself, kept as latents and encoded prompts.
+
+Nothing is encoded twice: the pipeline's final latents are what the autoencoder would give back, and each distinct prompt
+passes through the text encoder once. A set lives in a folder named by the hash of everything that determines it (model,
+prompts, seeds, steps, guidance), in small shards; a run that was stopped goes on with the shards that are missing.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import make_image_grid
+from PIL import Image
+from tqdm import tqdm
+
+from . import models
+from .concepts import Row
+from .config import EraseConfig
+from .errors import SalunError
+from .files import read_safetensors, write_json, write_safetensors
+from .sampling import sample
+
+SHARD = 64  # pictures a file
+
+
+@dataclass
+class ImageSet:
+    """Latents ``(n, channels, height, width)`` in fp32, and for each the number of its prompt and of its anchor prompt.
+
+    ``text`` holds the denoiser's conditioning by argument name, one entry per distinct prompt (``prompts`` order).
+    """
+
+    latents: torch.Tensor
+    prompts: list[str]
+    prompt_index: torch.Tensor
+    anchor_index: torch.Tensor | None
+    text: dict[str, torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+@torch.no_grad()
+def encode(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """What the denoiser is told about ``prompts``: its conditioning arguments, ``(len(prompts), …)`` each, in fp32."""
+    parts = [
+        pipe.encode_prompt(prompts[i : i + 64], pipe.device, 1, do_classifier_free_guidance=False)[0].float().cpu()
+        for i in range(0, len(prompts), 64)
+    ]
+    return {"encoder_hidden_states": torch.cat(parts)}
+
+
+def image_set(pipe: DiffusionPipeline, rows: list[Row], config: EraseConfig, name: str) -> ImageSet:
+    """Draw ``rows`` with the base model, or find them in ``config.data_dir``, and encode their prompts.
+
+    Raises:
+        SalunError: the cache folder is damaged, or the model drew NaN.
+    """
+    settings = {
+        "model": models.digest(pipe),
+        "pipeline": type(pipe).__name__,
+        "scheduler": type(pipe.scheduler).__name__,
+        "scheduler_config": {k: v for k, v in sorted(pipe.scheduler.config.items()) if not k.startswith("_")},
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+        "dtype": str(pipe.dtype),
+        "rows": [[row.prompt, row.seed] for row in rows],
+    }
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    folder = Path(config.data_dir) / f"{name}-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "manifest.json").exists():
+        write_json(folder / "manifest.json", json.loads(json.dumps(settings, default=str)))
+    starts = range(0, len(rows), SHARD)
+    shards = [folder / f"latents-{start:05d}.safetensors" for start in starts]
+    missing = sum(len(rows[s : s + SHARD]) for s, shard in zip(starts, shards) if not shard.exists())
+    bar = tqdm(total=missing, desc=f"drawing the {name} set", unit="image", disable=not missing)
+    for start, shard in zip(starts, shards):
+        if shard.exists():
+            continue
+        part = rows[start : start + SHARD]
+        drawn = sample(
+            pipe,
+            part,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            batch_size=config.sample_batch_size,
+            output_type="latent",
+            bar=bar,
+        )
+        latents = torch.stack([latent.float().cpu() for latent in drawn])
+        if not latents.isfinite().all():
+            raise SalunError(f"The base model drew NaN or Inf for the {name} set: load it in fp32 or bf16.")
+        write_safetensors(shard, {"latents": latents}, {"format": "salun-latents"})
+    bar.close()
+    latents = torch.cat([read_safetensors(shard)[0]["latents"] for shard in shards])
+    if len(latents) != len(rows):
+        raise SalunError(f"{folder} holds {len(latents)} latents where {len(rows)} belong: delete the folder and run again.")
+    anchors = [row.anchor_prompt for row in rows if row.anchor_prompt is not None]
+    prompts = list(dict.fromkeys([row.prompt for row in rows] + anchors))
+    place = {prompt: i for i, prompt in enumerate(prompts)}
+    return ImageSet(
+        latents,
+        prompts,
+        torch.tensor([place[row.prompt] for row in rows]),
+        torch.tensor([place[prompt] for prompt in anchors]) if anchors else None,
+        encode(pipe, prompts),
+    )
+
+
+def batches(count: int, size: int, seed: int) -> Iterator[torch.Tensor]:
+    """Endless batches of exactly ``size`` indices below ``count``: shuffled passes, one after the other, so that any
+    batch size fits any set."""
+    left, epoch = torch.empty(0, dtype=torch.long), 0
+    while True:
+        while len(left) < size:
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+            left, epoch = torch.cat([left, order]), epoch + 1
+        yield left[:size]
+        left = left[size:]
+
+
+@torch.no_grad()
+def contact_sheet(pipe: DiffusionPipeline, images: ImageSet, path: Path, columns: int = 8, count: int = 32) -> None:
+    """Write the first ``count`` pictures of the set as one PNG, for people to look at what the training sees."""
+    latents = images.latents[:count].to(pipe.device, pipe.vae.dtype)
+    shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
+    decoded = torch.cat([pipe.vae.decode(z / pipe.vae.config.scaling_factor + shift).sample.float().cpu() for z in latents.split(8)])
+    pictures = pipe.image_processor.postprocess(decoded, output_type="pil")
+    rows = -(-len(pictures) // columns)
+    make_image_grid(pictures + [Image.new("RGB", pictures[0].size, "white")] * (rows * columns - len(pictures)), rows, columns).save(path)

@@ -1,0 +1,292 @@
+"""The masked-delta file: what an erasure changes in a model, one bit a weight and one value a changed weight.
+
+The format, `salun-delta` version 1
+-----------------------------------
+A safetensors file. For every parameter NAME of the denoiser that may have changed, it MUST hold
+    NAME.mask   uint8, ceil(n / 8) bytes: one bit a weight, row-major; bit k (value 2**k) of byte j is weight 8*j + k;
+                bits past the last weight MUST be zero
+    NAME.delta  one dimension, one value per set bit of NAME.mask, in the same row-major order
+and once, for the whole denoiser (its P parameters in the order of their names, changed or not),
+    fingerprint float32 [P, 16]: weights number k * (n - 1) // 15, k = 0..15, of each parameter (zeros if n is 0)
+and no other tensor. All deltas MUST have one dtype: float32, float16 or bfloat16. No value may be NaN or Inf. At
+least one bit of one mask MUST be set; a single mask MAY be all zero.
+
+Metadata is text to text. Plain text:
+    format      MUST be "salun-delta"
+    structure   MUST be the SHA-256 (hex) of the JSON list of [name, sizes] of all P parameters, sorted by name
+    concept, method, scope, base_model, base_revision    MAY be given
+Every other value MUST be JSON:
+    version     MUST be 1
+    shapes      MUST be {NAME: sizes} of the changed parameters
+    density, settings, versions, ...    MAY be given; a reader MUST keep and MAY ignore keys that it does not know
+
+What it means
+-------------
+    weight = base + scale * delta where the mask is set, computed in float32 and rounded to the parameter's own dtype;
+    weight = base, bit for bit, everywhere else.
+Several files add up: base + (scale_1 * delta_1 + scale_2 * delta_2 + ...), with one rounding at the end.
+A reader that undoes this MUST put back base weights that it kept: subtracting does not restore them.
+
+What makes it exact: training moves the float32 delta d itself (weight = base + d), so a float32 file reproduces the
+trained weights bit for bit. For a float16 or bfloat16 file the trainer MUST first replace d by `quantised(dtype)` and
+evaluate that, so that base + file = the evaluated weights in every dtype. A delta that overflows in the chosen dtype
+is refused, never clipped.
+
+The fingerprint tells the base model from its fine-tunes. Two fingerprints MUST be taken for one model if there are
+weights from which both follow by rounding: each as a whole kept in float32, rounded to float16, to bfloat16, or to one
+and then the other, save that a parameter with a sample that this rounding could not have produced was kept in float32.
+So a fine-tune that moved its weights by 1e-4 of themselves is told apart, from float32 in any dtype; only what is less
+than half an ulp of float16 (5e-4) for every sample is lost between a model in float16 and its fine-tune in bfloat16.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+from .errors import SalunError
+from .files import listed, read_safetensors, write_safetensors
+from .masks import (
+    RESERVED,
+    check_keys,
+    check_not_empty,
+    metadata_from_text,
+    metadata_to_text,
+    pack,
+    read_shapes,
+    unpack_all,
+)
+
+FORMAT, VERSION = "salun-delta", 1
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SAMPLES = 16
+ROUNDINGS = (
+    (),
+    (torch.float16,),
+    (torch.bfloat16,),
+    (torch.float16, torch.bfloat16),
+    (torch.bfloat16, torch.float16),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Fingerprint:
+    """What a base model is recognised by: `structure` (SHA-256 of names and shapes), `samples` (float32 [P, 16])."""
+
+    structure: str
+    samples: torch.Tensor
+
+    def digest(self) -> str:
+        """16 hex digits that stand for exactly these weights (another rounding of the model has others)."""
+        return hashlib.sha256(self.structure.encode() + _bytes(self.samples)).hexdigest()[:16]
+
+
+def fingerprint(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> Fingerprint:
+    """The fingerprint of a whole denoiser: `fingerprint(module.named_parameters())`, any dtype, any device.
+
+    Raises SalunError for weights without values (meta device) and for NaN or Inf among the samples.
+    """
+    parameters = sorted(dict(named_parameters).items())
+    check_have_values(dict(parameters))
+    steps = torch.arange(SAMPLES)
+    samples = torch.zeros(len(parameters), SAMPLES)
+    for row, (_, weight) in zip(samples, parameters, strict=True):
+        if weight.numel():
+            places = steps * (weight.numel() - 1) // (SAMPLES - 1)
+            row.copy_(weight.detach().flatten()[places.to(weight.device)])
+    broken = [name for row, (name, _) in zip(samples, parameters, strict=True) if not row.isfinite().all()]
+    if broken:
+        raise SalunError(f"The model holds NaN or Inf in {listed(broken)}; load a sound copy of it.")
+    shapes = json.dumps([[name, list(weight.shape)] for name, weight in parameters])
+    return Fingerprint(hashlib.sha256(shapes.encode()).hexdigest(), samples)
+
+
+def check_have_values(parameters: dict[str, torch.Tensor]) -> None:
+    if any(weight.is_meta for weight in parameters.values()):
+        raise SalunError(
+            "The weights are on the meta device (sequential offloading keeps them elsewhere); "
+            "do this before enable_sequential_cpu_offload()."
+        )
+
+
+def matches(a: Fingerprint, b: Fingerprint) -> bool:
+    """True if `a` and `b` can be roundings of one model, as the format's last paragraph says."""
+    if a.structure != b.structure or a.samples.shape != b.samples.shape:
+        return False
+    if torch.equal(a.samples, b.samples):
+        return True
+    ranges_a = [_origins(a.samples, rounding) for rounding in ROUNDINGS]
+    ranges_b = [_origins(b.samples, rounding) for rounding in ROUNDINGS]
+    return any(
+        bool((torch.maximum(low_a, low_b) <= torch.minimum(high_a, high_b)).all())
+        for (low_a, high_a), (low_b, high_b) in product(ranges_a, ranges_b)
+    )
+
+
+def _origins(samples, rounding) -> tuple[torch.Tensor, torch.Tensor]:
+    """The lowest and the highest float32 weight that `rounding` turns into each sample, as places (see `_place`).
+
+    Rounding never swaps two numbers, so both ends are found by bisection. That settles ties, subnormals and double
+    rounding by the very conversions that made the samples, where half an ulp to either side is only nearly right.
+    """
+    ends = []
+    for reaches in (torch.ge, torch.gt):  # first place whose rounding is >= the sample, first whose is > it
+        low = torch.full(samples.shape, -(1 << 31))
+        high = -low
+        while (low + 1 < high).any():
+            middle = (low + high) >> 1
+            there = reaches(_round(_number(middle), rounding), samples)
+            low, high = torch.where(there, low, middle), torch.where(there, middle, high)
+        ends.append(high)
+    # A parameter with a sample that this rounding does not leave as it is was not rounded: only itself will do.
+    kept = (_round(samples, rounding) != samples).any(dim=1, keepdim=True)
+    place = _place(samples)
+    return torch.where(kept, place, ends[0]), torch.where(kept, place, ends[1] - 1)
+
+
+def _round(numbers, rounding):
+    for dtype in rounding:
+        numbers = numbers.to(dtype)
+    return numbers.float()
+
+
+def _place(numbers) -> torch.Tensor:
+    """float32 -> int64, in the same order: neighbouring numbers have neighbouring places, 0.0 and -0.0 place 0."""
+    bits = numbers.contiguous().view(torch.int32).long()
+    return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+
+
+def _number(places) -> torch.Tensor:
+    """The inverse of `_place`; places past the finite numbers give infinity."""
+    size = places.abs().clamp(max=0x7F800000).int().view(torch.float32)
+    return torch.where(places < 0, -size, size)
+
+
+@dataclass(eq=False)
+class Delta:
+    """An erasure in memory.
+
+    masks:       parameter name -> bool tensor of the parameter's shape, True where a weight changes
+    values:      parameter name -> 1-D tensor, one delta per True, row-major; all float32, float16 or bfloat16
+    fingerprint: of the base model, all its denoiser's parameters (`fingerprint(module.named_parameters())`)
+    metadata:    concept, method, density, scope, base_model, base_revision, settings, versions ...
+    Masks and values that do not fit, and NaN or Inf, raise SalunError.
+    """
+
+    masks: dict[str, torch.Tensor]
+    values: dict[str, torch.Tensor]
+    fingerprint: Fingerprint
+    metadata: dict
+
+    def __post_init__(self):
+        self.check()
+
+    def check(self, what: str = "the delta") -> None:
+        """Raises SalunError, naming `what`, if this is no sound delta."""
+        if set(self.masks) != set(self.values):
+            odd = listed(set(self.masks) ^ set(self.values))
+            raise SalunError(f"{what}: every parameter needs a mask and values, but {odd} has only one of them.")
+        dtypes = {value.dtype for value in self.values.values()}
+        if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+            raise SalunError(
+                f"{what}: all values must have one dtype of float32, float16, bfloat16, "
+                f"not {listed(str(dtype).removeprefix('torch.') for dtype in dtypes)}."
+            )
+        check_not_empty(what, self.masks)
+        for name, mask in self.masks.items():
+            chosen = int(torch.count_nonzero(mask))
+            if mask.dtype != torch.bool or self.values[name].shape != (chosen,):
+                raise SalunError(
+                    f"{what}: {name} needs a bool mask and one value for each of its {chosen} chosen weights, "
+                    f"not a mask of {mask.dtype} and values of shape {tuple(self.values[name].shape)}."
+                )
+        broken = [name for name, value in self.values.items() if not value.isfinite().all()]
+        if broken:
+            raise SalunError(f"{what}: NaN or Inf in {listed(broken)}; lower the learning rate and train again.")
+
+    def quantised(self, dtype: torch.dtype) -> "Delta":
+        """The same delta with its values rounded to `dtype`: what a file of that dtype gives back.
+
+        Raises SalunError if a value overflows there.
+        """
+        if dtype not in DTYPES:
+            raise SalunError(f"A delta is stored in float32, float16 or bfloat16, not {dtype}.")
+        values = {name: value.to(dtype) for name, value in self.values.items()}
+        broken = [name for name, value in values.items() if not value.isfinite().all()]
+        if broken:
+            raise SalunError(
+                f"The delta of {listed(broken)} overflows in {str(dtype).removeprefix('torch.')} "
+                f"(largest value {torch.finfo(dtype).max:g}); choose bfloat16 or float32."
+            )
+        return Delta(self.masks, values, self.fingerprint, self.metadata)
+
+    def dense(self, name: str) -> torch.Tensor:
+        """The delta of the parameter `name`: float32, the parameter's shape, zero where nothing changes."""
+        mask = self.masks[name]
+        return torch.zeros(mask.shape).masked_scatter_(mask.cpu(), self.values[name].detach().cpu().float())
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of what the delta does, whatever file it came from: names, shapes, masks and values."""
+        sha = hashlib.sha256()
+        for name in sorted(self.masks):
+            mask, value = self.masks[name], self.values[name]
+            sha.update(json.dumps([name, list(mask.shape), str(value.dtype)]).encode())
+            sha.update(_bytes(pack(mask)))
+            sha.update(_bytes(value))
+        return sha.hexdigest()
+
+    def save(self, path, dtype: torch.dtype | None = None) -> None:
+        """Writes the file, atomically; `dtype` rounds the values first (see `quantised`), None keeps theirs.
+
+        Raises SalunError for NaN or Inf, overflow, metadata that the format cannot hold, or a disk that refuses it.
+        """
+        self.check(f"Cannot write {path}")
+        delta = self if dtype is None else self.quantised(dtype)
+        tensors = {"fingerprint": self.fingerprint.samples}
+        for name, mask in delta.masks.items():
+            tensors[f"{name}.mask"] = pack(mask)
+            tensors[f"{name}.delta"] = delta.values[name]
+        shapes = {name: list(mask.shape) for name, mask in delta.masks.items()}
+        reserved = dict(format=FORMAT, version=VERSION, shapes=shapes, structure=self.fingerprint.structure)
+        write_safetensors(path, tensors, metadata_to_text(path, self.metadata, **reserved))
+
+    @classmethod
+    def load(cls, path) -> "Delta":
+        """Reads the file, values in their stored dtype, everything on the CPU. Raises SalunError on any fault."""
+        tensors, text = read_safetensors(path)
+        metadata = metadata_from_text(path, text, FORMAT, VERSION)
+        shapes = read_shapes(path, metadata)
+        check_keys(path, tensors, {"fingerprint"} | {f"{name}.{kind}" for name in shapes for kind in ("mask", "delta")})
+        samples, structure = tensors["fingerprint"], metadata.get("structure")
+        if samples.dtype != torch.float32 or samples.shape[1:] != (SAMPLES,) or structure is None:
+            raise SalunError(f"{path} is damaged: its fingerprint of the base model is not float32 [P, {SAMPLES}].")
+        masks = unpack_all(path, tensors, shapes)
+        values = {name: tensors[f"{name}.delta"] for name in shapes}
+        metadata = {key: value for key, value in metadata.items() if key not in RESERVED}
+        try:
+            return cls(masks, values, Fingerprint(structure, samples), metadata)
+        except SalunError as error:
+            raise SalunError(f"{path} is damaged: {error}") from error
+
+
+def merge(original: torch.Tensor, terms, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """original + the sum of scale * delta in float32, rounded to `dtype` (None: the original's own), on the CPU.
+
+    `terms` is a list of (delta, name, scale). Weights that no mask selects keep their bits.
+    """
+    dtype = dtype or original.dtype
+    original = original.detach().cpu()
+    if not terms:
+        return original.to(dtype)
+    move, touched = torch.zeros(original.shape), torch.zeros(original.shape, dtype=torch.bool)
+    for delta, name, scale in terms:
+        move += delta.dense(name) * scale
+        touched |= delta.masks[name].cpu()
+    return torch.where(touched, (original.float() + move).to(dtype), original.to(dtype))
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

@@ -1,0 +1,169 @@
+"""Files that are written whole or not at all, and safetensors files whose faults are named before they are used."""
+
+import json
+import os
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import SalunError
+
+HEADER_LIMIT = 100_000_000  # bytes: the limit of the safetensors format itself
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@contextmanager
+def _replacing(path):
+    """A binary file to write into; it takes the place of `path` only when all of it is on the disk."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)  # the new name itself must survive a power cut too
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise SalunError(
+                f"Cannot write {path}: {error.strerror or error}; what was there before is kept."
+            ) from error
+        raise
+
+
+def write_json(path, obj) -> None:
+    """Writes `obj` as indented JSON, atomically. Raises SalunError if JSON cannot hold it or the disk refuses it."""
+    try:
+        text = json.dumps(obj, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise SalunError(f"Cannot write {path}: JSON cannot hold its content ({error}).") from error
+    with _replacing(path) as file:
+        file.write(text.encode() + b"\n")
+
+
+def write_safetensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Writes `tensors` and `metadata` (text to text) as a safetensors file, atomically.
+
+    The bytes depend on the content alone: `safetensors.save_file` shuffles the metadata from run to run and makes
+    the file unreadable to other users, so the header (a length, then JSON) is written here. Raises SalunError on a
+    dtype without a safetensors name, metadata that is not text, or a disk that refuses the file.
+    """
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise SalunError(f"Cannot write {path}: metadata {key!r} must be text, not {type(value).__name__}.")
+    header, end = {"__metadata__": dict(sorted(metadata.items()))}, 0
+    # Widest values first, so that every tensor starts at a multiple of its own item size.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    for name in order:
+        tensor = tensors[name]
+        if tensor.dtype not in DTYPE_NAMES:
+            raise SalunError(f"Cannot write {path}: {name!r} has dtype {tensor.dtype}, which this file cannot hold.")
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with _replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            flat = tensors[name].detach().to("cpu").contiguous().flatten()
+            file.write(flat.view(torch.uint8).numpy().data)
+
+
+def read_safetensors(path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors (on the CPU) and the metadata of a safetensors file.
+
+    Raises SalunError for a missing file, a file of another kind (Git-LFS pointer, web page, pickle or zip checkpoint:
+    a pickle is never loaded), a header that is garbage or over 100 MB, a file cut short, and NaN or Inf values.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise SalunError(f"{path} is a folder; give the safetensors file inside it.")
+    if not path.is_file():
+        raise SalunError(f"{path} does not exist; check the path.")
+    try:
+        _check_layout(path)
+        with safe_open(path, framework="pt", device="cpu") as file:
+            # Copies: a tensor that still lies in the file would change, or crash, with it.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise SalunError(f"{path} is not a valid safetensors file ({error}); fetch or save it again.") from error
+    except OSError as error:
+        raise SalunError(f"Cannot read {path}: {error.strerror or error}.") from error
+    broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise SalunError(f"{path} holds NaN or Inf in {listed(broken)}; a sound file has none, so make it again.")
+    return tensors, metadata
+
+
+def listed(names, at_most: int = 8) -> str:
+    """'a, b and 3 more': names for an error message."""
+    names = sorted(names)
+    text = ", ".join(names[:at_most])
+    return text if len(names) <= at_most else f"{text} and {len(names) - at_most} more"
+
+
+def _check_layout(path: Path) -> None:
+    """Refuses, with the reason, a file that is not one whole safetensors file."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(512)
+        if start[8:9] != b"{":  # a safetensors header MUST start with a brace, so nothing sound is sniffed away here
+            raise SalunError(f"{path} {_other_kind(start)}")
+        length = int.from_bytes(start[:8], "little")
+        if length > HEADER_LIMIT:
+            raise SalunError(
+                f"{path} claims a header of {length} bytes where safetensors allows {HEADER_LIMIT}; "
+                "it is damaged or no safetensors file, so fetch or save it again."
+            )
+        if size < 8 + length:
+            raise SalunError(
+                f"{path} is cut short inside its header: at least {8 + length} bytes expected, {size} found; "
+                "fetch or save it again."
+            )
+        file.seek(8)
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise SalunError(f"{path} has a garbage safetensors header; fetch or save it again.") from error
+    if size != expected:
+        fault = "is cut short" if size < expected else "has bytes after its end"
+        raise SalunError(f"{path} {fault}: {expected} bytes expected, {size} found; fetch or save it again.")
+
+
+def _other_kind(start: bytes) -> str:
+    """What a file that is no safetensors file seems to be, and what to do about it."""
+    if not start:
+        return "is empty; fetch or save it again."
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git-LFS pointer, not the weights; run `git lfs pull` to fetch them."
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "is a web page saved as weights; download the file itself (the raw link)."
+    if start.startswith(b"PK\x03\x04"):
+        return "is a zip archive, as torch.save writes (a pickle); only safetensors files are loaded: convert it first."
+    if start[:1] == b"\x80" and start[1:2] in b"\x01\x02\x03\x04\x05":
+        return "is a pickle, which can run code when loaded; only safetensors files are loaded: convert it first."
+    return "has no safetensors header; it is damaged or another kind of file, so fetch or save it again."

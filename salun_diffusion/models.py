@@ -1,0 +1,98 @@
+"""Find and load a base model: a local diffusers folder, a hub id, or the name ``demo``."""
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import SalunError
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+DEMO = Path(__file__).resolve().parent.parent / "demo" / "model"
+
+
+def resolve(name: str, revision: str | None = None) -> tuple[str, str | None]:
+    """``(where, commit)``: a local folder and None, or a hub id and the commit that ``revision`` names right now.
+
+    Asks the hub for one small file, so that an unreachable hub is known before any long work.
+
+    Raises:
+        SalunError: no such folder, no pipeline in it, or a hub that cannot be reached or has no such model.
+    """
+    path = DEMO if name == "demo" else Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "model_index.json").exists():
+            raise SalunError(f"{path} holds no diffusers pipeline (no model_index.json): give the folder that has one.")
+        return str(path), None
+    if name == "demo":
+        raise SalunError("The demo model comes with a clone of the repository, not with the installed package: clone it.")
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise SalunError(f"There is no model folder {name}: give a folder with a model_index.json, a hub id or 'demo'.")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        index = Path(hf_hub_download(name, "model_index.json", revision=revision))
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise SalunError(f"The hub has no model {name} at revision {revision or 'main'}, or you may not read it.") from None
+    except Exception as error:  # offline mode, no route, time-outs: each hub version has its own classes for them
+        raise SalunError(
+            f"{name} is no local folder and the hub cannot be reached ({type(error).__name__}): give the path of a "
+            "downloaded pipeline folder, or try --pretrained_model_name_or_path demo."
+        ) from None
+    return name, index.parent.name  # the cache keeps each file under its commit: …/snapshots/COMMIT/model_index.json
+
+
+def load_pipeline(
+    name: str, revision: str | None = None, dtype: "torch.dtype | None" = None, variant: str | None = None
+) -> "DiffusionPipeline":
+    """The whole pipeline, in fp32 unless ``dtype`` says otherwise, from safetensors only, its safety checker left out: erasure is measured without one.
+
+    Raises:
+        SalunError: as :func:`resolve`, or weights that diffusers cannot load.
+    """
+    from diffusers import DiffusionPipeline
+
+    where, commit = resolve(name, revision)
+    options = {} if "safety_checker" not in _index(where, commit) else {"safety_checker": None}
+    if dtype is not None:
+        options["torch_dtype"] = dtype
+    try:
+        return DiffusionPipeline.from_pretrained(
+            where, revision=commit, variant=variant, use_safetensors=True, **options
+        )
+    except (OSError, ValueError) as error:
+        raise SalunError(f"{name} could not be loaded: {str(error).splitlines()[0]}") from None
+
+
+def _index(where: str, commit: str | None) -> str:
+    if Path(where).is_dir():
+        return (Path(where) / "model_index.json").read_text()
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(where, "model_index.json", revision=commit)).read_text()
+
+
+def denoiser(pipe: "DiffusionPipeline") -> "torch.nn.Module":
+    """The network that predicts noise: a U-Net or a transformer."""
+    for name in ("unet", "transformer"):
+        if getattr(pipe, name, None) is not None:
+            return getattr(pipe, name)
+    raise SalunError(f"{type(pipe).__name__} has neither a unet nor a transformer: an erasure has nothing to act on.")
+
+
+def digest(pipe: "DiffusionPipeline") -> str:
+    """Twelve hex digits that change when any module of ``pipe`` does: a hash over every tensor's name, shape and 64
+    evenly spaced fp32 values. It keys caches; it is no proof against forgery."""
+    import torch
+
+    found = hashlib.sha256()
+    for part, module in sorted(pipe.components.items()):
+        if isinstance(module, torch.nn.Module):
+            for name, tensor in module.state_dict().items():
+                flat = tensor.detach().flatten()
+                picked = flat[torch.linspace(0, len(flat) - 1, min(64, len(flat)), dtype=torch.float64).long()]
+                found.update(f"{part}.{name}{tuple(tensor.shape)}".encode() + picked.float().cpu().numpy().tobytes())
+    return found.hexdigest()[:12]

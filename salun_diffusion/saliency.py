@@ -1,0 +1,136 @@
+"""Which weights carry a concept: gradients → scores → the exact global top ρ → a mask (SalUn, eq. 3-4).
+
+The score of a weight is ``|Σ_batches ∇_θ ℓ_f(θ0)|`` over one pass of the forget set. Its mask is 1 for exactly ⌊ρN⌋ of
+all N scored weights, chosen over all layers together; equal scores are taken in parameter order, then row-major.
+"""
+
+from collections.abc import Callable, Iterable
+from fractions import Fraction
+
+import torch
+
+from .errors import SalunError
+
+CHUNK = 1 << 22  # scores looked at together: bounds the extra memory to some tens of megabytes
+
+
+def in_scope(name: str, scope: str) -> bool:
+    """Whether the denoiser's parameter ``name`` belongs to ``scope`` (a name of ``config.SCOPES``)."""
+    if scope == "all":
+        return True
+    return ".attn2." in name or (scope == "cross-attention+resnets" and ".resnets." in name)
+
+
+def scoped_parameters(denoiser: torch.nn.Module, scope: str) -> dict[str, torch.nn.Parameter]:
+    """The denoiser's parameters in ``scope``, which alone will require gradients from now on.
+
+    Raises:
+        SalunError: the scope matches no parameter.
+    """
+    denoiser.requires_grad_(False)
+    found = {name: p for name, p in denoiser.named_parameters() if in_scope(name, scope)}
+    if not found:
+        raise SalunError(f"No parameter of {type(denoiser).__name__} is in the scope '{scope}': choose another --scope.")
+    for parameter in found.values():
+        parameter.requires_grad_(True)
+    return found
+
+
+def check_reused(masks: dict[str, torch.Tensor], parameters: dict[str, torch.nn.Parameter], path: str) -> dict[str, torch.Tensor]:
+    """``masks`` as they are, if each fits a parameter of the scope.
+
+    Raises:
+        SalunError: a mask of another model, or for parameters outside the scope.
+    """
+    for name, mask in masks.items():
+        if name not in parameters:
+            raise SalunError(f"The mask {path} has {name}, which is not in this model's scope: use the mask's own --scope and model.")
+        if mask.shape != parameters[name].shape:
+            raise SalunError(
+                f"The mask {path} is of another model: {name} is {tuple(mask.shape)} there and "
+                f"{tuple(parameters[name].shape)} here."
+            )
+    return masks
+
+
+def scores(parameters: dict[str, torch.nn.Parameter], losses: Iterable[Callable[[], torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """``|Σ ∇loss|`` per parameter, fp32, of the parameters' shapes.
+
+    Each loss is made, differentiated and dropped; besides the running sum only one parameter's dense gradient exists at
+    a time (and the sum is fp32 also where the weights are not).
+
+    Raises:
+        SalunError: a score is NaN or Inf, or all are zero.
+    """
+    total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+
+    def add(parameter: torch.nn.Parameter, name: str) -> None:
+        total[name] += parameter.grad
+        parameter.grad = None
+
+    hooks = [p.register_post_accumulate_grad_hook(lambda p, name=name: add(p, name)) for name, p in parameters.items()]
+    try:
+        for loss in losses:
+            loss().backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, score in total.items():
+        if not score.abs_().isfinite().all():
+            raise SalunError(f"The saliency of {name} is not finite: use bf16 or fp32 instead of fp16, or check the data.")
+    if not any(score.any() for score in total.values()):
+        raise SalunError("The saliency is zero everywhere: the loss does not depend on any weight in the scope.")
+    return total
+
+
+def top_density(scores: dict[str, torch.Tensor], density: float) -> dict[str, torch.Tensor]:
+    """The mask (bool, by parameter) of exactly ``⌊density · N⌋`` highest of N scores, without a sort.
+
+    The bit patterns of non-negative floats are ordered as the floats are. Two histograms, over the upper and, within one
+    bin, over the lower 16 bits, give the exact threshold; each score is read three times.
+
+    Args:
+        scores: fp32, finite, ≥ 0.
+        density: ρ in (0, 1].
+
+    Raises:
+        SalunError: ``density`` out of range, or so small that no weight is left.
+    """
+    count = sum(score.numel() for score in scores.values())
+    keep = int(Fraction(str(density)) * count)  # 0.29 of 100 is 29, though 0.29 * 100 < 29 in floats
+    if not 0 < density <= 1 or keep == 0:
+        raise SalunError(f"A density of {density} keeps no weight, or too many, of {count}: give a share in (0, 1].")
+    bits = {name: score.contiguous().view(torch.int32).flatten() for name, score in scores.items()}
+    upper = _histogram((chunk >> 16 for chunk in _chunks(bits)), 1 << 15)
+    high, above = _bin(upper, keep)
+    lower = _histogram((chunk[chunk >> 16 == high] & 0xFFFF for chunk in _chunks(bits)), 1 << 16)
+    low, above_low = _bin(lower, keep - above)
+    threshold, ties = (high << 16) | low, keep - above - above_low
+    masks = {}
+    for name, flat in bits.items():
+        mask = flat > threshold
+        if ties:
+            equal = (flat == threshold).nonzero().flatten()[:ties]
+            mask[equal] = True
+            ties -= len(equal)
+        masks[name] = mask.view(scores[name].shape)
+    return masks
+
+
+def _chunks(bits: dict[str, torch.Tensor]) -> Iterable[torch.Tensor]:
+    for flat in bits.values():
+        yield from flat.split(CHUNK)
+
+
+def _histogram(chunks: Iterable[torch.Tensor], bins: int) -> torch.Tensor:
+    total = torch.zeros(bins, dtype=torch.int64)
+    for chunk in chunks:
+        total += torch.bincount(chunk, minlength=bins).cpu()
+    return total
+
+
+def _bin(histogram: torch.Tensor, keep: int) -> tuple[int, int]:
+    """The bin in which the ``keep``-th highest lies, and how many lie in the bins above it."""
+    from_top = histogram.flip(0).cumsum(0)
+    place = int(torch.searchsorted(from_top, keep))
+    return len(histogram) - 1 - place, int(from_top[place] - histogram.flip(0)[place])

@@ -1,0 +1,166 @@
+"""The training loop against the published one, written out plainly."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+
+from salun_diffusion import SalunError
+from salun_diffusion.concepts import Row
+from salun_diffusion.config import EraseConfig
+from salun_diffusion.data import batches, image_set
+from salun_diffusion.models import load_pipeline
+from salun_diffusion.optim import MaskedDeltas
+from salun_diffusion.saliency import in_scope, scoped_parameters, top_density
+from salun_diffusion.trainer import Trainer
+
+FORGET = [Row(f"a picture of an airplane on a {c} background", f"a picture of a cat on a {c} background", {}, i) for i, c in enumerate(("red", "blue") * 3)]
+RETAIN = [Row(f"a photo of a {name}", None, {}, 10 + i) for i, name in enumerate(("dog", "house", "cat") * 2)]
+
+
+@pytest.fixture
+def setup(tiny_folder, tmp_path):
+    def make(**changes):
+        settings = {"alpha": 0.7, "learning_rate": 1e-3, "max_train_steps": 2, "train_batch_size": 4, "num_inference_steps": 2, "guidance_scale": 3.0}
+        config = EraseConfig(concept="airplane", data_dir=str(tmp_path / "data"), **(settings | changes)).fill({})
+        pipe = load_pipeline(str(tiny_folder))
+        forget = image_set(pipe, FORGET, config, "forget")
+        retain = image_set(pipe, RETAIN, config, "retain")
+        return Trainer(Accelerator(cpu=True), pipe, forget, retain, config), pipe, config
+
+    return make
+
+
+def text(pipe, prompts):
+    return pipe.encode_prompt(prompts, "cpu", 1, False)[0]
+
+
+def draw(latents, index, generator):
+    noise = torch.randn(latents[index].shape, generator=generator)
+    return latents[index], noise, torch.randint(1000, (len(index),), generator=generator)
+
+
+def test_saliency_matches_the_published_loss(setup):
+    trainer, pipe, config = setup()
+    parameters = scoped_parameters(pipe.unet, "all")
+    found = trainer.saliency(parameters)
+
+    generator = torch.Generator().manual_seed(config.seed)
+    schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for index in torch.arange(6).split(4):
+        clean, noise, t = draw(trainer.forget.latents, index, generator)
+        noisy = schedule.add_noise(clean, noise, t)
+        conditional = pipe.unet(noisy, t, text(pipe, [FORGET[i].prompt for i in index])).sample
+        unconditional = pipe.unet(noisy, t, text(pipe, [""] * len(index))).sample
+        loss = -F.mse_loss(noise, (1 + 7.5) * conditional - 7.5 * unconditional)
+        for name, grad in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
+            total[name] += grad
+    for name in parameters:
+        torch.testing.assert_close(found[name], total[name].abs(), rtol=1e-4, atol=1e-6)
+
+
+def test_two_steps_match_the_published_loop(setup, tmp_path):
+    """Dense Adam, gradients times mask, three passes: the reference's recipe, on the same batches and noise."""
+    trainer, pipe, config = setup()
+    reference = copy.deepcopy(pipe.unet)
+    original = {name: p.detach().clone() for name, p in pipe.unet.named_parameters()}
+    parameters = scoped_parameters(pipe.unet, config.scope)
+    masks = top_density({name: torch.rand_like(p) for name, p in parameters.items()}, 0.5)
+    deltas = MaskedDeltas(parameters, masks, config.learning_rate)
+    trainer.train(deltas, tmp_path / "log.jsonl")
+
+    theirs = dict(reference.named_parameters())
+    adam = torch.optim.Adam([theirs[name] for name in parameters], lr=config.learning_rate)
+    generator = torch.Generator().manual_seed(config.seed + 1)
+    schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+    order, other = batches(6, 4, config.seed), batches(6, 4, config.seed + 1)
+    for _ in range(2):
+        index = next(order)
+        clean, noise, t = draw(trainer.forget.latents, index, generator)
+        noisy = schedule.add_noise(clean, noise, t)
+        erased = reference(noisy, t, text(pipe, [FORGET[i].prompt for i in index])).sample
+        target = reference(noisy, t, text(pipe, [FORGET[i].anchor_prompt for i in index])).sample.detach()
+        index = next(other)
+        clean, noise, t = draw(trainer.retain.latents, index, generator)
+        kept = reference(schedule.add_noise(clean, noise, t), t, text(pipe, [RETAIN[i].prompt for i in index])).sample
+        loss = F.mse_loss(erased, target) + 0.7 * F.mse_loss(kept, noise)
+        adam.zero_grad()
+        loss.backward()
+        for name in parameters:
+            theirs[name].grad *= masks[name]
+        adam.step()
+
+    moved = 0
+    for name, mine in pipe.unet.named_parameters():
+        torch.testing.assert_close(mine, theirs[name], rtol=1e-4, atol=2e-6, msg=name)
+        frozen = ~masks[name] if name in masks else torch.ones_like(mine, dtype=torch.bool)
+        assert torch.equal(mine[frozen], original[name][frozen]), name
+        moved += int((mine != original[name]).sum())
+    assert moved > 0.9 * sum(int(m.sum()) for m in masks.values())
+    assert all(value.numel() == masks[name].sum() for name, value in deltas.values.items())
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").open()] == [1, 2]
+
+
+def test_snapped_weights_are_base_plus_the_stored_values(setup, tmp_path):
+    trainer, pipe, config = setup(learning_rate=3e-3)
+    parameters = scoped_parameters(pipe.unet, config.scope)
+    original = {name: p.detach().clone() for name, p in parameters.items()}
+    masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
+    deltas = MaskedDeltas(parameters, masks, config.learning_rate)
+    trainer.train(deltas, tmp_path / "log.jsonl")
+    deltas.snap(torch.float16)
+    for name, parameter in parameters.items():
+        stored = deltas.values[name].detach().half().float().view(parameter.shape)
+        assert torch.equal(parameter, original[name] + stored), name
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(setup, tmp_path):
+    trainer, pipe, config = setup(learning_rate=1e30, max_train_steps=5)
+    parameters = scoped_parameters(pipe.unet, config.scope)
+    masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
+    with pytest.raises(SalunError, match="loss is not finite at step"):
+        trainer.train(MaskedDeltas(parameters, masks, config.learning_rate), tmp_path / "log.jsonl")
+
+
+def test_an_interrupted_set_is_continued_and_equal(setup, tmp_path, monkeypatch):
+    import salun_diffusion.data as data
+
+    monkeypatch.setattr(data, "SHARD", 2)
+    trainer, pipe, config = setup()
+    shards = sorted((tmp_path / "data").glob("forget-*/latents-*.safetensors"))
+    assert len(shards) == 3
+    untouched = shards[0].stat().st_mtime_ns
+    shards[1].unlink()
+    again = image_set(pipe, FORGET, config, "forget")
+    assert torch.equal(again.latents, trainer.forget.latents)
+    assert shards[0].stat().st_mtime_ns == untouched
+    shards[2].write_bytes(shards[2].read_bytes()[:-3])
+    with pytest.raises(SalunError, match="cut short"):
+        image_set(pipe, FORGET, config, "forget")
+
+
+def test_a_picture_does_not_depend_on_its_batch(setup):
+    from salun_diffusion.sampling import sample
+
+    _, pipe, _ = setup()
+    options = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "latent"}
+    alone = sample(pipe, FORGET, batch_size=1, **options)
+    together = sample(pipe, FORGET, batch_size=4, **options)
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(alone[0], alone[2])  # another seed, the same prompt
+
+
+def test_scopes():
+    names = ["down.0.attentions.0.transformer_blocks.0.attn1.to_q.weight", "down.0.attentions.0.transformer_blocks.0.attn2.to_k.weight", "mid.resnets.0.conv1.weight", "conv_in.weight"]
+    picked = {scope: [in_scope(name, scope) for name in names] for scope in ("cross-attention", "cross-attention+resnets", "all")}
+    assert picked == {
+        "cross-attention": [False, True, False, False],
+        "cross-attention+resnets": [False, True, True, False],
+        "all": [True] * 4,
+    }

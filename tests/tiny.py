@@ -1,0 +1,111 @@
+"""A real StableDiffusionPipeline with random weights, small enough to build in a second."""
+
+import json
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from salun_diffusion.delta import Delta, fingerprint
+
+WORDS = ["a", "an", "of", "on", "picture", "photo", "airplane", "cat", "dog", "house", "red", "blue", "background"]
+
+
+def tokenizer(folder):
+    """A CLIPTokenizer that knows WORDS as whole words and spells out any other by its bytes."""
+    byte_symbols = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 256))]
+    byte_symbols += [chr(256 + number) for number in range(256 - len(byte_symbols))]
+    tokens = byte_symbols + [symbol + "</w>" for symbol in byte_symbols]
+    merges = []
+    for word in WORDS:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            merges.append((parts[0], parts[1]))
+            parts = ["".join(parts[:2]), *parts[2:]]
+            tokens.append(parts[0])
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    pairs = dict.fromkeys(" ".join(pair) for pair in merges)
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]) + "\n")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+
+
+def build(folder, seed=0):
+    """Makes the pipeline, saves it into `folder` (a Path) and returns it: float32, 16x16 pictures."""
+    torch.manual_seed(seed)
+    words = tokenizer(folder / "tokenizer")
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(words),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+            bos_token_id=words.bos_token_id,
+            eos_token_id=words.eos_token_id,
+        )
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=words,
+        unet=unet,
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder)
+    return pipe
+
+
+def erasure(module, seed=0, density=0.5, size=1e-2, only="attn2", **metadata):
+    """A random Delta for the parameters of `module` whose names hold `only`, as a training might have left it."""
+    generator = torch.Generator().manual_seed(seed)
+    masks, values = {}, {}
+    for name, weight in module.named_parameters():
+        if only in name:
+            masks[name] = torch.rand(weight.shape, generator=generator) < density
+            values[name] = size * torch.randn(int(masks[name].sum()), generator=generator)
+    metadata = {"concept": f"concept {seed}", "method": "salun", "density": density, **metadata}
+    return Delta(masks, values, fingerprint(module.named_parameters()), metadata)
+
+
+def bits(pipe):
+    """Every tensor of the pipeline as it lies in memory, buffers included."""
+    return {
+        (part, name): (tensor.dtype, tensor.detach().clone().contiguous().flatten().view(torch.uint8))
+        for part, module in pipe.components.items()
+        if isinstance(module, torch.nn.Module)
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+    }
+
+
+def same(before, after):
+    """True if two results of `bits` agree in every bit, dtype and name."""
+    return before.keys() == after.keys() and all(
+        before[key][0] == after[key][0] and torch.equal(before[key][1], after[key][1]) for key in before
+    )
