@@ -1,0 +1,1 @@
+"""``python -m eval``: is the concept gone, and is everything else still there?"""

@@ -1,0 +1,141 @@
+"""The classifier that looks at the pictures: any ``transformers`` image classifier, on its own or grouped by question.
+
+Labels of the form ``question:answer`` ("left:cat", "style:ink", "left:nothing") are answers to several questions: the
+softmax is taken among the answers of each. A classifier without a colon in its labels answers one question, "label".
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers.utils import cached_file
+
+from salun_diffusion.errors import SalunError
+
+from .metrics import same
+
+Answers = dict[str, dict]  # question → {"label": str, "probability": float}
+
+
+def group(labels: list[str]) -> dict[str, dict[str, int]]:
+    """Class names in the order of the logits → question → answer → the logit's index.
+
+    Raises:
+        SalunError: if only some of the labels name a question.
+    """
+    marked = [":" in label for label in labels]
+    if not any(marked):
+        return {"label": {label: index for index, label in enumerate(labels)}}
+    if not all(marked):
+        plain = labels[marked.index(False)]
+        raise SalunError(
+            f"The classifier's label '{plain}' names no question while others do: use 'question:answer' for all."
+        )
+    questions: dict[str, dict[str, int]] = {}
+    for index, label in enumerate(labels):
+        question, answer = label.split(":", 1)
+        questions.setdefault(question, {})[answer] = index
+    return questions
+
+
+def answer(logits: torch.Tensor, questions: dict[str, dict[str, int]], names: list[str]) -> list[Answers]:
+    """The likeliest answer to each question.
+
+    Args:
+        logits: ``(pictures, labels)``, any float dtype.
+        questions: from :func:`group`.
+        names: what the pictures are called, for the error.
+
+    Raises:
+        SalunError: if a logit is NaN or infinite.
+    """
+    for name, finite in zip(names, torch.isfinite(logits).all(dim=1).tolist(), strict=True):
+        if not finite:
+            raise SalunError(f"{name} cannot be classified: the answer is NaN or infinity, so nothing was measured.")
+    answers: list[Answers] = [{} for _ in range(len(logits))]
+    for question, indices in questions.items():
+        labels = list(indices)
+        best = logits[:, list(indices.values())].double().softmax(dim=1).max(dim=1)
+        for row, probability, index in zip(answers, best.values.tolist(), best.indices.tolist(), strict=True):
+            row[question] = {"label": labels[index], "probability": round(probability, 4)}
+    return answers
+
+
+class Judge:
+    """A loaded classifier.
+
+    Args:
+        source: a folder or a hub id of an image classifier with safetensors weights.
+
+    Raises:
+        SalunError: no such classifier, or one whose file lacks weights (they would be random).
+    """
+
+    def __init__(self, source: str):
+        self.source = source
+        try:
+            self.model, loading = AutoModelForImageClassification.from_pretrained(
+                source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
+            self.processor = AutoImageProcessor.from_pretrained(source)
+            self.sha256 = _sha256(source)
+        except (OSError, ValueError) as error:
+            raise SalunError(
+                f"{source} could not be loaded as an image classifier ({str(error).strip().splitlines()[0]}): give a "
+                "folder or hub id with config.json, preprocessor_config.json and model.safetensors."
+            ) from None
+        if loading["missing_keys"]:
+            raise SalunError(
+                f"{source} lacks {len(loading['missing_keys'])} of the classifier's weights "
+                f"({min(loading['missing_keys'])} …): answers would be random; give a trained classifier."
+            )
+        self.model.eval()
+        self.questions = group([self.model.config.id2label[i] for i in range(self.model.config.num_labels)])
+
+    def to(self, device: torch.device | str) -> "Judge":
+        self.model.to(device)
+        return self
+
+    def check(self, expected: Iterable[tuple[str, str]]) -> None:
+        """Raise SalunError unless every (question, answer) that prompts ask for is among the labels."""
+        for question, wanted in sorted(set(expected)):
+            if question not in self.questions:
+                known = ", ".join(self.questions)
+                raise SalunError(
+                    f"The classifier {self.source} cannot say '{question}' (it answers: {known}), which the prompts "
+                    "name: give one that can with --classifier."
+                )
+            if not any(same(wanted, name) for name in self.questions[question]):
+                raise SalunError(
+                    f"The classifier {self.source} has no label '{wanted}' for '{question}', so it could never see it: "
+                    "give one that has with --classifier."
+                )
+
+    @torch.no_grad()
+    def __call__(self, pictures: list[Image.Image], names: list[str]) -> list[Answers]:
+        """The answers to every question, in the order of the pictures (RGB, any size), which ``names`` calls by name.
+
+        Raises:
+            SalunError: a picture that cannot be classified.
+        """
+        inputs = self.processor(images=pictures, return_tensors="pt").to(self.model.device)
+        return answer(self.model(**inputs).logits.cpu(), self.questions, names)
+
+
+def _sha256(source: str) -> str:
+    """Of the weights file, as 64 hex digits; of all of them in name order where they are sharded."""
+    folder = Path(source)
+    files = (
+        sorted(folder.glob("model*.safetensors"))
+        if folder.is_dir()
+        else [Path(cached_file(source, "model.safetensors"))]
+    )
+    found = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                found.update(block)
+    return found.hexdigest()

@@ -1,0 +1,83 @@
+"""The classifier: labels grouped by question, softmax within a group, refusals."""
+
+import hashlib
+
+import pytest
+import torch
+from PIL import Image
+from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+
+from eval.judge import Judge, answer, group
+from salun_diffusion.errors import SalunError
+
+LABELS = ["left:cat", "left:nothing", "style:ink", "style:noto", "style:pixel"]
+
+
+def classifier(folder, labels):
+    """A tiny random classifier with ``labels``, saved into ``folder``."""
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8],
+        depths=[1],
+        layer_type="basic",
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+    )
+    ResNetForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def test_labels_are_grouped_by_the_word_before_the_colon():
+    assert group(LABELS) == {"left": {"cat": 0, "nothing": 1}, "style": {"ink": 2, "noto": 3, "pixel": 4}}
+    assert group(["tench", "church"]) == {"label": {"tench": 0, "church": 1}}
+    assert group(["time:12:30"]) == {"time": {"12:30": 0}}
+    with pytest.raises(SalunError, match="'dog' names no question while others do"):
+        group(["left:cat", "dog"])
+
+
+def test_the_softmax_is_taken_within_a_group():
+    logits = torch.tensor([[1.0, 3.0, 9.0, 9.0, 8.0]]).log()  # so that the softmax of a group is its values' shares
+    found = answer(logits, group(LABELS), ["x"])[0]
+    assert found["left"] == {"label": "nothing", "probability": 0.75}
+    assert found["style"] == {"label": "ink", "probability": round(9 / 26, 4)}
+
+
+def test_logits_that_are_not_finite_are_refused():
+    logits = torch.zeros(2, 5)
+    logits[1, 1] = float("nan")
+    with pytest.raises(SalunError, match="^b.png cannot be classified: the answer is NaN or infinity"):
+        answer(logits, group(LABELS), ["a.png", "b.png"])
+
+
+def test_a_judge_answers_every_question_for_pictures_of_any_size(tmp_path):
+    judge = Judge(str(classifier(tmp_path, LABELS)))
+    pictures = [Image.new("RGB", size, "red") for size in ((16, 16), (64, 48))]
+    answers = judge(pictures, ["a", "b"])
+    assert [set(found) for found in answers] == [{"left", "style"}] * 2
+    assert judge.sha256 == hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_what_the_judge_cannot_say_is_refused_before_any_work(tmp_path):
+    judge = Judge(str(classifier(tmp_path, LABELS)))
+    judge.check([("left", "cat"), ("style", "ink")])
+    with pytest.raises(SalunError, match=r"cannot say 'count' \(it answers: left, style\)"):
+        judge.check([("count", "two")])
+    with pytest.raises(SalunError, match="has no label 'dog' for 'left'"):
+        judge.check([("left", "dog")])
+
+
+def test_a_folder_that_is_no_classifier_is_refused(tmp_path):
+    with pytest.raises(SalunError, match="could not be loaded as an image classifier"):
+        Judge(str(tmp_path))
+
+
+def test_a_classifier_without_all_its_weights_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = classifier(tmp_path, LABELS) / "model.safetensors"
+    kept = {name: value for name, value in load_file(weights).items() if not name.startswith("classifier")}
+    save_file(kept, weights, {"format": "pt"})
+    with pytest.raises(SalunError, match="lacks 2 of the classifier's weights .* answers would be random"):
+        Judge(str(tmp_path))

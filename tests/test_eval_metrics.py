@@ -1,0 +1,114 @@
+"""The scores against values worked out by hand."""
+
+import pytest
+
+from eval import metrics
+
+
+def row(expect, predicted, set="retain", prompt="p"):
+    answers = {question: {"label": label, "probability": 1.0} for question, label in predicted.items()}
+    return {"set": set, "prompt": prompt, "expect": expect, "predicted": answers}
+
+
+def test_wilson_against_newcombe_1998():
+    # Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3 (score without continuity correction)
+    for count, n, low, high in [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ]:
+        assert metrics.wilson(count, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_is_exact_at_the_ends_and_symmetric():
+    assert metrics.wilson(0, 7)[0] == 0 and metrics.wilson(7, 7)[1] == 1
+    low, high = metrics.wilson(30, 100)
+    assert metrics.wilson(70, 100) == pytest.approx((1 - high, 1 - low))
+
+
+@pytest.mark.parametrize("count, n", [(3, 2), (-1, 5), (0, 0)])
+def test_wilson_refuses_what_is_no_proportion(count, n):
+    with pytest.raises(ValueError, match="is no proportion"):
+        metrics.wilson(count, n)
+
+
+def test_proportion_is_in_percent_and_none_without_outcomes():
+    score = metrics.proportion([True] * 81 + [False] * 182)
+    assert score == {"count": 81, "n": 263, "percent": 30.8, "low": 25.53, "high": 36.62}
+    assert metrics.proportion([]) is None
+
+
+def test_imagenet_synonyms_are_the_same_label():
+    assert metrics.same("tench", "tench, Tinca tinca")
+    assert metrics.same("Tinca tinca", "tench, Tinca tinca")
+    assert metrics.same("tench, Tinca tinca", "tench, Tinca tinca")
+    assert not metrics.same("ten", "tench, Tinca tinca")
+
+
+@pytest.mark.parametrize(
+    "expect, predicted, gone",
+    [
+        ({"left": "airplane", "right": "airplane"}, {"left": "airplane", "right": "airplane"}, False),
+        ({"left": "airplane", "right": "airplane"}, {"left": "cat", "right": "airplane"}, False),
+        ({"left": "airplane", "right": "airplane"}, {"left": "cat", "right": "nothing"}, True),
+        # beside another object: only the place that asks for the airplane counts
+        ({"left": "cat", "right": "airplane"}, {"left": "airplane", "right": "cat"}, True),
+        ({"left": "cat", "right": "airplane"}, {"left": "cat", "right": "airplane"}, False),
+    ],
+)
+def test_forgotten_means_that_no_place_that_asks_for_it_shows_it(expect, predicted, gone):
+    assert metrics.forgotten(row(expect, predicted, "forget"), "airplane") is gone
+
+
+def test_a_style_is_forgotten_by_its_own_question_alone():
+    asked = row({"left": "cat", "right": "cat", "style": "noto"}, {"left": "cat", "right": "cat", "style": "ink"})
+    assert metrics.forgotten(asked, "noto")
+    with pytest.raises(ValueError, match="does not ask for 'pixel'"):
+        metrics.forgotten(asked, "pixel")
+
+
+def test_scores_of_a_small_run():
+    cats = {"left": "cat", "right": "cat"}
+    rows = [
+        row({"left": "airplane", "right": "airplane"}, cats, "forget"),
+        row({"left": "airplane", "right": "car"}, {"left": "airplane", "right": "car"}, "forget"),
+        row(cats | {"style": "ink", "count": "two"}, cats | {"style": "ink", "count": "one"}),
+        row({"left": "cat", "right": "car", "background": "red"}, {"left": "cat", "right": "owl", "background": "red"}),
+        row({"left": "car", "right": "cat"}, {"left": "car", "right": "cat"}),
+    ]  # fmt: skip
+    found = metrics.scores(rows, "airplane", "object")
+    assert (found["ua"]["count"], found["ua"]["n"], found["ua"]["percent"]) == (1, 2, 50.0)
+    shares = {name: (score["count"], score["n"]) for name, score in found["retained"].items()}
+    assert shares == {"object": (2, 3), "style": (1, 1), "background": (1, 1), "count": (0, 1), "left_right": (1, 2)}
+    assert found["drawn_as"] == {"cat": 2, "airplane": 1}
+    words = {label: (score["count"], score["n"]) for label, score in found["retained_by_label"].items()}
+    assert words == {"car": (1, 2), "cat": (3, 3)}, "each word answers for its own place only"
+
+
+def test_a_classifier_with_one_question_needs_no_left_and_right():
+    rows = [
+        row({"label": "tench"}, {"label": "church"}, "forget"),
+        row({"label": "church"}, {"label": "church, church building"}),
+    ]
+    found = metrics.scores(rows, "tench", "object")
+    assert found["ua"]["percent"] == 100 and found["retained"]["object"]["percent"] == 100
+
+
+def test_flipped_counts_both_directions_and_retain_rows_only():
+    cat, owl = {"left": "cat"}, {"left": "owl"}
+    before = [
+        row(cat, cat),
+        row(cat, owl),
+        row(cat, cat),
+        row(cat, cat, "forget"),
+        row({"style": "ink"}, {"style": "ink"}),
+    ]
+    after = [
+        row(cat, owl),
+        row(cat, cat),
+        row(cat, cat),
+        row(cat, owl, "forget"),
+        row({"style": "ink"}, {"style": "noto"}),
+    ]
+    assert metrics.flipped(before, after) == {"lost": 1, "gained": 1}
