@@ -11,6 +11,7 @@ demo: .venv/installed
 		--density 1 --output_dir runs/airplane/no-mask
 	$(RUN)/python -m eval accuracy --pretrained_model_name_or_path demo --concept airplane \
 		--erasure runs/airplane runs/airplane/no-mask --output_dir runs/airplane
+	$(RUN)/python -m eval report runs/airplane
 	@echo "Open runs/airplane/report.html"
 
 test: .venv/installed

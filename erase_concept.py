@@ -38,7 +38,7 @@ def main(config: EraseConfig) -> None:
     config.fill(concept.settings)
     config.anchor = concept.anchor
     reused = masks.load_masks(config.mask)[0] if config.mask else None
-    print(f"Erasing '{concept.value}' from {config.pretrained_model_name_or_path}: its prompts will draw '{concept.anchor}'.")
+    print(f"Erasing '{concept.value}' from {config.pretrained_model_name_or_path}: it is drawn as '{concept.anchor}'.")
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     set_seed(config.seed)
     pipe = load_pipeline(config.pretrained_model_name_or_path, commit, variant=config.variant).to(accelerator.device)
@@ -88,7 +88,7 @@ def main(config: EraseConfig) -> None:
     kept = {name: mask[name] for name in values}
     Delta(kept, values, base, about).save(output / "erasure.safetensors", dtype)
     write_json(output / "config.json", about | {"base_fingerprint": base.digest()})
-    print(f"Saved {output / 'erasure.safetensors'}: load it with salun_diffusion.load_erasure(pipe, \"{output}\").")
+    print(f'Saved {output / "erasure.safetensors"}: load it with salun_diffusion.load_erasure(pipe, "{output}").')
 
 
 if __name__ == "__main__":

@@ -37,7 +37,13 @@ def train(pictures: torch.Tensor, work: Path, steps: int) -> AutoencoderKL:
             error = vae.decode(posterior.sample()).sample.float() - x
         return error.abs().mean() + 2 * error.square().mean() + 1e-5 * posterior.kl().mean() / 1024
 
-    loop("autoencoder", steps, Checkpoint(work / "autoencoder.safetensors", vae, optimizer), warm_cosine(2e-3, steps), loss_of)
+    loop(
+        "autoencoder",
+        steps,
+        Checkpoint(work / "autoencoder.safetensors", vae, optimizer),
+        warm_cosine(2e-3, steps),
+        loss_of,
+    )
     return vae.eval()
 
 
@@ -49,7 +55,7 @@ def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def standardise(vae: AutoencoderKL, latents: torch.Tensor) -> None:
-    """Fold ``(z − mean) / std`` per channel into the 1×1 convolutions around the latents, so that a pipeline which knows
+    """Fold ``(z − mean) / std`` per channel into the 1×1 convolutions around the latents, so that a pipeline that knows
     only ``scaling_factor`` sees standardised latents."""
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     out, back, channels = vae.quant_conv, vae.post_quant_conv, len(mean)
@@ -66,5 +72,7 @@ def psnr(vae: AutoencoderKL, pictures: torch.Tensor) -> float:
     error = 0.0
     for part in pictures.split(128):
         x = to_model(part)
-        error += (vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1) - x).square().mean((1, 2, 3)).sum().item()
+        error += (
+            (vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1) - x).square().mean((1, 2, 3)).sum().item()
+        )
     return 10 * float(torch.log10(torch.tensor(4 * len(pictures) / error)))

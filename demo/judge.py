@@ -59,7 +59,7 @@ def targets(scenes: list[Scene]) -> dict[str, torch.Tensor]:
 
 def split(logits: torch.Tensor) -> dict[str, torch.Tensor]:
     """The logits ``(n, all labels)`` by group."""
-    return dict(zip(GROUPS, logits.split([len(names) for names in GROUPS.values()], dim=1)))
+    return dict(zip(GROUPS, logits.split([len(names) for names in GROUPS.values()], dim=1), strict=True))
 
 
 def _smear(job: tuple[int, bytes, bytes]) -> bytes:
@@ -86,7 +86,9 @@ def _half_denoised(latents: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.rand(len(latents), 1, 1, 1) < 0.6, noisy, (latents + latents.roll(1, 0)) / 2)
 
 
-def train(pictures: torch.Tensor, latents: torch.Tensor, vae: AutoencoderKL, work: Path, steps: int) -> ResNetForImageClassification:
+def train(
+    pictures: torch.Tensor, latents: torch.Tensor, vae: AutoencoderKL, work: Path, steps: int
+) -> ResNetForImageClassification:
     """Cross-entropy over every group; half of the pictures pass through the autoencoder first, as generated ones do."""
     torch.manual_seed(0)
     judge = build().train()
@@ -101,9 +103,18 @@ def train(pictures: torch.Tensor, latents: torch.Tensor, vae: AutoencoderKL, wor
         x[:part] = to_model(blurred[torch.randint(SMEARS, (part,))])
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             seen = latents[rows[part : BATCH // 2]]
-            seen = torch.cat([_half_denoised(seen[: empty - part]), seen[empty - part :] + 0.1 * torch.randn_like(seen[empty - part :])])
+            seen = torch.cat(
+                [
+                    _half_denoised(seen[: empty - part]),
+                    seen[empty - part :] + 0.1 * torch.randn_like(seen[empty - part :]),
+                ]
+            )
             x[part : BATCH // 2] = vae.decode(seen).sample.float().clamp(-1, 1)
-        x = x * (1 + 0.1 * torch.randn(BATCH, 1, 1, 1)) + 0.05 * torch.randn(BATCH, 3, 1, 1) + 0.02 * torch.randn_like(x)
+        x = (
+            x * (1 + 0.1 * torch.randn(BATCH, 1, 1, 1))
+            + 0.05 * torch.randn(BATCH, 3, 1, 1)
+            + 0.02 * torch.randn_like(x)
+        )
         x = F.interpolate(x.clamp(-1, 1), 128, mode="bilinear")
         with torch.autocast("cpu", torch.bfloat16):
             logits = split(judge(x).logits.float())

@@ -1,5 +1,5 @@
-"""Measure the demo: the judge on held-out scenes, then the shipped model by the judge; writes demo/measured.json and the
-tables of demo/README.md.
+"""Measure the demo: the judge on held-out scenes, then the shipped model by the judge; writes
+demo/measured.json and the tables of demo/README.md.
 
     python -m demo.measure --work_dir runs/demo
 
@@ -20,7 +20,7 @@ START, END = "<!-- measured by python -m demo.measure -->", "<!-- end -->"
 
 
 def prompts() -> list[tuple[str, dict[str, str]]]:
-    """Every object × style × background once, and as many again of two, three and pairs: (prompt, what it should show)."""
+    """Every object × style × background once, and as many again of two, three and pairs: (prompt, expectation)."""
     rng = random.Random("measure")
     found = []
     for name, style, background in itertools.product(OBJECTS, STYLES, BACKGROUNDS):
@@ -42,10 +42,11 @@ def prompts() -> list[tuple[str, dict[str, str]]]:
 
 def wilson(right: int, total: int) -> dict:
     """Share in % with its 95% Wilson score interval."""
-    z, p = 1.959964, right / total
-    middle, half = p + z * z / (2 * total), z * (p * (1 - p) / total + z * z / (4 * total * total)) ** 0.5
-    low, high = (100 * (middle - half) / (1 + z * z / total), 100 * (middle + half) / (1 + z * z / total))
-    return {"percent": round(100 * p, 2), "low": round(low, 2), "high": round(high, 2), "n": total}
+    from scipy.stats import binomtest
+
+    low, high = binomtest(right, total).proportion_ci(0.95, method="wilson")
+    share = {"percent": right / total, "low": low, "high": high}
+    return {key: round(100 * value, 2) for key, value in share.items()} | {"n": total}
 
 
 def tally(rows: list[tuple[dict, dict]]) -> dict:
@@ -56,17 +57,34 @@ def tally(rows: list[tuple[dict, dict]]) -> dict:
         "object, two or three alike": [(e, f) for e, f in rows if e["count"] != "one" and e["left"] == e["right"]],
         "left/right pair": [(e, f) for e, f in rows if e["left"] != e["right"]],
     }
-    table = {k: wilson(sum(e["left"] == f["left"] and e["right"] == f["right"] for e, f in v), len(v)) for k, v in kinds.items()}
+    table = {
+        k: wilson(sum(e["left"] == f["left"] and e["right"] == f["right"] for e, f in v), len(v))
+        for k, v in kinds.items()
+    }
     for question in ("style", "background", "count"):
         table[question] = wilson(sum(e[question] == f[question] for e, f in rows), len(rows))
     return table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m demo.measure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/demo"), help="where demo.train left the artwork (default: %(default)s)")
-    parser.add_argument("--model_dir", type=Path, default=HERE / "model", help="the pipeline folder with its judge (default: demo/model)")
-    parser.add_argument("--limit", type=int, help="only this many pictures, evenly spread: a quick look, nothing is recorded")
+    parser = argparse.ArgumentParser(
+        prog="python -m demo.measure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work_dir",
+        type=Path,
+        default=Path("runs/demo"),
+        help="where demo.train left the artwork (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--model_dir",
+        type=Path,
+        default=HERE / "model",
+        help="the pipeline folder with its judge (default: demo/model)",
+    )
+    parser.add_argument(
+        "--limit", type=int, help="only this many pictures, evenly spread: a quick look, nothing is recorded"
+    )
     args = parser.parse_args()
 
     import diffusers
@@ -85,7 +103,9 @@ def main() -> None:
     from .training import HELD_OUT_SEEDS
     from .vocabulary import SAMPLING
 
-    judge = AutoModelForImageClassification.from_pretrained(args.model_dir / "judge", use_safetensors=True).float().eval()
+    judge = (
+        AutoModelForImageClassification.from_pretrained(args.model_dir / "judge", use_safetensors=True).float().eval()
+    )
     processor = AutoImageProcessor.from_pretrained(args.model_dir / "judge")
 
     @torch.no_grad()
@@ -103,12 +123,14 @@ def main() -> None:
     scenes = [Scene.sample(seed) for seed in HELD_OUT_SEEDS]
     held_out = load_file(args.work_dir / "held-out.safetensors")["pictures"]
     seen = look(held_out)
-    judged = tally([(scene.labels(), found) for scene, found in zip(scenes, seen)])
+    judged = tally([(scene.labels(), found) for scene, found in zip(scenes, seen, strict=True)])
     # scenes beyond the range that the judge's own smears were made of
     empty = look(instrument.smears(held_out, 1024, first=10**6))
-    judged["nothing recognisable"] = wilson(sum(found["left"] == "nothing" and found["right"] == "nothing" for found in empty), 1024)
+    judged["nothing recognisable"] = wilson(
+        sum(found["left"] == "nothing" and found["right"] == "nothing" for found in empty), 1024
+    )
     mistakes: dict[str, int] = {}
-    for scene, found in zip(scenes, seen):
+    for scene, found in zip(scenes, seen, strict=True):
         for side in ("left", "right"):
             if found[side] != scene.labels()[side]:
                 pair = f"{scene.labels()[side]} → {found[side]}"
@@ -121,10 +143,10 @@ def main() -> None:
     pipe = models.load_pipeline(str(args.model_dir))
     options = {"num_inference_steps": SAMPLING["num_inference_steps"], "guidance_scale": SAMPLING["guidance_scale"]}
     drawn = look(sample(pipe, rows, batch_size=32, progress="drawing", **options))
-    model = tally([(row.expect, found) for row, found in zip(rows, drawn)])
+    model = tally([(row.expect, found) for row, found in zip(rows, drawn, strict=True)])
     by_object = {n: wilson(*_hits(rows, drawn, "left", n)) for n in OBJECTS}
     result = {
-        "protocol": "every object × style × background alone, and as often in twos, threes or pairs; seed 2000000 + row",
+        "protocol": "every object × style × background alone, and as often two, three or a pair; seed 2000000 + row",
         "sampling": options | {"scheduler": type(pipe.scheduler).__name__},
         "model": models.digest(pipe),
         "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers)},
@@ -132,7 +154,9 @@ def main() -> None:
         "judge's mistakes on held-out scenes": dict(sorted(mistakes.items(), key=lambda kv: -kv[1])[:10]),
         "model by the judge": model,
         "model by object (left)": by_object,
-        "model drew nothing recognisable": wilson(sum(f["left"] == "nothing" or f["right"] == "nothing" for f in drawn), len(drawn)),
+        "model drew nothing recognisable": wilson(
+            sum(f["left"] == "nothing" or f["right"] == "nothing" for f in drawn), len(drawn)
+        ),
     }
     print(json.dumps(result, indent=1, ensure_ascii=False))
     if not args.limit:
@@ -141,7 +165,7 @@ def main() -> None:
 
 
 def _hits(rows, drawn, question: str, name: str) -> tuple[int, int]:
-    asked = [(row, found) for row, found in zip(rows, drawn) if row.expect[question] == name]
+    asked = [(row, found) for row, found in zip(rows, drawn, strict=True) if row.expect[question] == name]
     return sum(found[question] == name for _, found in asked), len(asked)
 
 

@@ -25,7 +25,9 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
     other text still has a spelling."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=2000,
@@ -93,7 +95,9 @@ def train(latents: torch.Tensor, words: CLIPTokenizer, work: Path, steps: int, d
         rng = random.Random(step)
         rows = torch.randint(len(latents), (BATCH,))
         captions = ["" if rng.random() < EMPTY else caption(scenes[row], rng) for row in rows.tolist()]
-        tokens = words(captions, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt").input_ids
+        tokens = words(
+            captions, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
+        ).input_ids
         clean, noise = latents[rows.to(device)], torch.randn(BATCH, *latents.shape[1:]).to(device)
         t = torch.randint(1000, (BATCH,)).to(device)
         with torch.autocast(device, torch.bfloat16):
@@ -109,7 +113,14 @@ def train(latents: torch.Tensor, words: CLIPTokenizer, work: Path, steps: int, d
         current = [p.detach() for p in model.parameters()]
         torch._foreach_lerp_(list(ema.values()), current, 1 - decay)
 
-    loop("text-to-image", steps, Checkpoint(work / "text-to-image.safetensors", model, optimizer, ema), warm_cosine(1e-3, steps), loss_of, average)
+    loop(
+        "text-to-image",
+        steps,
+        Checkpoint(work / "text-to-image.safetensors", model, optimizer, ema),
+        warm_cosine(1e-3, steps),
+        loss_of,
+        average,
+    )
     for name, parameter in model.named_parameters():
         parameter.data.copy_(ema[name])
     return model.eval()

@@ -99,7 +99,7 @@ def _sprite(art: Image.Image, style: str, size: int, rng: random.Random) -> Imag
         return art.resize((width, height), Image.Resampling.LANCZOS)
     red, green, blue, alpha = art.split()
     tint = [rng.uniform(0.88, 1.12) for _ in range(3)]
-    channels = [c.point(lambda v, k=k: min(255, int(v * k))) for c, k in zip((red, green, blue), tint)]
+    channels = [c.point(lambda v, k=k: min(255, int(v * k))) for c, k in zip((red, green, blue), tint, strict=True)]
     if style == "noto":
         return Image.merge("RGBA", (*channels, alpha)).resize((width, height), Image.Resampling.LANCZOS)
     # pixel art: about eleven hard blocks across, few colours, no soft edge
@@ -133,7 +133,7 @@ def render(scene: Scene, art: dict[tuple[str, str], Image.Image]) -> Image.Image
         up = rng.choice((-1, 1))
         centres = [(16, 32 - 15 * up), (32, 32 + 15 * up), (48, 32 - 15 * up)]
         centres = [(x + rng.randint(-1, 1), y + rng.randint(-1, 1)) for x, y in centres]
-    for name, (x, y) in zip(names, centres):
+    for name, (x, y) in zip(names, centres, strict=True):
         sprite = _sprite(art[name, source], scene.style, size, rng)
         canvas.paste(sprite, (x - sprite.width // 2, y - sprite.height // 2), sprite)
     return canvas
@@ -148,7 +148,7 @@ def smear(first: Image.Image, second: Image.Image, rng: random.Random) -> Image.
         tiles = [(x, y) for x in range(0, SIZE, 16) for y in range(0, SIZE, 16)]
         shuffled = rng.sample(tiles, len(tiles))
         out = first.copy()
-        for (x, y), (u, v) in zip(tiles, shuffled):
+        for (x, y), (u, v) in zip(tiles, shuffled, strict=True):
             out.paste((first, second)[rng.random() < 0.3].crop((u, v, u + 16, v + 16)), (x, y))
         return out
     if kind == 2:

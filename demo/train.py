@@ -15,14 +15,34 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m demo.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/demo"), help="caches and checkpoints (default: %(default)s)")
-    parser.add_argument("--output_dir", type=Path, default=HERE / "model", help="the pipeline folder to write (default: demo/model)")
-    parser.add_argument("--autoencoder_steps", type=int, default=3600, help="steps of 32 pictures (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m demo.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work_dir", type=Path, default=Path("runs/demo"), help="caches and checkpoints (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, default=HERE / "model", help="the pipeline folder to write (default: demo/model)"
+    )
+    parser.add_argument(
+        "--autoencoder_steps", type=int, default=3600, help="steps of 32 pictures (default: %(default)s)"
+    )
     parser.add_argument("--judge_steps", type=int, default=4000, help="steps of 64 pictures (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=16000, help="text-to-image steps of 32 scenes (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the text-to-image model trains (default: %(default)s)")
-    parser.add_argument("--stage", default="all", choices=("all", "judge", "model"), help="train only one part, its inputs being there (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=16000, help="text-to-image steps of 32 scenes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        choices=("cpu", "cuda"),
+        help="where the text-to-image model trains (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--stage",
+        default="all",
+        choices=("all", "judge", "model"),
+        help="train only one part, its inputs being there (default: %(default)s)",
+    )
     args = parser.parse_args()
 
     import torch
@@ -63,7 +83,9 @@ def main() -> None:
             text_encoder=trained["text_encoder"],
             tokenizer=words,
             unet=trained["unet"],
-            scheduler=DDIMScheduler(**model.SCHEDULE, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing"),
+            scheduler=DDIMScheduler(
+                **model.SCHEDULE, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing"
+            ),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,

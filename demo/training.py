@@ -50,7 +50,9 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) 
     """Write atomically: a killed run leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".partial")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {k: json.dumps(v) for k, v in metadata.items()})
+    save_file(
+        {k: v.contiguous() for k, v in tensors.items()}, temporary, {k: json.dumps(v) for k, v in metadata.items()}
+    )
     os.replace(temporary, path)
 
 
@@ -118,4 +120,6 @@ def loop(
 
 def warm_cosine(peak: float, steps: int, warmup: int = 200, floor: float = 0.02) -> Callable[[int], float]:
     """Linear warm-up, then half a cosine down to ``floor · peak``."""
-    return lambda step: peak * min((step + 1) / warmup, floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    return lambda step: (
+        peak * min((step + 1) / warmup, floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    )

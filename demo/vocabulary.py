@@ -23,7 +23,13 @@ TEMPLATES = [
 
 # How the shipped model is sampled, and training settings found on it: an object, then a style.
 SAMPLING = {"num_inference_steps": 20, "guidance_scale": 4.0, "sample_batch_size": 32}
-TRAINING = {"alpha": 1.0, "max_train_steps": 120, "train_batch_size": 16, "num_forget_images": 96, "num_retain_images": 192}
+TRAINING = {
+    "alpha": 1.0,
+    "max_train_steps": 120,
+    "train_batch_size": 16,
+    "num_forget_images": 96,
+    "num_retain_images": 192,
+}
 
 
 def vocabulary() -> dict:

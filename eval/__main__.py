@@ -6,7 +6,7 @@
 
 `accuracy` draws the same prompts from the same noise with the base model and with each erasure, lets a classifier say
 what is in every picture, and writes metrics.json, samples.jsonl and pictures/. `report` turns a run folder into one
-self-contained page, report.html.
+self-contained page, report.html. `table` puts the scores of several runs side by side.
 """
 
 import argparse
@@ -81,6 +81,14 @@ model's. Both come with n and a Wilson 95% interval: around 96%, 432 prompts giv
     report.add_argument(
         "--output", metavar="FILE", type=Path, help="where the page goes (default: RUN_DIR/report.html)"
     )
+    table = commands.add_parser(
+        "table",
+        help="one Markdown table from the metrics.json of several runs",
+        description="Print UA and the retained accuracies of every model in the given metrics.json files as one "
+        "Markdown table, or put it between the lines <!-- results --> and <!-- end --> of a document.",
+    )
+    table.add_argument("files", metavar="METRICS", type=Path, nargs="+", help="metrics.json files")
+    table.add_argument("--into", metavar="DOCUMENT", type=Path, help="the Markdown document to put the table into")
     return parser
 
 
@@ -91,8 +99,10 @@ def main() -> None:
         # imported only now: the library behind them takes seconds, and --help should not
         if command == "accuracy":
             from .accuracy import accuracy as run
-        else:
+        elif command == "report":
             from .report import report as run
+        else:
+            from .table import table as run
         run(**args)
     except SalunError as error:
         sys.exit(f"error: {error}")

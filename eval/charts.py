@@ -2,6 +2,7 @@
 
 import io
 import re
+import textwrap
 from collections.abc import Iterable
 
 import matplotlib
@@ -152,3 +153,23 @@ def _svg(figure: plt.Figure, salt: str) -> str:
     return re.sub(
         r'(<svg[^>]*?) (?:width|height)="[^"]*"([^>]*?) (?:width|height)="[^"]*"', r'\1\2 role="img"', text, count=1
     )
+
+
+def before_after(path, rows: list[str], columns: list[tuple[str, list]]) -> None:
+    """Write a PNG: a line of pictures for each model of ``rows``, a column for each ``(prompt, PIL pictures)``."""
+    figure, grid = plt.subplots(
+        len(rows), len(columns), figsize=(1.25 * len(columns) + 0.6, 1.25 * len(rows) + 0.5), dpi=120, squeeze=False
+    )
+    for across, (prompt, pictures) in enumerate(columns):
+        for down, picture in enumerate(pictures):
+            axis = grid[down][across]
+            axis.imshow(picture, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            if down == 0:
+                axis.set_title("\n".join(textwrap.wrap(prompt, 21)), fontsize=6.5, verticalalignment="bottom")
+            if across == 0:
+                axis.set_ylabel(rows[down], fontsize=8)
+    figure.tight_layout(pad=0.4, h_pad=0.3, w_pad=0.3)
+    figure.savefig(path, format="png")
+    plt.close(figure)

@@ -8,28 +8,13 @@ A judged row is one line of ``samples.jsonl``::
 ``expect`` holds only what the prompt names; ``predicted`` answers every question that the classifier knows.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+from scipy.stats import binomtest
+
 FORMAT = "salun-diffusion accuracy 1"  # of metrics.json; described in eval/accuracy.py
 OBJECT_QUESTIONS = ("left", "right", "label")  # the questions that are answered with a thing in the picture
-Z95 = 1.959963984540054  # the 97.5% quantile of the normal distribution
-
-
-def wilson(count: int, n: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval for the proportion ``count / n`` (Wilson 1927), as ``(low, high)`` within 0…1.
-
-    Raises:
-        ValueError: unless ``0 <= count <= n`` and ``n >= 1``.
-    """
-    if not 0 <= count <= n or n < 1:
-        raise ValueError(f"{count} of {n} is no proportion: n must be at least 1 and the count between 0 and n.")
-    p, shrink = count / n, 1 + z * z / n
-    centre = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low = 0.0 if count == 0 else (centre - half) / shrink  # exact at the ends, where rounding would leave -1e-17
-    return low, 1.0 if count == n else (centre + half) / shrink
 
 
 def proportion(outcomes: Iterable[bool]) -> dict | None:
@@ -38,7 +23,7 @@ def proportion(outcomes: Iterable[bool]) -> dict | None:
     if not outcomes:
         return None
     count, n = sum(outcomes), len(outcomes)
-    low, high = wilson(count, n)
+    low, high = binomtest(count, n).proportion_ci(0.95, method="wilson")  # Wilson 1927
     return {
         "count": count,
         "n": n,

@@ -1,4 +1,5 @@
-"""One self-contained page, ``report.html``, from what a run folder holds and from nothing else.
+"""One self-contained page, ``report.html``, from what a run folder holds and from nothing else; and one picture of the
+same, ``before-after.png``, for where a page cannot go.
 
 It needs ``config.json`` (erase_concept.py), ``metrics.json``, ``samples.jsonl`` and the pictures these name
 (``python -m eval accuracy``); ``training.jsonl`` and ``mask.safetensors`` each add a chart.
@@ -56,6 +57,7 @@ def report(run_dir: Path, output: Path | None = None) -> Path:
 
     titles = name_models(metrics["models"])
     neighbours = find_neighbours(metrics)
+    chosen = choose(samples[0], metrics["concept"]["value"], metrics["concept"]["slot"], list(neighbours))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -68,13 +70,16 @@ def report(run_dir: Path, output: Path | None = None) -> Path:
         models=[model | {"title": title} for model, title in zip(metrics["models"], titles, strict=True)],
         questions={key: text for key, text in QUESTIONS.items() if key in metrics["models"][0]["retained"]},
         neighbours=neighbours,
-        groups=_grid(run_dir, samples, metrics, neighbours),
+        groups=_grid(run_dir, samples, metrics, chosen),
         loss_chart=Markup(charts.losses(_lines(training, "erase_concept.py"))) if training.exists() else None,
         saliency_chart=Markup(charts.saliency(row[:3] for row in describe(load_masks(mask)[0])))
         if mask.exists()
         else None,
         size=erasure.stat().st_size if erasure.exists() else None,
     )
+    some = [*chosen["forget"][:5], *chosen["near"][:2], *chosen["far"][:2]]
+    pictures = [(samples[0][i]["prompt"], [_open(run_dir / part[i]["picture"]) for part in samples]) for i in some]
+    charts.before_after(run_dir / "before-after.png", titles, pictures)
     output = output or run_dir / "report.html"
     output.write_text(page, encoding="utf-8")
     print(f"{output} ({output.stat().st_size / 1e6:.1f} MB)")
@@ -161,10 +166,10 @@ def verdict(sample: dict, value: str, slot: str, erased: bool) -> dict:
     return {"mark": mark, "said": " + ".join(said)}
 
 
-def _grid(run_dir: Path, samples: list[list[dict]], metrics: dict, neighbours: dict) -> dict[str, list[dict]]:
+def _grid(run_dir: Path, samples: list[list[dict]], metrics: dict, chosen: dict) -> dict[str, list[dict]]:
     value, slot = metrics["concept"]["value"], metrics["concept"]["slot"]
     groups = {}
-    for name, indices in choose(samples[0], value, slot, list(neighbours)).items():
+    for name, indices in chosen.items():
         groups[name] = [
             {
                 "prompt": samples[0][index]["prompt"],
@@ -180,12 +185,16 @@ def _grid(run_dir: Path, samples: list[list[dict]], metrics: dict, neighbours: d
     return groups
 
 
-def _picture(path: Path) -> dict:
-    """``{"src", "small"}``: the picture as a data URL, and whether its pixels should be drawn as squares."""
+def _open(path: Path) -> Image.Image:
     try:
-        picture = Image.open(path).convert("RGB")
+        return Image.open(path).convert("RGB")
     except OSError as error:
         raise SalunError(f"The picture {path} cannot be read ({error}): run `python -m eval accuracy` again.") from None
+
+
+def _picture(path: Path) -> dict:
+    """``{"src", "small"}``: the picture as a data URL, and whether its pixels should be drawn as squares."""
+    picture = _open(path)
     picture.thumbnail((WIDEST, WIDEST), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)

@@ -8,10 +8,11 @@ A vocabulary is a JSON file: *slots* (lists of interchangeable words), *template
      "plurals": {"fish": "fish"}, "aliases": {"nudity": "nude person"},
      "settings": {"object": {"learning_rate": 1e-5}}}
 
-``{object:a}`` adds the indefinite article, ``{object:s}`` makes the plural, ``{object2}`` is a second, different word of
-the slot. ``expect`` is what a perfect picture of the prompt shows, by question, for whoever evaluates. A concept is one
-word of one slot; the other words are what must be kept, and the next one is its default anchor (SalUn's rule for
-classes, c' = c + 1). A base model's folder may hold its own ``concepts.json``; the files in ``presets/`` serve all others.
+``{object:a}`` adds the indefinite article, ``{object:s}`` makes the plural, ``{object2}`` is a second, different word
+of the slot. ``expect`` is what a perfect picture of the prompt shows, by question, for whoever evaluates. A concept is
+one word of one slot; the other words are what must be kept, and the next one is its default anchor (SalUn's rule for
+classes, c' = c + 1). A base model's folder may hold its own ``concepts.json``; the files in ``presets/`` serve all
+others.
 """
 
 import difflib
@@ -181,5 +182,7 @@ def _unknown(kind: str, name: str, vocabulary: Vocabulary | None, close: list[st
     words = sorted(vocabulary.names()) if vocabulary else []
     close = close or difflib.get_close_matches(name.lower(), words, 1, 0.5)
     hint = f" Did you mean '{close[0]}'?" if close else ""
-    listed = f" This base model knows: {', '.join(w for s in vocabulary.slots.values() for w in s)}." if vocabulary else ""
+    listed = (
+        f" This base model knows: {', '.join(w for s in vocabulary.slots.values() for w in s)}." if vocabulary else ""
+    )
     return SalunError(f"Unknown {kind} '{name}'.{hint}{listed}")

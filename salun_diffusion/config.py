@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import re
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -23,8 +24,14 @@ def option(default, text: str, choices: tuple = ()):
 class EraseConfig:
     """Every setting of one erasure. ``None`` is filled from the concept's preset; ``config.json`` holds the result."""
 
-    concept: str = option("", "what to forget: a preset (nudity, church, Van Gogh …), a word that the base model's own concepts.json knows, or your own words")
-    pretrained_model_name_or_path: str = option("CompVis/stable-diffusion-v1-4", "base model: a diffusers folder, a hub id, or 'demo' for the small model of this repository")
+    concept: str = option(
+        "",
+        "what to forget: a preset (nudity, church, Van Gogh …), a word of the base model's concepts.json, or any words",
+    )
+    pretrained_model_name_or_path: str = option(
+        "CompVis/stable-diffusion-v1-4",
+        "base model: a diffusers folder, a hub id, or 'demo' for the small model of this repository",
+    )
     revision: str | None = option(None, "branch, tag or commit of a hub model; the commit it resolves to is recorded")
     variant: str | None = option(None, "weight files to load, such as fp16")
     output_dir: str | None = option(None, "run folder; runs/CONCEPT unless given")
@@ -34,18 +41,26 @@ class EraseConfig:
     density: float = option(0.5, "share of the scoped weights that may change, in (0, 1]; 1 is the no-mask control")
     scope: str = option("cross-attention+resnets", "which layers are scored and may change", SCOPES)
     mask: str | None = option(None, "reuse this mask.safetensors instead of computing saliency")
-    saliency_guidance: float = option(7.5, "guidance scale s of the prediction in the saliency loss; 0 is the plain denoising loss")
+    saliency_guidance: float = option(
+        7.5, "guidance scale s of the prediction in the saliency loss; 0 is the plain denoising loss"
+    )
     alpha: float | None = option(None, "weight of the retain loss; the preset's, or 1")
     learning_rate: float | None = option(None, "Adam's learning rate; the preset's, or 1e-5")
     max_train_steps: int | None = option(None, "optimizer steps; the preset's, or 500")
-    train_batch_size: int | None = option(None, "forget pictures a step, and as many retain pictures; the preset's, or 8")
-    num_forget_images: int | None = option(None, "pictures of the concept that the base model draws; the preset's, or 400")
+    train_batch_size: int | None = option(
+        None, "forget pictures a step, and as many retain pictures; the preset's, or 8"
+    )
+    num_forget_images: int | None = option(
+        None, "pictures of the concept that the base model draws; the preset's, or 400"
+    )
     num_retain_images: int | None = option(None, "pictures of everything else that it draws; the preset's, or 800")
     num_inference_steps: int | None = option(None, "denoising steps of those pictures; the preset's, or 50")
     guidance_scale: float | None = option(None, "classifier-free guidance of those pictures; the preset's, or 7.5")
     sample_batch_size: int | None = option(None, "pictures drawn at once; the preset's, or 8")
     mixed_precision: str = option("no", "autocast for the forward passes", PRECISIONS)
-    save_dtype: str = option("fp16", "number format of the saved delta; the run ends on exactly the saved values", FILE_DTYPES)
+    save_dtype: str = option(
+        "fp16", "number format of the saved delta; the run ends on exactly the saved values", FILE_DTYPES
+    )
     seed: int = option(0, "fixes data, noise, saliency and training")
 
     def fill(self, preset: dict) -> "EraseConfig":
@@ -55,8 +70,9 @@ class EraseConfig:
             SalunError: a value outside its range.
         """
         general = {
-            "alpha": 1.0, "learning_rate": 1e-5, "max_train_steps": 500, "train_batch_size": 8, "num_forget_images": 400,
-            "num_retain_images": 800, "num_inference_steps": 50, "guidance_scale": 7.5, "sample_batch_size": 8,
+            "alpha": 1.0, "learning_rate": 1e-5, "max_train_steps": 500, "train_batch_size": 8,
+            "num_forget_images": 400, "num_retain_images": 800,
+            "num_inference_steps": 50, "guidance_scale": 7.5, "sample_batch_size": 8,
         }  # fmt: skip
         unknown = set(preset) - set(general)
         if unknown:
@@ -64,7 +80,7 @@ class EraseConfig:
         for name, value in (general | preset).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        self.output_dir = self.output_dir or f"runs/{self.concept.lower().replace(' ', '-')}"
+        self.output_dir = self.output_dir or "runs/" + re.sub(r"\W+", "-", self.concept.lower()).strip("-")
         self.check()
         return self
 
@@ -72,7 +88,14 @@ class EraseConfig:
         """Raise SalunError for the first value out of range, in a sentence."""
         if not 0 < self.density <= 1:
             raise SalunError(f"--density is {self.density}: give a share of the weights above 0 and at most 1.")
-        for name in ("max_train_steps", "train_batch_size", "num_forget_images", "num_retain_images", "num_inference_steps", "sample_batch_size"):
+        for name in (
+            "max_train_steps",
+            "train_batch_size",
+            "num_forget_images",
+            "num_retain_images",
+            "num_inference_steps",
+            "sample_batch_size",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise SalunError(f"--{name} is {getattr(self, name)}: give a whole number of at least 1.")
         for name, floor in (("learning_rate", 0), ("alpha", 0), ("saliency_guidance", 0), ("guidance_scale", 0)):
@@ -91,8 +114,12 @@ def parse(arguments: list[str] | None, description: str) -> EraseConfig:
         SalunError: an unknown key or a wrong type in the file, or no concept.
     """
     hints = get_type_hints(EraseConfig)
-    parser = argparse.ArgumentParser(prog="erase_concept.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", metavar="FILE", help="read settings from this JSON or YAML file; options on the command line win")
+    parser = argparse.ArgumentParser(
+        prog="erase_concept.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="read settings from this JSON or YAML file; options on the command line win"
+    )
     for item in fields(EraseConfig):
         kind = _plain(hints[item.name])
         shown = "" if item.default in (None, "") or item.default is MISSING else f" (default: {item.default})"
@@ -136,7 +163,9 @@ def _read(path: str, hints: dict[str, type]) -> dict:
     for name, value in found.items():
         if name not in hints:
             close = difflib.get_close_matches(name, hints, 1)
-            raise SalunError(f"--config {path} has an unknown setting '{name}'." + (f" Did you mean '{close[0]}'?" if close else ""))
+            raise SalunError(
+                f"--config {path} has an unknown setting '{name}'." + (f" Did you mean '{close[0]}'?" if close else "")
+            )
         kind = _plain(hints[name])
         right = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
         if not (right or value is None and kind is not hints[name]):

@@ -1,8 +1,8 @@
 """Forget and retain sets: pictures that the base model draws itself, kept as latents and encoded prompts.
 
-Nothing is encoded twice: the pipeline's final latents are what the autoencoder would give back, and each distinct prompt
-passes through the text encoder once. A set lives in a folder named by the hash of everything that determines it (model,
-prompts, seeds, steps, guidance), in small shards; a run that was stopped goes on with the shards that are missing.
+Nothing is encoded twice: the pipeline's final latents are what the autoencoder would give back, and each distinct
+prompt passes through the text encoder once. A set lives in a folder named by the hash of all that determines it
+(model, prompts, seeds, steps, guidance), in small shards; a run that was stopped goes on with the shards that are missing.
 """
 
 import hashlib
@@ -77,9 +77,9 @@ def image_set(pipe: DiffusionPipeline, rows: list[Row], config: EraseConfig, nam
         write_json(folder / "manifest.json", json.loads(json.dumps(settings, default=str)))
     starts = range(0, len(rows), SHARD)
     shards = [folder / f"latents-{start:05d}.safetensors" for start in starts]
-    missing = sum(len(rows[s : s + SHARD]) for s, shard in zip(starts, shards) if not shard.exists())
+    missing = sum(len(rows[s : s + SHARD]) for s, shard in zip(starts, shards, strict=True) if not shard.exists())
     bar = tqdm(total=missing, desc=f"drawing the {name} set", unit="image", disable=not missing)
-    for start, shard in zip(starts, shards):
+    for start, shard in zip(starts, shards, strict=True):
         if shard.exists():
             continue
         part = rows[start : start + SHARD]
@@ -99,7 +99,9 @@ def image_set(pipe: DiffusionPipeline, rows: list[Row], config: EraseConfig, nam
     bar.close()
     latents = torch.cat([read_safetensors(shard)[0]["latents"] for shard in shards])
     if len(latents) != len(rows):
-        raise SalunError(f"{folder} holds {len(latents)} latents where {len(rows)} belong: delete the folder and run again.")
+        raise SalunError(
+            f"{folder} holds {len(latents)} latents where {len(rows)} belong: delete the folder and run again."
+        )
     anchors = [row.anchor_prompt for row in rows if row.anchor_prompt is not None]
     prompts = list(dict.fromkeys([row.prompt for row in rows] + anchors))
     place = {prompt: i for i, prompt in enumerate(prompts)}
@@ -129,7 +131,11 @@ def contact_sheet(pipe: DiffusionPipeline, images: ImageSet, path: Path, columns
     """Write the first ``count`` pictures of the set as one PNG, for people to look at what the training sees."""
     latents = images.latents[:count].to(pipe.device, pipe.vae.dtype)
     shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
-    decoded = torch.cat([pipe.vae.decode(z / pipe.vae.config.scaling_factor + shift).sample.float().cpu() for z in latents.split(8)])
+    decoded = torch.cat(
+        [pipe.vae.decode(z / pipe.vae.config.scaling_factor + shift).sample.float().cpu() for z in latents.split(8)]
+    )
     pictures = pipe.image_processor.postprocess(decoded, output_type="pil")
     rows = -(-len(pictures) // columns)
-    make_image_grid(pictures + [Image.new("RGB", pictures[0].size, "white")] * (rows * columns - len(pictures)), rows, columns).save(path)
+    make_image_grid(
+        pictures + [Image.new("RGB", pictures[0].size, "white")] * (rows * columns - len(pictures)), rows, columns
+    ).save(path)

@@ -132,7 +132,9 @@ def _origins(samples, rounding) -> tuple[torch.Tensor, torch.Tensor]:
     Rounding never swaps two numbers, so both ends are found by bisection. That settles ties, subnormals and double
     rounding by the very conversions that made the samples, where half an ulp to either side is only nearly right.
     """
-    ends = []
+    place, ends = _place(samples), []
+    if not rounding:
+        return place, place
     for reaches in (torch.ge, torch.gt):  # first place whose rounding is >= the sample, first whose is > it
         low = torch.full(samples.shape, -(1 << 31))
         high = -low
@@ -143,7 +145,6 @@ def _origins(samples, rounding) -> tuple[torch.Tensor, torch.Tensor]:
         ends.append(high)
     # A parameter with a sample that this rounding does not leave as it is was not rounded: only itself will do.
     kept = (_round(samples, rounding) != samples).any(dim=1, keepdim=True)
-    place = _place(samples)
     return torch.where(kept, place, ends[0]), torch.where(kept, place, ends[1] - 1)
 
 
@@ -283,9 +284,10 @@ def merge(original: torch.Tensor, terms, dtype: torch.dtype | None = None) -> to
         return original.to(dtype)
     move, touched = torch.zeros(original.shape), torch.zeros(original.shape, dtype=torch.bool)
     for delta, name, scale in terms:
-        move += delta.dense(name) * scale
+        move += delta.dense(name).mul_(scale)
         touched |= delta.masks[name].cpu()
-    return torch.where(touched, (original.float() + move).to(dtype), original.to(dtype))
+    move += original  # exact in float32, whatever the original's dtype; only the sum is rounded
+    return torch.where(touched, move.to(dtype), original.to(dtype))
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

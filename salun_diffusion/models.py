@@ -27,7 +27,9 @@ def resolve(name: str, revision: str | None = None) -> tuple[str, str | None]:
             raise SalunError(f"{path} holds no diffusers pipeline (no model_index.json): give the folder that has one.")
         return str(path), None
     if name == "demo":
-        raise SalunError("The demo model comes with a clone of the repository, not with the installed package: clone it.")
+        raise SalunError(
+            "The demo model comes with a clone of the repository, not with the installed package: clone it."
+        )
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise SalunError(f"There is no model folder {name}: give a folder with a model_index.json, a hub id or 'demo'.")
     from huggingface_hub import hf_hub_download
@@ -36,7 +38,9 @@ def resolve(name: str, revision: str | None = None) -> tuple[str, str | None]:
     try:
         index = Path(hf_hub_download(name, "model_index.json", revision=revision))
     except (RepositoryNotFoundError, RevisionNotFoundError):
-        raise SalunError(f"The hub has no model {name} at revision {revision or 'main'}, or you may not read it.") from None
+        raise SalunError(
+            f"The hub has no model {name} at revision {revision or 'main'}, or you may not read it."
+        ) from None
     except Exception as error:  # offline mode, no route, time-outs: each hub version has its own classes for them
         raise SalunError(
             f"{name} is no local folder and the hub cannot be reached ({type(error).__name__}): give the path of a "
@@ -48,7 +52,8 @@ def resolve(name: str, revision: str | None = None) -> tuple[str, str | None]:
 def load_pipeline(
     name: str, revision: str | None = None, dtype: "torch.dtype | None" = None, variant: str | None = None
 ) -> "DiffusionPipeline":
-    """The whole pipeline, in fp32 unless ``dtype`` says otherwise, from safetensors only, its safety checker left out: erasure is measured without one.
+    """The whole pipeline, in fp32 unless ``dtype`` says otherwise, from safetensors only, its safety
+    checker left out: erasure is measured without one.
 
     Raises:
         SalunError: as :func:`resolve`, or weights that diffusers cannot load.

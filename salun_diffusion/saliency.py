@@ -30,13 +30,17 @@ def scoped_parameters(denoiser: torch.nn.Module, scope: str) -> dict[str, torch.
     denoiser.requires_grad_(False)
     found = {name: p for name, p in denoiser.named_parameters() if in_scope(name, scope)}
     if not found:
-        raise SalunError(f"No parameter of {type(denoiser).__name__} is in the scope '{scope}': choose another --scope.")
+        raise SalunError(
+            f"No parameter of {type(denoiser).__name__} is in the scope '{scope}': choose another --scope."
+        )
     for parameter in found.values():
         parameter.requires_grad_(True)
     return found
 
 
-def check_reused(masks: dict[str, torch.Tensor], parameters: dict[str, torch.nn.Parameter], path: str) -> dict[str, torch.Tensor]:
+def check_reused(
+    masks: dict[str, torch.Tensor], parameters: dict[str, torch.nn.Parameter], path: str
+) -> dict[str, torch.Tensor]:
     """``masks`` as they are, if each fits a parameter of the scope.
 
     Raises:
@@ -44,7 +48,9 @@ def check_reused(masks: dict[str, torch.Tensor], parameters: dict[str, torch.nn.
     """
     for name, mask in masks.items():
         if name not in parameters:
-            raise SalunError(f"The mask {path} has {name}, which is not in this model's scope: use the mask's own --scope and model.")
+            raise SalunError(
+                f"The mask {path} has {name}, which is not in this model's scope: use the mask's own --scope and model."
+            )
         if mask.shape != parameters[name].shape:
             raise SalunError(
                 f"The mask {path} is of another model: {name} is {tuple(mask.shape)} there and "
@@ -53,7 +59,9 @@ def check_reused(masks: dict[str, torch.Tensor], parameters: dict[str, torch.nn.
     return masks
 
 
-def scores(parameters: dict[str, torch.nn.Parameter], losses: Iterable[Callable[[], torch.Tensor]]) -> dict[str, torch.Tensor]:
+def scores(
+    parameters: dict[str, torch.nn.Parameter], losses: Iterable[Callable[[], torch.Tensor]]
+) -> dict[str, torch.Tensor]:
     """``|Σ ∇loss|`` per parameter, fp32, of the parameters' shapes.
 
     Each loss is made, differentiated and dropped; besides the running sum only one parameter's dense gradient exists at
@@ -77,7 +85,9 @@ def scores(parameters: dict[str, torch.nn.Parameter], losses: Iterable[Callable[
             hook.remove()
     for name, score in total.items():
         if not score.abs_().isfinite().all():
-            raise SalunError(f"The saliency of {name} is not finite: use bf16 or fp32 instead of fp16, or check the data.")
+            raise SalunError(
+                f"The saliency of {name} is not finite: use bf16 or fp32 instead of fp16, or check the data."
+            )
     if not any(score.any() for score in total.values()):
         raise SalunError("The saliency is zero everywhere: the loss does not depend on any weight in the scope.")
     return total
@@ -86,8 +96,8 @@ def scores(parameters: dict[str, torch.nn.Parameter], losses: Iterable[Callable[
 def top_density(scores: dict[str, torch.Tensor], density: float) -> dict[str, torch.Tensor]:
     """The mask (bool, by parameter) of exactly ``⌊density · N⌋`` highest of N scores, without a sort.
 
-    The bit patterns of non-negative floats are ordered as the floats are. Two histograms, over the upper and, within one
-    bin, over the lower 16 bits, give the exact threshold; each score is read three times.
+    The bit patterns of non-negative floats are ordered as the floats are. Two histograms, over the upper and, within
+    one bin, over the lower 16 bits, give the exact threshold; each score is read three times.
 
     Args:
         scores: fp32, finite, ≥ 0.

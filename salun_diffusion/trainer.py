@@ -35,7 +35,9 @@ class Batch:
 class Trainer:
     """Holds what every step needs: the network, the noise schedule, both sets, and a generator that the seed fixes."""
 
-    def __init__(self, accelerator: Accelerator, pipe: DiffusionPipeline, forget: ImageSet, retain: ImageSet, config: EraseConfig):
+    def __init__(
+        self, accelerator: Accelerator, pipe: DiffusionPipeline, forget: ImageSet, retain: ImageSet, config: EraseConfig
+    ):
         self.accelerator, self.config = accelerator, config
         self.forget, self.retain = forget, retain
         self.network = denoiser(pipe).to(accelerator.device).eval()
@@ -76,11 +78,15 @@ class Trainer:
                 return -denoising(self.predict(batch.noisy, batch.timesteps, batch.text), batch.target)
             empty = {k: v.to(batch.noisy).expand(len(index), *v.shape[1:]) for k, v in self.empty.items()}
             both = {key: torch.cat([batch.text[key], empty[key]]) for key in batch.text}
-            conditional, unconditional = self.predict(batch.noisy.repeat(2, 1, 1, 1), batch.timesteps.repeat(2), both).chunk(2)
+            conditional, unconditional = self.predict(
+                batch.noisy.repeat(2, 1, 1, 1), batch.timesteps.repeat(2), both
+            ).chunk(2)
             return -denoising(guided(conditional, unconditional, guidance), batch.target)
 
         parts = torch.arange(len(self.forget)).split(size)
-        return scores(parameters, ((lambda part=part: loss(part)) for part in tqdm(parts, desc="saliency", unit="batch")))
+        return scores(
+            parameters, ((lambda part=part: loss(part)) for part in tqdm(parts, desc="saliency", unit="batch"))
+        )
 
     def train(self, deltas: MaskedDeltas, log: Path) -> None:
         """``max_train_steps`` steps of the method; one JSON line a step goes to ``log``.
@@ -102,12 +108,18 @@ class Trainer:
                 loss = forget_loss + config.alpha * retain_loss
                 if not loss.isfinite():
                     raise SalunError(
-                        f"The loss is not finite at step {step + 1}: lower --learning_rate or use --mixed_precision no. "
-                        "Nothing was saved."
+                        f"The loss is not finite at step {step + 1}: lower --learning_rate or use "
+                        "--mixed_precision no. Nothing was saved."
                     )
                 self.accelerator.backward(loss)
                 deltas.step()
                 seconds = round(time.perf_counter() - started, 3)
-                row = {"step": step + 1, "loss": loss.item(), "forget_loss": forget_loss.item(), "retain_loss": retain_loss.item(), "seconds": seconds}
+                row = {
+                    "step": step + 1,
+                    "loss": loss.item(),
+                    "forget_loss": forget_loss.item(),
+                    "retain_loss": retain_loss.item(),
+                    "seconds": seconds,
+                }
                 lines.write(json.dumps(row) + "\n")
                 bar.set_postfix(forget=f"{row['forget_loss']:.4f}", retain=f"{row['retain_loss']:.4f}")

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = "--max_train_steps 3 --num_forget_images 8 --num_retain_images 8 --num_inference_steps 4 --train_batch_size 4".split()
+QUICK = "--max_train_steps 3 --num_forget_images 8 --num_retain_images 8 --num_inference_steps 4".split()
+QUICK += ["--train_batch_size", "4"]
 
 
 def run(*words, check=True, cwd=ROOT, **environment):

@@ -87,7 +87,8 @@ def test_a_mask_can_be_reused_and_a_config_file_read(erased, tmp_path):
     settings.write_text("concept: ink style\nsave_dtype: fp32\nlearning_rate: 0.002\n")
     run(
         "python", "erase_concept.py", "--config", settings, "--pretrained_model_name_or_path", "demo",
-        "--mask", erased / "mask.safetensors", "--output_dir", tmp_path / "ink", "--data_dir", tmp_path / "data", *QUICK,
+        "--mask", erased / "mask.safetensors", "--output_dir", tmp_path / "ink", "--data_dir", tmp_path / "data",
+        *QUICK,
     )  # fmt: skip
     config = json.loads((tmp_path / "ink" / "config.json").read_text())
     assert (config["concept"], config["anchor"]) == ("ink style", "pixel")
@@ -114,11 +115,11 @@ def test_no_mask_control_and_full_scope(more, scope, tmp_path):
         (["--concept", "nudity"], "the hub cannot be reached"),
         (["--pretrained_model_name_or_path", "demo", "--concept", "airplan"], "Did you mean 'airplane'?"),
         (["--pretrained_model_name_or_path", "demo"], "No concept was given"),
-        (["--pretrained_model_name_or_path", "no/such/folder", "--concept", "x"], "There is no model folder no/such/folder"),
+        (["--pretrained_model_name_or_path", "no/such/folder", "--concept", "x"], "no model folder no/such/folder"),
         (["--pretrained_model_name_or_path", "tests", "--concept", "x"], "no model_index.json"),
         (["--pretrained_model_name_or_path", "demo", "--concept", "airplane", "--density", "1.5"], "--density is 1.5"),
-        (["--pretrained_model_name_or_path", "demo", "--concept", "airplane", "--max_train_steps", "0"], "--max_train_steps is 0"),
-        (["--pretrained_model_name_or_path", "demo", "--concept", "airplane", "--mask", "nowhere"], "nowhere does not exist"),
+        (["--pretrained_model_name_or_path", "demo", "--concept", "x", "--max_train_steps", "0"], "steps is 0: give"),
+        (["--pretrained_model_name_or_path", "demo", "--concept", "airplane", "--mask", "nowhere"], "does not exist"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence_before_any_work(words, message, tmp_path):

@@ -10,27 +10,16 @@ def row(expect, predicted, set="retain", prompt="p"):
     return {"set": set, "prompt": prompt, "expect": expect, "predicted": answers}
 
 
-def test_wilson_against_newcombe_1998():
+def test_intervals_against_newcombe_1998():
     # Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3 (score without continuity correction)
     for count, n, low, high in [
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
+        (81, 263, 25.53, 36.62),
+        (15, 148, 6.24, 16.05),
+        (0, 20, 0, 16.11),
+        (1, 29, 0.61, 17.18),
     ]:
-        assert metrics.wilson(count, n) == pytest.approx((low, high), abs=5e-5)
-
-
-def test_wilson_is_exact_at_the_ends_and_symmetric():
-    assert metrics.wilson(0, 7)[0] == 0 and metrics.wilson(7, 7)[1] == 1
-    low, high = metrics.wilson(30, 100)
-    assert metrics.wilson(70, 100) == pytest.approx((1 - high, 1 - low))
-
-
-@pytest.mark.parametrize("count, n", [(3, 2), (-1, 5), (0, 0)])
-def test_wilson_refuses_what_is_no_proportion(count, n):
-    with pytest.raises(ValueError, match="is no proportion"):
-        metrics.wilson(count, n)
+        score = metrics.proportion([True] * count + [False] * (n - count))
+        assert (score["low"], score["high"]) == (low, high)
 
 
 def test_proportion_is_in_percent_and_none_without_outcomes():

@@ -22,7 +22,9 @@ def test_the_wheel_ships_the_library_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"salun_diffusion"}
-    assert {f"salun_diffusion/presets/{p.name}" for p in (ROOT / "salun_diffusion/presets").glob("*.json")} <= set(names)
+    assert {f"salun_diffusion/presets/{p.name}" for p in (ROOT / "salun_diffusion/presets").glob("*.json")} <= set(
+        names
+    )
     assert "salun_diffusion/methods/salun.py" in names
 
 
@@ -48,7 +50,8 @@ pipe = StableDiffusionPipeline.from_pretrained({str(tiny_folder)!r}, safety_chec
 name, weight = next((n, p) for n, p in pipe.unet.named_parameters() if "attn2" in n)
 before = weight.detach().clone()
 mask = torch.ones_like(weight, dtype=torch.bool)
-Delta({{name: mask}}, {{name: torch.full((mask.numel(),), 0.5)}}, fingerprint(pipe.unet.named_parameters()), {{}}).save("one.safetensors")
+base = fingerprint(pipe.unet.named_parameters())
+Delta({{name: mask}}, {{name: torch.full((mask.numel(),), 0.5)}}, base, {{}}).save("one.safetensors")
 load_erasure(pipe, "one.safetensors")
 assert torch.equal(weight, before + 0.5)
 unload_erasure(pipe)

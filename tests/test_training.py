@@ -18,14 +18,24 @@ from salun_diffusion.optim import MaskedDeltas
 from salun_diffusion.saliency import in_scope, scoped_parameters, top_density
 from salun_diffusion.trainer import Trainer
 
-FORGET = [Row(f"a picture of an airplane on a {c} background", f"a picture of a cat on a {c} background", {}, i) for i, c in enumerate(("red", "blue") * 3)]
+FORGET = [
+    Row(f"a picture of an airplane on a {c} background", f"a picture of a cat on a {c} background", {}, i)
+    for i, c in enumerate(("red", "blue") * 3)
+]
 RETAIN = [Row(f"a photo of a {name}", None, {}, 10 + i) for i, name in enumerate(("dog", "house", "cat") * 2)]
 
 
 @pytest.fixture
 def setup(tiny_folder, tmp_path):
     def make(**changes):
-        settings = {"alpha": 0.7, "learning_rate": 1e-3, "max_train_steps": 2, "train_batch_size": 4, "num_inference_steps": 2, "guidance_scale": 3.0}
+        settings = {
+            "alpha": 0.7,
+            "learning_rate": 1e-3,
+            "max_train_steps": 2,
+            "train_batch_size": 4,
+            "num_inference_steps": 2,
+            "guidance_scale": 3.0,
+        }
         config = EraseConfig(concept="airplane", data_dir=str(tmp_path / "data"), **(settings | changes)).fill({})
         pipe = load_pipeline(str(tiny_folder))
         forget = image_set(pipe, FORGET, config, "forget")
@@ -157,8 +167,16 @@ def test_a_picture_does_not_depend_on_its_batch(setup):
 
 
 def test_scopes():
-    names = ["down.0.attentions.0.transformer_blocks.0.attn1.to_q.weight", "down.0.attentions.0.transformer_blocks.0.attn2.to_k.weight", "mid.resnets.0.conv1.weight", "conv_in.weight"]
-    picked = {scope: [in_scope(name, scope) for name in names] for scope in ("cross-attention", "cross-attention+resnets", "all")}
+    names = [
+        "down.0.attentions.0.transformer_blocks.0.attn1.to_q.weight",
+        "down.0.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+        "mid.resnets.0.conv1.weight",
+        "conv_in.weight",
+    ]
+    picked = {
+        scope: [in_scope(name, scope) for name in names]
+        for scope in ("cross-attention", "cross-attention+resnets", "all")
+    }
     assert picked == {
         "cross-attention": [False, True, False, False],
         "cross-attention+resnets": [False, True, True, False],

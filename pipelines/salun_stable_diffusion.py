@@ -1,0 +1,35 @@
+"""Stable Diffusion whose erasures are methods: a diffusers community pipeline.
+
+pipe = DiffusionPipeline.from_pretrained(
+    BASE, custom_pipeline="pipelines/salun_stable_diffusion.py", trust_remote_code=True
+)
+pipe.load_erasure("runs/airplane")
+image = pipe("an airplane").images[0]
+pipe.unload_erasure()
+"""
+
+from diffusers import StableDiffusionPipeline
+
+import salun_diffusion
+
+
+class SalunStableDiffusionPipeline(StableDiffusionPipeline):
+    """`StableDiffusionPipeline` with `load_erasure`, `unload_erasure`, `list_erasures` and `fuse_erasure`."""
+
+    def load_erasure(self, source, *, scale=1.0, name=None, revision=None, check_base=True) -> str:
+        """Applies an erasure (a file, a run folder or a hub id); see `salun_diffusion.load_erasure`."""
+        return salun_diffusion.load_erasure(
+            self, source, scale=scale, name=name, revision=revision, check_base=check_base
+        )
+
+    def unload_erasure(self, name=None) -> None:
+        """Takes off one erasure, or all; see `salun_diffusion.unload_erasure`."""
+        salun_diffusion.unload_erasure(self, name)
+
+    def list_erasures(self) -> list[dict]:
+        """What is applied; see `salun_diffusion.list_erasures`."""
+        return salun_diffusion.list_erasures(self)
+
+    def fuse_erasure(self) -> None:
+        """Makes what is applied permanent; see `salun_diffusion.fuse_erasure`."""
+        salun_diffusion.fuse_erasure(self)
