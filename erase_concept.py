@@ -7,6 +7,7 @@ The run folder gets erasure.safetensors (load it with salun_diffusion.load_erasu
 training.jsonl and pictures of what it was trained on. The same seed gives the same bits on the same machine.
 """
 
+import os
 import platform
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from salun_diffusion.errors import SalunError
 
 def main(config: EraseConfig) -> None:
     # The heavy imports come after parsing, so that --help and a wrong option answer at once.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice on optional packages helps nobody here
     import diffusers
     import torch
     import transformers
@@ -26,8 +28,9 @@ def main(config: EraseConfig) -> None:
     from salun_diffusion import __version__, masks, saliency
     from salun_diffusion.concepts import find_concept
     from salun_diffusion.data import contact_sheet, image_set
-    from salun_diffusion.delta import Delta, fingerprint
+    from salun_diffusion.delta import Delta
     from salun_diffusion.files import write_json
+    from salun_diffusion.fingerprint import fingerprint
     from salun_diffusion.models import denoiser, load_pipeline, resolve
     from salun_diffusion.optim import MaskedDeltas
     from salun_diffusion.trainer import Trainer
@@ -40,6 +43,10 @@ def main(config: EraseConfig) -> None:
     reused = masks.load_masks(config.mask)[0] if config.mask else None
     print(f"Erasing '{concept.value}' from {config.pretrained_model_name_or_path}: it is drawn as '{concept.anchor}'.")
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    if accelerator.num_processes > 1:
+        raise SalunError(
+            f"{accelerator.num_processes} processes were launched; use accelerate launch --num_processes 1."
+        )
     set_seed(config.seed)
     pipe = load_pipeline(config.pretrained_model_name_or_path, commit, variant=config.variant).to(accelerator.device)
     network = denoiser(pipe)
@@ -71,6 +78,8 @@ def main(config: EraseConfig) -> None:
         "base_revision": commit,
     }
     masks.save_masks(output / "mask.safetensors", mask, about)
+    kept, total = (sum(counts) for counts in zip(*((row.kept, row.total) for row in masks.describe(mask)), strict=True))
+    print(f"{kept:,} of the {total:,} weights in scope may change ({kept / total:.1%}).")
 
     # Train those, keep the rest.
     deltas = MaskedDeltas(parameters, mask, config.learning_rate)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import compute_snr
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -89,7 +90,8 @@ def train(latents: torch.Tensor, words: CLIPTokenizer, work: Path, steps: int, d
     scenes = [Scene.sample(seed) for seed in TRAIN_SEEDS]
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.99), fused=True)
-    unet = torch.compile(model["unet"])
+    # PyTorch's fused attention is slow for short sequences on a CPU: the plain one makes a step a quarter faster
+    model["unet"].set_attn_processor(AttnProcessor())
 
     def loss_of(step: int) -> torch.Tensor:
         rng = random.Random(step)
@@ -102,7 +104,7 @@ def train(latents: torch.Tensor, words: CLIPTokenizer, work: Path, steps: int, d
         t = torch.randint(1000, (BATCH,)).to(device)
         with torch.autocast(device, torch.bfloat16):
             text = model["text_encoder"](tokens.to(device))[0]
-            predicted = unet(scheduler.add_noise(clean, noise, t), t, text).sample
+            predicted = model["unet"](scheduler.add_noise(clean, noise, t), t, text).sample
         snr = compute_snr(scheduler, t)
         weights = snr.clamp(max=5) / snr.clamp(min=1e-8)
         return ((predicted.float() - noise).square().mean((1, 2, 3)) * weights).mean()

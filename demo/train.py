@@ -9,6 +9,7 @@ folder in fp16, with the judge beside its weights. Then ``python -m demo.measure
 """
 
 import argparse
+import json
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -91,6 +92,10 @@ def main() -> None:
             requires_safety_checker=False,
         )
         pipe.to(dtype=torch.float16).save_pretrained(args.output_dir)
+        # transformers loads a model in the dtype that its config names, diffusers in fp32: a plain from_pretrained of
+        # the pipeline would mix the two
+        text_config = args.output_dir / "text_encoder" / "config.json"
+        write_json(text_config, json.loads(text_config.read_text()) | {"dtype": "float32"})
 
 
 if __name__ == "__main__":

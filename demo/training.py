@@ -107,6 +107,10 @@ def loop(
         torch.manual_seed(step)
         loss = loss_of(step)
         loss.backward()
+        if step == 0:
+            dead = [n for n, p in checkpoint.module.named_parameters() if p.grad is None or not p.grad.any()]
+            if dead:
+                raise RuntimeError(f"{len(dead)} parameters of the {name} get no gradient: {dead[:5]}")
         torch.nn.utils.clip_grad_norm_(checkpoint.module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

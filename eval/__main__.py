@@ -10,6 +10,7 @@ self-contained page, report.html. `table` puts the scores of several runs side b
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -96,6 +97,7 @@ def main() -> None:
     args = vars(_parser().parse_args())
     command = args.pop("command")
     try:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice on optional packages helps nobody here
         # imported only now: the library behind them takes seconds, and --help should not
         if command == "accuracy":
             from .accuracy import accuracy as run

@@ -11,7 +11,7 @@ from typing import get_args, get_type_hints
 from .errors import SalunError
 
 SCOPES = ("cross-attention", "cross-attention+resnets", "all")
-PRECISIONS = ("no", "fp16", "bf16")
+PRECISIONS = ("no", "bf16")
 FILE_DTYPES = ("fp16", "bf16", "fp32")
 
 

@@ -1,8 +1,8 @@
 """Forget and retain sets: pictures that the base model draws itself, kept as latents and encoded prompts.
 
-Nothing is encoded twice: the pipeline's final latents are what the autoencoder would give back, and each distinct
+Nothing is encoded twice: the final latents of the pipeline are what the autoencoder would give back, and each distinct
 prompt passes through the text encoder once. A set lives in a folder named by the hash of all that determines it
-(model, prompts, seeds, steps, guidance), in small shards; a run that was stopped goes on with the shards that are missing.
+(model, prompts, seeds, steps, guidance), in small shards; a run that was stopped goes on with the missing ones.
 """
 
 import hashlib
@@ -46,7 +46,15 @@ class ImageSet:
 
 @torch.no_grad()
 def encode(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, torch.Tensor]:
-    """What the denoiser is told about ``prompts``: its conditioning arguments, ``(len(prompts), …)`` each, in fp32."""
+    """What the denoiser is told about ``prompts``: its conditioning arguments, ``(len(prompts), …)`` each, in fp32.
+
+    Raises:
+        SalunError: a pipeline with several text encoders.
+    """
+    if getattr(pipe, "text_encoder_2", None) is not None:
+        raise SalunError(
+            f"{type(pipe).__name__} has several text encoders; models like SD 1.x, with one, can be erased."
+        )
     parts = [
         pipe.encode_prompt(prompts[i : i + 64], pipe.device, 1, do_classifier_free_guidance=False)[0].float().cpu()
         for i in range(0, len(prompts), 64)

@@ -13,7 +13,7 @@ least one bit of one mask MUST be set; a single mask MAY be all zero.
 
 Metadata is text to text. Plain text:
     format      MUST be "salun-delta"
-    structure   MUST be the SHA-256 (hex) of the JSON list of [name, sizes] of all P parameters, sorted by name
+    structure   MUST be the SHA-256 (hex) of Python's json.dumps([[NAME, sizes], ...]), all P parameters sorted by NAME
     concept, method, scope, base_model, base_revision    MAY be given
 Every other value MUST be JSON:
     version     MUST be 1
@@ -41,14 +41,13 @@ than half an ulp of float16 (5e-4) for every sample is lost between a model in f
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 
 from .errors import SalunError
-from .files import listed, read_safetensors, write_safetensors
+from .files import listed, raw_bytes, read_safetensors, write_safetensors
+from .fingerprint import SAMPLES, Fingerprint
 from .masks import (
     RESERVED,
     check_keys,
@@ -62,108 +61,6 @@ from .masks import (
 
 FORMAT, VERSION = "salun-delta", 1
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SAMPLES = 16
-ROUNDINGS = (
-    (),
-    (torch.float16,),
-    (torch.bfloat16,),
-    (torch.float16, torch.bfloat16),
-    (torch.bfloat16, torch.float16),
-)
-
-
-@dataclass(frozen=True, eq=False)
-class Fingerprint:
-    """What a base model is recognised by: `structure` (SHA-256 of names and shapes), `samples` (float32 [P, 16])."""
-
-    structure: str
-    samples: torch.Tensor
-
-    def digest(self) -> str:
-        """16 hex digits that stand for exactly these weights (another rounding of the model has others)."""
-        return hashlib.sha256(self.structure.encode() + _bytes(self.samples)).hexdigest()[:16]
-
-
-def fingerprint(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> Fingerprint:
-    """The fingerprint of a whole denoiser: `fingerprint(module.named_parameters())`, any dtype, any device.
-
-    Raises SalunError for weights without values (meta device) and for NaN or Inf among the samples.
-    """
-    parameters = sorted(dict(named_parameters).items())
-    check_have_values(dict(parameters))
-    steps = torch.arange(SAMPLES)
-    samples = torch.zeros(len(parameters), SAMPLES)
-    for row, (_, weight) in zip(samples, parameters, strict=True):
-        if weight.numel():
-            places = steps * (weight.numel() - 1) // (SAMPLES - 1)
-            row.copy_(weight.detach().flatten()[places.to(weight.device)])
-    broken = [name for row, (name, _) in zip(samples, parameters, strict=True) if not row.isfinite().all()]
-    if broken:
-        raise SalunError(f"The model holds NaN or Inf in {listed(broken)}; load a sound copy of it.")
-    shapes = json.dumps([[name, list(weight.shape)] for name, weight in parameters])
-    return Fingerprint(hashlib.sha256(shapes.encode()).hexdigest(), samples)
-
-
-def check_have_values(parameters: dict[str, torch.Tensor]) -> None:
-    if any(weight.is_meta for weight in parameters.values()):
-        raise SalunError(
-            "The weights are on the meta device (sequential offloading keeps them elsewhere); "
-            "do this before enable_sequential_cpu_offload()."
-        )
-
-
-def matches(a: Fingerprint, b: Fingerprint) -> bool:
-    """True if `a` and `b` can be roundings of one model, as the format's last paragraph says."""
-    if a.structure != b.structure or a.samples.shape != b.samples.shape:
-        return False
-    if torch.equal(a.samples, b.samples):
-        return True
-    ranges_a = [_origins(a.samples, rounding) for rounding in ROUNDINGS]
-    ranges_b = [_origins(b.samples, rounding) for rounding in ROUNDINGS]
-    return any(
-        bool((torch.maximum(low_a, low_b) <= torch.minimum(high_a, high_b)).all())
-        for (low_a, high_a), (low_b, high_b) in product(ranges_a, ranges_b)
-    )
-
-
-def _origins(samples, rounding) -> tuple[torch.Tensor, torch.Tensor]:
-    """The lowest and the highest float32 weight that `rounding` turns into each sample, as places (see `_place`).
-
-    Rounding never swaps two numbers, so both ends are found by bisection. That settles ties, subnormals and double
-    rounding by the very conversions that made the samples, where half an ulp to either side is only nearly right.
-    """
-    place, ends = _place(samples), []
-    if not rounding:
-        return place, place
-    for reaches in (torch.ge, torch.gt):  # first place whose rounding is >= the sample, first whose is > it
-        low = torch.full(samples.shape, -(1 << 31))
-        high = -low
-        while (low + 1 < high).any():
-            middle = (low + high) >> 1
-            there = reaches(_round(_number(middle), rounding), samples)
-            low, high = torch.where(there, low, middle), torch.where(there, middle, high)
-        ends.append(high)
-    # A parameter with a sample that this rounding does not leave as it is was not rounded: only itself will do.
-    kept = (_round(samples, rounding) != samples).any(dim=1, keepdim=True)
-    return torch.where(kept, place, ends[0]), torch.where(kept, place, ends[1] - 1)
-
-
-def _round(numbers, rounding):
-    for dtype in rounding:
-        numbers = numbers.to(dtype)
-    return numbers.float()
-
-
-def _place(numbers) -> torch.Tensor:
-    """float32 -> int64, in the same order: neighbouring numbers have neighbouring places, 0.0 and -0.0 place 0."""
-    bits = numbers.contiguous().view(torch.int32).long()
-    return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
-
-
-def _number(places) -> torch.Tensor:
-    """The inverse of `_place`; places past the finite numbers give infinity."""
-    size = places.abs().clamp(max=0x7F800000).int().view(torch.float32)
-    return torch.where(places < 0, -size, size)
 
 
 @dataclass(eq=False)
@@ -235,8 +132,8 @@ class Delta:
         for name in sorted(self.masks):
             mask, value = self.masks[name], self.values[name]
             sha.update(json.dumps([name, list(mask.shape), str(value.dtype)]).encode())
-            sha.update(_bytes(pack(mask)))
-            sha.update(_bytes(value))
+            sha.update(raw_bytes(pack(mask)))
+            sha.update(raw_bytes(value))
         return sha.hexdigest()
 
     def save(self, path, dtype: torch.dtype | None = None) -> None:
@@ -288,7 +185,3 @@ def merge(original: torch.Tensor, terms, dtype: torch.dtype | None = None) -> to
         touched |= delta.masks[name].cpu()
     move += original  # exact in float32, whatever the original's dtype; only the sum is rounded
     return torch.where(touched, move.to(dtype), original.to(dtype))
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

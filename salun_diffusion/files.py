@@ -85,8 +85,7 @@ def write_safetensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str
     with _replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            flat = tensors[name].detach().to("cpu").contiguous().flatten()
-            file.write(flat.view(torch.uint8).numpy().data)
+            file.write(raw_bytes(tensors[name]))
 
 
 def read_safetensors(path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -114,6 +113,11 @@ def read_safetensors(path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if broken:
         raise SalunError(f"{path} holds NaN or Inf in {listed(broken)}; a sound file has none, so make it again.")
     return tensors, metadata
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor of any dtype and device, row-major."""
+    return tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def listed(names, at_most: int = 8) -> str:

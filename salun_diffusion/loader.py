@@ -13,9 +13,11 @@ from pathlib import Path
 
 import torch
 
-from .delta import DTYPES, Delta, check_have_values, fingerprint, matches, merge
+from .delta import DTYPES, Delta, merge
 from .errors import SalunError
 from .files import listed
+from .fingerprint import check_have_values, fingerprint, matches
+from .models import denoiser
 
 logger = logging.getLogger(__name__)
 
@@ -37,18 +39,6 @@ class _Erasure:
 class _State:
     erasures: tuple[_Erasure, ...] = ()
     originals: dict[str, torch.Tensor] | None = None
-
-
-def denoiser(pipe) -> torch.nn.Module:
-    """The module of a diffusers pipeline that predicts the noise: `pipe.unet` or `pipe.transformer`.
-
-    Raises SalunError if the pipeline has neither.
-    """
-    for part in ("unet", "transformer"):
-        module = getattr(pipe, part, None)
-        if isinstance(module, torch.nn.Module):
-            return getattr(module, "_orig_mod", module)  # torch.compile wraps the module and prefixes its names
-    raise SalunError(f"{type(pipe).__name__} has neither a unet nor a transformer; give a diffusion pipeline.")
 
 
 def load_erasure(pipe, source, *, scale: float = 1.0, name=None, revision=None, check_base: bool = True) -> str:

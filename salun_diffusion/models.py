@@ -58,15 +58,14 @@ def load_pipeline(
     Raises:
         SalunError: as :func:`resolve`, or weights that diffusers cannot load.
     """
+    import torch
     from diffusers import DiffusionPipeline
 
     where, commit = resolve(name, revision)
     options = {} if "safety_checker" not in _index(where, commit) else {"safety_checker": None}
-    if dtype is not None:
-        options["torch_dtype"] = dtype
     try:
         return DiffusionPipeline.from_pretrained(
-            where, revision=commit, variant=variant, use_safetensors=True, **options
+            where, revision=commit, variant=variant, dtype=dtype or torch.float32, use_safetensors=True, **options
         )
     except (OSError, ValueError) as error:
         raise SalunError(f"{name} could not be loaded: {str(error).splitlines()[0]}") from None
@@ -81,11 +80,18 @@ def _index(where: str, commit: str | None) -> str:
 
 
 def denoiser(pipe: "DiffusionPipeline") -> "torch.nn.Module":
-    """The network that predicts noise: a U-Net or a transformer."""
+    """The network of a diffusers pipeline that predicts noise: ``pipe.unet`` or ``pipe.transformer``.
+
+    Raises:
+        SalunError: the pipeline has neither.
+    """
+    import torch
+
     for name in ("unet", "transformer"):
-        if getattr(pipe, name, None) is not None:
-            return getattr(pipe, name)
-    raise SalunError(f"{type(pipe).__name__} has neither a unet nor a transformer: an erasure has nothing to act on.")
+        module = getattr(pipe, name, None)
+        if isinstance(module, torch.nn.Module):
+            return getattr(module, "_orig_mod", module)  # torch.compile wraps the module and prefixes its names
+    raise SalunError(f"{type(pipe).__name__} has neither a unet nor a transformer; give a diffusion pipeline.")
 
 
 def digest(pipe: "DiffusionPipeline") -> str:

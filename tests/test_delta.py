@@ -9,24 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from salun_diffusion.delta import (
-    DTYPES,
-    ROUNDINGS,
-    Delta,
-    Fingerprint,
-    _number,
-    _origins,
-    _place,
-    _round,
-    fingerprint,
-    matches,
-    merge,
-)
+from salun_diffusion.delta import DTYPES, Delta, merge
 from salun_diffusion.errors import SalunError
 from salun_diffusion.files import read_safetensors
+from salun_diffusion.fingerprint import Fingerprint, _number, _origins, _place, _round, fingerprint, matches
 
 SHAPES = st.lists(st.integers(0, 6), max_size=4).map(tuple)
 HALF, BRAIN = torch.float16, torch.bfloat16
+ROUNDINGS = [(), (HALF,), (BRAIN,), (HALF, BRAIN), (BRAIN, HALF)]  # what the format says that a base may have seen
 
 
 def random_delta(shapes, seed=0, dtype=torch.float32, share=0.5, **metadata):

@@ -15,9 +15,10 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, StableD
 from safetensors.torch import save_file
 
 from salun_diffusion import SalunError, fuse_erasure, list_erasures, load_erasure, unload_erasure
-from salun_diffusion.delta import Delta, fingerprint
+from salun_diffusion.delta import Delta
 from salun_diffusion.files import read_safetensors
-from salun_diffusion.loader import denoiser
+from salun_diffusion.fingerprint import fingerprint
+from salun_diffusion.models import denoiser
 
 ROOT = Path(__file__).parents[1]
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16

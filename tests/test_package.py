@@ -45,7 +45,7 @@ import torch, salun_diffusion
 assert {str(own)!r} in salun_diffusion.__file__, salun_diffusion.__file__
 from diffusers import StableDiffusionPipeline
 from salun_diffusion import Delta, load_erasure, unload_erasure
-from salun_diffusion.delta import fingerprint
+from salun_diffusion.fingerprint import fingerprint
 pipe = StableDiffusionPipeline.from_pretrained({str(tiny_folder)!r}, safety_checker=None)
 name, weight = next((n, p) for n, p in pipe.unet.named_parameters() if "attn2" in n)
 before = weight.detach().clone()

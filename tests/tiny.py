@@ -6,7 +6,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from salun_diffusion.delta import Delta, fingerprint
+from salun_diffusion.delta import Delta
+from salun_diffusion.fingerprint import fingerprint
 
 WORDS = ["a", "an", "of", "on", "picture", "photo", "airplane", "cat", "dog", "house", "red", "blue", "background"]
 
