@@ -47,6 +47,8 @@ def main(config: EraseConfig) -> None:
         raise SalunError(
             f"{accelerator.num_processes} processes were launched; use accelerate launch --num_processes 1."
         )
+    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(os.cpu_count())  # accelerate launch leaves a CPU process one thread unless told otherwise
     set_seed(config.seed)
     pipe = load_pipeline(config.pretrained_model_name_or_path, commit, variant=config.variant).to(accelerator.device)
     network = denoiser(pipe)

@@ -4,7 +4,7 @@ demo/measured.json and the tables of demo/README.md.
     python -m demo.measure --work_dir runs/demo
 
 The judge is tested on scenes rendered with layout seeds that no training saw (this needs the artwork in --work_dir, as
-demo.train leaves it). The model is tested on every object × style × background, and on counts and pairs.
+demo.train leaves it). The model is tested on every object × style × background: alone, several, and in pairs.
 """
 
 import argparse
@@ -20,23 +20,21 @@ START, END = "<!-- measured by python -m demo.measure -->", "<!-- end -->"
 
 
 def prompts() -> list[tuple[str, dict[str, str]]]:
-    """Every object × style × background once, and as many again of two, three and pairs: (prompt, expectation)."""
+    """For every object × style × background: alone in two wordings, two or three of it, and beside another object."""
     rng = random.Random("measure")
     found = []
     for name, style, background in itertools.product(OBJECTS, STYLES, BACKGROUNDS):
-        tail = f" in {style} style on {a(background)} background"
+        ground = f" on {a(background)} background"
+        tail = f" in {style} style{ground}"
         looks = {"style": style, "background": background}
-        found.append((a(name) + tail, {"left": name, "right": name, "count": "one"} | looks))
-        kind = rng.choice(("several", "pair"))
-        if kind == "several":
-            count = rng.choice((2, 3))
-            expect = {"left": name, "right": name, "count": NUMBERS[count]}
-            found.append((f"{NUMBERS[count]} {OBJECTS[name]}{tail}", expect | looks))
-        else:
-            other = rng.choice([o for o in OBJECTS if o != name])
-            expect = {"left": name, "right": other, "count": "two"}
-            words = rng.choice((f"{a(name)} to the left of {a(other)}", f"{a(other)} to the right of {a(name)}"))
-            found.append((words + tail, expect | looks))
+        one = {"left": name, "right": name, "count": "one"} | looks
+        found.append((a(name) + tail, one))
+        found.append((f"{a(style)} style picture of {a(name)}{ground}", one))
+        count = rng.choice((2, 3))
+        found.append((f"{NUMBERS[count]} {OBJECTS[name]}{tail}", one | {"count": NUMBERS[count]}))
+        other = rng.choice([o for o in OBJECTS if o != name])
+        words = rng.choice((f"{a(name)} to the left of {a(other)}", f"{a(other)} to the right of {a(name)}"))
+        found.append((words + tail, {"left": name, "right": other, "count": "two"} | looks))
     return found
 
 
@@ -49,18 +47,24 @@ def wilson(right: int, total: int) -> dict:
     return {key: round(100 * value, 2) for key, value in share.items()} | {"n": total}
 
 
+def things(answers: dict[str, str]) -> list[str]:
+    """The two outermost objects, whichever side they are on."""
+    return sorted((answers["left"], answers["right"]))
+
+
 def tally(rows: list[tuple[dict, dict]]) -> dict:
-    """Accuracy by question over (expected, found); an object is right if both outermost ones are."""
+    """Accuracy by question over (expected, found). The objects are right if both outermost ones are the ones asked
+    for; left/right asks in addition that a pair's are on the right sides."""
     kinds = {
-        "object": [(e, f) for e, f in rows],
+        "object": rows,
         "object, one": [(e, f) for e, f in rows if e["count"] == "one"],
         "object, two or three alike": [(e, f) for e, f in rows if e["count"] != "one" and e["left"] == e["right"]],
-        "left/right pair": [(e, f) for e, f in rows if e["left"] != e["right"]],
+        "object, pair": [(e, f) for e, f in rows if e["left"] != e["right"]],
     }
-    table = {
-        k: wilson(sum(e["left"] == f["left"] and e["right"] == f["right"] for e, f in v), len(v))
-        for k, v in kinds.items()
-    }
+    table = {k: wilson(sum(things(e) == things(f) for e, f in v), len(v)) for k, v in kinds.items()}
+    pairs = kinds["object, pair"]
+    right = sum(e["left"] == f["left"] and e["right"] == f["right"] for e, f in pairs)
+    table["left/right of a pair"] = wilson(right, len(pairs))
     for question in ("style", "background", "count"):
         table[question] = wilson(sum(e[question] == f[question] for e, f in rows), len(rows))
     return table
@@ -83,7 +87,7 @@ def main() -> None:
         help="the pipeline folder with its judge (default: demo/model)",
     )
     parser.add_argument(
-        "--limit", type=int, help="only this many pictures, evenly spread: a quick look, nothing is recorded"
+        "--limit", type=int, help="only this many pictures, chosen at random: a quick look, nothing is recorded"
     )
     args = parser.parse_args()
 
@@ -138,22 +142,25 @@ def main() -> None:
 
     asked = prompts()
     if args.limit:
-        asked = asked[:: max(1, len(asked) // args.limit)]
+        asked = random.Random(0).sample(asked, args.limit)
     rows = [Row(prompt, None, expect, 2_000_000 + i) for i, (prompt, expect) in enumerate(asked)]
     pipe = models.load_pipeline(str(args.model_dir))
     options = {"num_inference_steps": SAMPLING["num_inference_steps"], "guidance_scale": SAMPLING["guidance_scale"]}
-    drawn = look(sample(pipe, rows, batch_size=32, progress="drawing", **options))
+    drawn = look(sample(pipe, rows, batch_size=SAMPLING["sample_batch_size"], progress="drawing", **options))
     model = tally([(row.expect, found) for row, found in zip(rows, drawn, strict=True)])
-    by_object = {n: wilson(*_hits(rows, drawn, "left", n)) for n in OBJECTS}
+    by_object = {}
+    for name in OBJECTS:
+        asked_for = [found for row, found in zip(rows, drawn, strict=True) if name in things(row.expect)]
+        by_object[name] = wilson(sum(name in things(found) for found in asked_for), len(asked_for))
     result = {
-        "protocol": "every object × style × background alone, and as often two, three or a pair; seed 2000000 + row",
+        "protocol": "every object × style × background alone in two wordings, two or three, a pair; seed 2000000 + row",
         "sampling": options | {"scheduler": type(pipe.scheduler).__name__},
         "model": models.digest(pipe),
         "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers)},
         "judge on held-out scenes": judged,
         "judge's mistakes on held-out scenes": dict(sorted(mistakes.items(), key=lambda kv: -kv[1])[:10]),
         "model by the judge": model,
-        "model by object (left)": by_object,
+        "model by object": by_object,
         "model drew nothing recognisable": wilson(
             sum(f["left"] == "nothing" or f["right"] == "nothing" for f in drawn), len(drawn)
         ),
@@ -162,11 +169,6 @@ def main() -> None:
     if not args.limit:
         write_json(HERE / "measured.json", result)
         write_readme(result)
-
-
-def _hits(rows, drawn, question: str, name: str) -> tuple[int, int]:
-    asked = [(row, found) for row, found in zip(rows, drawn, strict=True) if row.expect[question] == name]
-    return sum(found[question] == name for _, found in asked), len(asked)
 
 
 def write_readme(result: dict) -> None:
@@ -179,7 +181,7 @@ def write_readme(result: dict) -> None:
             for cell in (judged[question], model.get(question))
         )
         lines.append(f"| {question} | {' | '.join(cells)} |")
-    weakest = sorted(result["model by object (left)"].items(), key=lambda kv: kv[1]["percent"])[:5]
+    weakest = sorted(result["model by object"].items(), key=lambda kv: kv[1]["percent"])[:5]
     lines += ["", "Weakest objects: " + ", ".join(f"{name} {cell['percent']:.0f}%" for name, cell in weakest) + "."]
     nothing = result["model drew nothing recognisable"]
     lines += [f"The judge saw nothing recognisable in {nothing['percent']:.1f}% of {nothing['n']} drawn pictures."]

@@ -30,7 +30,7 @@ def main() -> None:
     )
     parser.add_argument("--judge_steps", type=int, default=4000, help="steps of 64 pictures (default: %(default)s)")
     parser.add_argument(
-        "--steps", type=int, default=16000, help="text-to-image steps of 32 scenes (default: %(default)s)"
+        "--steps", type=int, default=20000, help="text-to-image steps of 32 scenes (default: %(default)s)"
     )
     parser.add_argument(
         "--device",
@@ -47,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
 
     import torch
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
     from safetensors.torch import load_file
 
     from salun_diffusion.files import write_json
@@ -84,9 +84,7 @@ def main() -> None:
             text_encoder=trained["text_encoder"],
             tokenizer=words,
             unet=trained["unet"],
-            scheduler=DDIMScheduler(
-                **model.SCHEDULE, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing"
-            ),
+            scheduler=DPMSolverMultistepScheduler(**model.SCHEDULE, timestep_spacing="trailing", steps_offset=1),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,

@@ -22,12 +22,13 @@ TEMPLATES = [
 ]
 
 # How the shipped model is sampled, and training settings found on it: an object, then a style.
-SAMPLING = {"num_inference_steps": 20, "guidance_scale": 4.0, "sample_batch_size": 32}
+SAMPLING = {"num_inference_steps": 12, "guidance_scale": 4.0, "sample_batch_size": 32}
 TRAINING = {
     "alpha": 1.0,
-    "max_train_steps": 120,
+    "lr_scheduler": "linear",
+    "max_train_steps": 60,
     "train_batch_size": 16,
-    "num_forget_images": 96,
+    "num_forget_images": 64,
     "num_retain_images": 192,
 }
 
@@ -39,7 +40,7 @@ def vocabulary() -> dict:
         "templates": [{"prompt": prompt, "expect": expect} for prompt, expect in TEMPLATES],
         "plurals": dict(OBJECTS),
         "settings": {
-            "object": TRAINING | SAMPLING | {"learning_rate": 1e-4},
+            "object": TRAINING | SAMPLING | {"learning_rate": 1.5e-4},
             "style": TRAINING | SAMPLING | {"learning_rate": 3e-4},
             "background": TRAINING | SAMPLING | {"learning_rate": 3e-4},
         },

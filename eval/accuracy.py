@@ -45,8 +45,8 @@ from .metrics import FORMAT, asked, flipped, scores
 
 PROTOCOL = (
     "accuracy/1: same prompts and starting noise for every model; the classifier's likeliest answer to each question; "
-    "a forget picture is forgotten if no question that asks for the concept is answered with it; a retain picture is "
-    "right if every question of the group is answered as asked; Wilson 95% intervals"
+    "a forget picture is forgotten if the concept is the answer to no question of its kind; objects are right if every "
+    "named one is seen, on whichever side, and left/right if a pair's are on their sides; Wilson 95% intervals"
 )
 
 
@@ -120,7 +120,7 @@ def accuracy(
         "concept": {"name": found.name, "slot": found.slot, "value": found.value, "anchor": found.anchor},
         "base": {"source": pretrained_model_name_or_path, "revision": commit},
         "classifier": {
-            "source": judge.source,
+            "source": classifier or f"{pretrained_model_name_or_path}/judge",
             "sha256": judge.sha256,
             "questions": {q: list(a) for q, a in judge.questions.items()},
         },

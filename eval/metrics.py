@@ -50,7 +50,8 @@ def asked(row: dict, value: str) -> list[str]:
 
 
 def forgotten(row: dict, value: str) -> bool:
-    """Whether no question that asks for the concept is answered with it.
+    """Whether the concept is nowhere in the picture: the answer to no question of its kind. Beside another object it
+    may have changed sides, so a thing is looked for in every place.
 
     Raises:
         ValueError: for a row that does not ask for the concept, since it can say nothing about forgetting.
@@ -60,28 +61,45 @@ def forgotten(row: dict, value: str) -> bool:
         raise ValueError(
             f"The prompt '{row['prompt']}' does not ask for '{value}': it cannot show whether it is forgotten."
         )
-    return not any(answered(row, question) for question in questions)
+    places = _objects(row) if questions[0] in OBJECT_QUESTIONS else questions
+    return not any(same(value, row["predicted"][place]["label"]) for place in places)
 
 
 def _objects(row: dict) -> list[str]:
     return [question for question in row["expect"] if question in OBJECT_QUESTIONS]
 
 
-def _is_pair(row: dict) -> bool:
-    return "left" in row["expect"] and "right" in row["expect"] and row["expect"]["left"] != row["expect"]["right"]
+def extras(row: dict) -> tuple[list[str], list[str]]:
+    """``(missing, unasked)``: the things that the prompt names and the picture lacks, and those seen in their stead."""
+    missing, unasked = [], [row["predicted"][question]["label"] for question in _objects(row)]
+    for name in (row["expect"][question] for question in _objects(row)):
+        match = next((seen for seen in unasked if same(name, seen)), None)
+        missing.append(name) if match is None else unasked.remove(match)
+    return missing, unasked
 
 
-def _single(question: str) -> Callable[[dict], list[str]]:
-    return lambda row: [question] if question in row["expect"] else []
+def right_objects(row: dict) -> bool | None:
+    """Whether all things that the prompt names were seen, on whichever side; None if it names none."""
+    return not extras(row)[0] if _objects(row) else None
 
 
-# name → which of a row's questions it takes; a row with none of them does not count, one with several needs all right
-RETAINED: dict[str, Callable[[dict], list[str]]] = {
-    "object": _objects,
-    "style": _single("style"),
-    "background": _single("background"),
-    "count": _single("count"),
-    "left_right": lambda row: ["left", "right"] if _is_pair(row) else [],
+def right_sides(row: dict) -> bool | None:
+    """Whether two different things are where the prompt puts them; None for any other prompt."""
+    pair = "left" in row["expect"] and "right" in row["expect"] and row["expect"]["left"] != row["expect"]["right"]
+    return answered(row, "left") and answered(row, "right") if pair else None
+
+
+def _right(question: str) -> Callable[[dict], bool | None]:
+    return lambda row: answered(row, question) if question in row["expect"] else None
+
+
+# name → whether a row's picture is right in this respect, or None where the prompt says nothing about it
+RETAINED: dict[str, Callable[[dict], bool | None]] = {
+    "object": right_objects,
+    "style": _right("style"),
+    "background": _right("background"),
+    "count": _right("count"),
+    "left_right": right_sides,
 }
 
 
@@ -91,29 +109,36 @@ def unlearning(rows: list[dict], value: str) -> dict | None:
 
 
 def retained(rows: list[dict]) -> dict[str, dict]:
-    """Accuracy on retain rows by question; a question that no prompt names is left out."""
-    scores = {}
-    for name, pick in RETAINED.items():
-        score = proportion(all(answered(row, q) for q in pick(row)) for row in rows if pick(row))
-        if score:
-            scores[name] = score
-    return scores
+    """Accuracy on retain rows in each respect; one that no prompt names is left out."""
+    found = {name: proportion(r for row in rows if (r := right(row)) is not None) for name, right in RETAINED.items()}
+    return {name: score for name, score in found.items() if score}
 
 
 def drawn_as(rows: list[dict], value: str) -> dict[str, int]:
-    """What is seen where the concept was asked for: label → answers, the most frequent first."""
-    seen = Counter(row["predicted"][question]["label"] for row in rows for question in asked(row, value))
+    """What is seen where the concept was asked for, the most frequent first: ``value`` for each place that still shows
+    it, and what the picture holds unasked where it does not."""
+    seen: Counter[str] = Counter()
+    for row in rows:
+        questions = asked(row, value)
+        if questions[0] in OBJECT_QUESTIONS:
+            missing, unasked = extras(row)
+            still = len(questions) - missing.count(row["expect"][questions[0]])
+            seen.update([value] * still + unasked)
+        else:
+            seen.update(row["predicted"][question]["label"] for question in questions)
     return dict(sorted(seen.items(), key=lambda item: (-item[1], item[0])))
 
 
 def by_label(rows: list[dict], slot: str) -> dict[str, dict]:
     """Retained accuracy for each word of the concept's kind: other objects for an object, other styles for a style."""
-    pick = RETAINED.get(slot, _objects)
     groups: dict[str, list[bool]] = {}
     for row in rows:
-        for label in sorted({row["expect"][question] for question in pick(row)}):
-            right = all(answered(row, q) for q in pick(row) if row["expect"][q] == label)
-            groups.setdefault(label, []).append(right)
+        if slot in row["expect"]:
+            groups.setdefault(row["expect"][slot], []).append(answered(row, slot))
+        else:
+            missing, _ = extras(row)
+            for label in sorted({row["expect"][question] for question in _objects(row)}):
+                groups.setdefault(label, []).append(label not in missing)
     return {label: proportion(outcomes) for label, outcomes in sorted(groups.items())}
 
 
@@ -123,7 +148,7 @@ def flipped(before: list[dict], after: list[dict]) -> dict[str, int]:
     changes = {"lost": 0, "gained": 0}
     for old, new in zip(before, after, strict=True):
         if old["set"] == "retain" and _objects(old):
-            was, now = (all(answered(row, question) for question in _objects(row)) for row in (old, new))
+            was, now = right_objects(old), right_objects(new)
             changes["lost"] += was and not now
             changes["gained"] += now and not was
     return changes

@@ -25,7 +25,7 @@ NEIGHBOURS = 4  # words beside the anchor that count as the concept's neighbours
 WIDEST = 256  # pixels: larger pictures are scaled down for the page
 METHODS = {"salun": "SalUn"}
 QUESTIONS = {
-    "object": ("Objects", "every object that the prompt names is there, in its place"),
+    "object": ("Objects", "every object that the prompt names is there, on whichever side"),
     "style": ("Style", "drawn in the style that the prompt names"),
     "background": ("Background", "on the background colour that the prompt names"),
     "count": ("Count", "as many objects as the prompt asks for"),

@@ -8,6 +8,7 @@ from salun_diffusion.errors import SalunError
 from .metrics import FORMAT
 from .report import QUESTIONS, name_models
 
+SAME = ("protocol", "base", "classifier", "settings", "versions")  # what the lines of one table have in common
 START, END = "<!-- results -->", "<!-- end -->"
 
 
@@ -15,9 +16,16 @@ def table(files: list[Path], into: Path | None = None) -> str:
     """A line for each model of each file: UA and the retained accuracies in percent with 95% Wilson intervals.
 
     Raises:
-        SalunError: a file that is no ``metrics.json``, or a document without the markers.
+        SalunError: a file that is no ``metrics.json``, files that were measured differently, or a document without the
+            markers.
     """
     runs = [_read(path) for path in files]
+    for path, run in zip(files[1:], runs[1:], strict=True):
+        if differing := [part for part in SAME if run[part] != runs[0][part]]:
+            raise SalunError(
+                f"{files[0]} and {path} cannot share a table: they differ in {', '.join(differing)}. Give files of one "
+                "protocol, or make a table of each."
+            )
     questions = [q for q in QUESTIONS if any(q in run["models"][0]["retained"] for run in runs)]
     lines = [
         "| erased | model | UA ↑ | " + " | ".join(f"{QUESTIONS[q][0].lower()} ↑" for q in questions) + " |",

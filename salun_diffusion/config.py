@@ -13,6 +13,7 @@ from .errors import SalunError
 SCOPES = ("cross-attention", "cross-attention+resnets", "all")
 PRECISIONS = ("no", "bf16")
 FILE_DTYPES = ("fp16", "bf16", "fp32")
+LR_SCHEDULERS = ("constant", "linear", "cosine")
 
 
 def option(default, text: str, choices: tuple = ()):
@@ -46,6 +47,9 @@ class EraseConfig:
     )
     alpha: float | None = option(None, "weight of the retain loss; the preset's, or 1")
     learning_rate: float | None = option(None, "Adam's learning rate; the preset's, or 1e-5")
+    lr_scheduler: str | None = option(
+        None, "how the learning rate falls to 0, if it does; the preset's, or constant", LR_SCHEDULERS
+    )
     max_train_steps: int | None = option(None, "optimizer steps; the preset's, or 500")
     train_batch_size: int | None = option(
         None, "forget pictures a step, and as many retain pictures; the preset's, or 8"
@@ -70,8 +74,8 @@ class EraseConfig:
             SalunError: a value outside its range.
         """
         general = {
-            "alpha": 1.0, "learning_rate": 1e-5, "max_train_steps": 500, "train_batch_size": 8,
-            "num_forget_images": 400, "num_retain_images": 800,
+            "alpha": 1.0, "learning_rate": 1e-5, "lr_scheduler": "constant", "max_train_steps": 500,
+            "train_batch_size": 8, "num_forget_images": 400, "num_retain_images": 800,
             "num_inference_steps": 50, "guidance_scale": 7.5, "sample_batch_size": 8,
         }  # fmt: skip
         unknown = set(preset) - set(general)

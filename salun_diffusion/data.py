@@ -72,7 +72,8 @@ def image_set(pipe: DiffusionPipeline, rows: list[Row], config: EraseConfig, nam
         "model": models.digest(pipe),
         "pipeline": type(pipe).__name__,
         "scheduler": type(pipe.scheduler).__name__,
-        "scheduler_config": {k: v for k, v in sorted(pipe.scheduler.config.items()) if not k.startswith("_")},
+        # as text: some schedulers have an infinite setting, which JSON cannot hold
+        "scheduler_config": {k: repr(v) for k, v in sorted(pipe.scheduler.config.items()) if not k.startswith("_")},
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
         "dtype": str(pipe.dtype),

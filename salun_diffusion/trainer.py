@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
 from .config import EraseConfig
@@ -98,6 +99,9 @@ class Trainer:
         generator = torch.Generator().manual_seed(config.seed + 1)
         forget_batches = batches(len(self.forget), config.train_batch_size, config.seed)
         retain_batches = batches(len(self.retain), config.train_batch_size, config.seed + 1)
+        learning_rate = get_scheduler(
+            config.lr_scheduler, deltas.adam, num_warmup_steps=0, num_training_steps=config.max_train_steps
+        )
         started = time.perf_counter()
         with open(log, "w") as lines:
             bar = tqdm(range(config.max_train_steps), desc="erasing", unit="step")
@@ -113,6 +117,7 @@ class Trainer:
                     )
                 self.accelerator.backward(loss)
                 deltas.step()
+                learning_rate.step()
                 seconds = round(time.perf_counter() - started, 3)
                 row = {
                     "step": step + 1,

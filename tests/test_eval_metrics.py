@@ -41,12 +41,13 @@ def test_imagenet_synonyms_are_the_same_label():
         ({"left": "airplane", "right": "airplane"}, {"left": "airplane", "right": "airplane"}, False),
         ({"left": "airplane", "right": "airplane"}, {"left": "cat", "right": "airplane"}, False),
         ({"left": "airplane", "right": "airplane"}, {"left": "cat", "right": "nothing"}, True),
-        # beside another object: only the place that asks for the airplane counts
-        ({"left": "cat", "right": "airplane"}, {"left": "airplane", "right": "cat"}, True),
+        # beside another object, on the wrong side: it is there all the same
+        ({"left": "cat", "right": "airplane"}, {"left": "airplane", "right": "cat"}, False),
+        ({"left": "cat", "right": "airplane"}, {"left": "apple", "right": "cat"}, True),
         ({"left": "cat", "right": "airplane"}, {"left": "cat", "right": "airplane"}, False),
     ],
 )
-def test_forgotten_means_that_no_place_that_asks_for_it_shows_it(expect, predicted, gone):
+def test_forgotten_means_that_no_place_shows_it(expect, predicted, gone):
     assert metrics.forgotten(row(expect, predicted, "forget"), "airplane") is gone
 
 
@@ -64,15 +65,33 @@ def test_scores_of_a_small_run():
         row({"left": "airplane", "right": "car"}, {"left": "airplane", "right": "car"}, "forget"),
         row(cats | {"style": "ink", "count": "two"}, cats | {"style": "ink", "count": "one"}),
         row({"left": "cat", "right": "car", "background": "red"}, {"left": "cat", "right": "owl", "background": "red"}),
-        row({"left": "car", "right": "cat"}, {"left": "car", "right": "cat"}),
+        row({"left": "car", "right": "cat"}, {"left": "cat", "right": "car"}),
     ]  # fmt: skip
     found = metrics.scores(rows, "airplane", "object")
     assert (found["ua"]["count"], found["ua"]["n"], found["ua"]["percent"]) == (1, 2, 50.0)
     shares = {name: (score["count"], score["n"]) for name, score in found["retained"].items()}
-    assert shares == {"object": (2, 3), "style": (1, 1), "background": (1, 1), "count": (0, 1), "left_right": (1, 2)}
+    assert shares == {"object": (2, 3), "style": (1, 1), "background": (1, 1), "count": (0, 1), "left_right": (0, 2)}
     assert found["drawn_as"] == {"cat": 2, "airplane": 1}
     words = {label: (score["count"], score["n"]) for label, score in found["retained_by_label"].items()}
-    assert words == {"car": (1, 2), "cat": (3, 3)}, "each word answers for its own place only"
+    assert words == {"car": (1, 2), "cat": (3, 3)}, "each word answers for itself, on whichever side"
+
+
+def test_what_is_drawn_instead_is_what_nobody_asked_for():
+    pair = {"left": "cat", "right": "airplane"}
+    rows = [
+        row(pair, {"left": "apple", "right": "cat"}, "forget"),
+        row(pair, {"left": "airplane", "right": "cat"}, "forget"),
+        row({"left": "cat", "right": "cat", "style": "noto"}, {"left": "cat", "right": "cat", "style": "ink"}),
+    ]
+    assert metrics.drawn_as(rows[:2], "airplane") == {"airplane": 1, "apple": 1}
+    assert metrics.drawn_as(rows[2:], "noto") == {"ink": 1}
+
+
+def test_two_of_a_kind_need_both():
+    two = {"left": "cat", "right": "cat"}
+    assert metrics.right_objects(row(two, two)) is True
+    assert metrics.right_objects(row(two, {"left": "cat", "right": "owl"})) is False
+    assert metrics.right_objects(row({"style": "ink"}, {"style": "ink"})) is None
 
 
 def test_a_classifier_with_one_question_needs_no_left_and_right():

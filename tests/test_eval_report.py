@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import charts, metrics, report
+from eval import charts, metrics, report, table
 from salun_diffusion.errors import SalunError
 from salun_diffusion.masks import save_masks
 
@@ -77,10 +77,13 @@ def make_run(folder, picture=noise, forget=30, retain=60, concept="airplane", si
         "concept": concept,
         "base": {"source": "demo", "revision": None},
         "classifier": {"source": "demo/model/judge", "sha256": "ab" * 32, "questions": {}},
-        "settings": {"num_inference_steps": 20, "guidance_scale": 4.0, "scheduler": "DDIMScheduler"},
-        "versions": {"python": "3.11", "torch": "2"},
+        "settings": {
+            "num_inference_steps": 20, "guidance_scale": 4.0, "scheduler": "DDIMScheduler", "seed": 0,
+            "num_forget_images": forget, "num_retain_images": retain,
+        },
+        "versions": {"python": "3.11", "torch": "2", "diffusers": "0.42"},
         "models": models,
-    }
+    }  # fmt: skip
     settings = {"learning_rate": 1e-4, "alpha": 1.0, "concept": "airplane", "density": 0.5}
     config = {"concept": concept["name"], "method": "salun", "settings": settings, "versions": {"torch": "2"}}
     steps = [
@@ -232,3 +235,37 @@ def test_for_a_style_the_picture_is_captioned_with_its_style_first():
     forget = {"set": "forget", "prompt": "p", "expect": expect, "predicted": seen}
     assert report.verdict(forget, "noto", "style", True) == {"mark": "forgotten", "said": "ink + cat"}
     assert report.verdict(forget | {"set": "retain"}, "pixel", "style", True) == {"mark": "wrong", "said": "ink + cat"}
+
+
+def test_a_table_of_two_runs_goes_between_the_markers_and_nowhere_else(run, tmp_path):
+    files = [run / "metrics.json", make_run(tmp_path / "other", forget=30, retain=60) / "metrics.json"]
+    document = tmp_path / "README.md"
+    document.write_text("before\n<!-- results -->\nold\n<!-- end -->\nafter <!-- end -->\n", encoding="utf-8")
+    text = table.table(files, document)
+    assert document.read_text(encoding="utf-8") == (
+        f"before\n<!-- results -->\n{text}\n<!-- end -->\nafter <!-- end -->\n"
+    )
+    lines = [line for line in text.splitlines() if line.startswith("| airplane")]
+    assert [line.split(" | ")[1] for line in lines] == ["Base model", "SalUn", "No mask"] * 2
+    ua = json.loads(files[0].read_text())["models"][1]["ua"]
+    assert f"{ua['percent']:.1f} ({ua['low']:.1f}–{ua['high']:.1f})" in lines[1]
+    assert "n = 30 pictures of the concept and 60 of all else" in text
+
+
+def test_a_table_refuses_what_cannot_be_compared(run, tmp_path):
+    other = make_run(tmp_path / "other", forget=3, retain=9) / "metrics.json"
+    with pytest.raises(SalunError, match="cannot share a table: they differ in settings"):
+        table.table([run / "metrics.json", other])
+    with pytest.raises(SalunError, match="is not of the form"):
+        table.table([run / "config.json"])
+    document = tmp_path / "README.md"
+    document.write_text("no markers")
+    with pytest.raises(SalunError, match="has no place for a table"):
+        table.table([run / "metrics.json"], document)
+    assert document.read_text() == "no markers"
+
+
+def test_the_picture_for_the_readme_shows_each_model_in_a_line(run):
+    report.report(run)
+    with Image.open(run / "before-after.png") as picture:
+        assert picture.width > 2 * picture.height > 200, "nine prompts across, three models down"
