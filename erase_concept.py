@@ -41,14 +41,12 @@ def main(config: EraseConfig) -> None:
     config.fill(concept.settings)
     config.anchor = concept.anchor
     reused = masks.load_masks(config.mask)[0] if config.mask else None
-    print(f"Erasing '{concept.value}' from {config.pretrained_model_name_or_path}: it is drawn as '{concept.anchor}'.")
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    if accelerator.num_processes > 1:
-        raise SalunError(
-            f"{accelerator.num_processes} processes were launched; use accelerate launch --num_processes 1."
-        )
+    say = accelerator.print
+    say(f"Erasing '{concept.value}' from {config.pretrained_model_name_or_path}: it is drawn as '{concept.anchor}'.")
     if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(os.cpu_count())  # accelerate launch leaves a CPU process one thread unless told otherwise
+        # accelerate launch leaves a CPU process one thread unless told otherwise
+        torch.set_num_threads(max(1, os.cpu_count() // accelerator.num_processes))
     set_seed(config.seed)
     pipe = load_pipeline(config.pretrained_model_name_or_path, commit, variant=config.variant).to(accelerator.device)
     network = denoiser(pipe)
@@ -57,13 +55,17 @@ def main(config: EraseConfig) -> None:
     output.mkdir(parents=True, exist_ok=True)
 
     # The forget set and the retain set, drawn by the model itself.
-    forget = image_set(pipe, concept.forget_rows(config.num_forget_images, config.seed, "training"), config, "forget")
-    retain = image_set(pipe, concept.retain_rows(config.num_retain_images, config.seed, "training"), config, "retain")
-    contact_sheet(pipe, forget, output / "forget.png")
-    contact_sheet(pipe, retain, output / "retain.png")
+    sets = {}
+    for name, rows in (
+        ("forget", concept.forget_rows(config.num_forget_images, config.seed, "training")),
+        ("retain", concept.retain_rows(config.num_retain_images, config.seed, "training")),
+    ):
+        sets[name] = image_set(pipe, rows, config, name, accelerator)
+        if accelerator.is_main_process:
+            contact_sheet(pipe, sets[name], output / f"{name}.png")
 
     # The weights that carry the concept.
-    trainer = Trainer(accelerator, pipe, forget, retain, config)
+    trainer = Trainer(accelerator, pipe, sets["forget"], sets["retain"], config)
     parameters = saliency.scoped_parameters(network, config.scope)
     if reused is not None:
         mask = saliency.check_reused(reused, parameters, config.mask)
@@ -79,9 +81,10 @@ def main(config: EraseConfig) -> None:
         "base_model": config.pretrained_model_name_or_path,
         "base_revision": commit,
     }
-    masks.save_masks(output / "mask.safetensors", mask, about)
+    if accelerator.is_main_process:
+        masks.save_masks(output / "mask.safetensors", mask, about)
     kept, total = (sum(counts) for counts in zip(*((row.kept, row.total) for row in masks.describe(mask)), strict=True))
-    print(f"{kept:,} of the {total:,} weights in scope may change ({kept / total:.1%}).")
+    say(f"{kept:,} of the {total:,} weights in scope may change ({kept / total:.1%}).")
 
     # Train those, keep the rest.
     deltas = MaskedDeltas(parameters, mask, config.learning_rate)
@@ -91,6 +94,8 @@ def main(config: EraseConfig) -> None:
     deltas.close()
 
     # Save what changed.
+    if not accelerator.is_main_process:
+        return
     versions = {"salun_diffusion": __version__, "python": platform.python_version()} | {
         module.__name__: module.__version__ for module in (torch, diffusers, transformers)
     }
@@ -99,7 +104,7 @@ def main(config: EraseConfig) -> None:
     kept = {name: mask[name] for name in values}
     Delta(kept, values, base, about).save(output / "erasure.safetensors", dtype)
     write_json(output / "config.json", about | {"base_fingerprint": base.digest()})
-    print(f'Saved {output / "erasure.safetensors"}: load it with salun_diffusion.load_erasure(pipe, "{output}").')
+    say(f'Saved {output / "erasure.safetensors"}: load it with salun_diffusion.load_erasure(pipe, "{output}").')
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ class EraseConfig:
     train_batch_size: int | None = option(
         None, "forget pictures a step, and as many retain pictures; the preset's, or 8"
     )
+    gradient_accumulation_steps: int = option(1, "batches of that size a step and process; more fit a small memory")
     num_forget_images: int | None = option(
         None, "pictures of the concept that the base model draws; the preset's, or 400"
     )
@@ -95,6 +96,7 @@ class EraseConfig:
         for name in (
             "max_train_steps",
             "train_batch_size",
+            "gradient_accumulation_steps",
             "num_forget_images",
             "num_retain_images",
             "num_inference_steps",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from PIL import Image
@@ -24,7 +25,7 @@ from .errors import SalunError
 from .files import read_safetensors, write_json, write_safetensors
 from .sampling import sample
 
-SHARD = 64  # pictures a file
+SHARD = 32  # pictures a file; processes share the work file by file
 
 
 @dataclass
@@ -62,8 +63,11 @@ def encode(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, torch.Tenso
     return {"encoder_hidden_states": torch.cat(parts)}
 
 
-def image_set(pipe: DiffusionPipeline, rows: list[Row], config: EraseConfig, name: str) -> ImageSet:
-    """Draw ``rows`` with the base model, or find them in ``config.data_dir``, and encode their prompts.
+def image_set(
+    pipe: DiffusionPipeline, rows: list[Row], config: EraseConfig, name: str, accelerator: Accelerator
+) -> ImageSet:
+    """Draw ``rows`` with the base model, or find them in ``config.data_dir``, and encode their prompts. Processes share
+    the drawing; each returns the whole set.
 
     Raises:
         SalunError: the cache folder is damaged, or the model drew NaN.
@@ -82,16 +86,25 @@ def image_set(pipe: DiffusionPipeline, rows: list[Row], config: EraseConfig, nam
     key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
     folder = Path(config.data_dir) / f"{name}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "manifest.json").exists():
+    if accelerator.is_main_process and not (folder / "manifest.json").exists():
         write_json(folder / "manifest.json", json.loads(json.dumps(settings, default=str)))
     starts = range(0, len(rows), SHARD)
     shards = [folder / f"latents-{start:05d}.safetensors" for start in starts]
-    missing = sum(len(rows[s : s + SHARD]) for s, shard in zip(starts, shards, strict=True) if not shard.exists())
-    bar = tqdm(total=missing, desc=f"drawing the {name} set", unit="image", disable=not missing)
-    for start, shard in zip(starts, shards, strict=True):
-        if shard.exists():
-            continue
-        part = rows[start : start + SHARD]
+    mine = [
+        (rows[start : start + SHARD], shard)
+        for start, shard in list(zip(starts, shards, strict=True))[
+            accelerator.process_index :: accelerator.num_processes
+        ]
+        if not shard.exists()
+    ]
+    missing = sum(len(part) for part, _ in mine)
+    bar = tqdm(
+        total=missing,
+        desc=f"drawing the {name} set",
+        unit="image",
+        disable=not (missing and accelerator.is_main_process),
+    )
+    for part, shard in mine:
         drawn = sample(
             pipe,
             part,
@@ -106,6 +119,7 @@ def image_set(pipe: DiffusionPipeline, rows: list[Row], config: EraseConfig, nam
             raise SalunError(f"The base model drew NaN or Inf for the {name} set: load it in fp32 or bf16.")
         write_safetensors(shard, {"latents": latents}, {"format": "salun-latents"})
     bar.close()
+    accelerator.wait_for_everyone()
     latents = torch.cat([read_safetensors(shard)[0]["latents"] for shard in shards])
     if len(latents) != len(rows):
         raise SalunError(

@@ -6,6 +6,7 @@ never written, so they end bit-identical to the base whatever the optimizer does
 """
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 
@@ -32,8 +33,11 @@ class MaskedDeltas:
         value.grad = packed if value.grad is None else value.grad.add_(packed)
         parameter.grad = None
 
-    def step(self) -> None:
-        """One Adam step (Kingma & Ba 2015), then the masked weights become ``θ0 + d``."""
+    def step(self, accelerator: Accelerator) -> None:
+        """One Adam step (Kingma & Ba 2015) on the processes' mean gradient; then the masked weights become ``θ0 + d``.
+        Only packed gradients travel between processes."""
+        for value in self.values.values():
+            value.grad = accelerator.reduce(value.grad, "mean")
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
         self.write()

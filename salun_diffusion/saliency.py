@@ -60,12 +60,14 @@ def check_reused(
 
 
 def scores(
-    parameters: dict[str, torch.nn.Parameter], losses: Iterable[Callable[[], torch.Tensor]]
+    parameters: dict[str, torch.nn.Parameter],
+    losses: Iterable[Callable[[], torch.Tensor]],
+    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda total: total,
 ) -> dict[str, torch.Tensor]:
     """``|Σ ∇loss|`` per parameter, fp32, of the parameters' shapes.
 
     Each loss is made, differentiated and dropped; besides the running sum only one parameter's dense gradient exists at
-    a time (and the sum is fp32 also where the weights are not).
+    a time (and the sum is fp32 also where the weights are not). ``reduce`` adds up the sums of several processes.
 
     Raises:
         SalunError: a score is NaN or Inf, or all are zero.
@@ -83,6 +85,8 @@ def scores(
     finally:
         for hook in hooks:
             hook.remove()
+    for name in total:
+        total[name] = reduce(total[name])
     for name, score in total.items():
         if not score.abs_().isfinite().all():
             raise SalunError(

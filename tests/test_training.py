@@ -38,9 +38,10 @@ def setup(tiny_folder, tmp_path):
         }
         config = EraseConfig(concept="airplane", data_dir=str(tmp_path / "data"), **(settings | changes)).fill({})
         pipe = load_pipeline(str(tiny_folder))
-        forget = image_set(pipe, FORGET, config, "forget")
-        retain = image_set(pipe, RETAIN, config, "retain")
-        return Trainer(Accelerator(cpu=True), pipe, forget, retain, config), pipe, config
+        accelerator = Accelerator(cpu=True)
+        forget = image_set(pipe, FORGET, config, "forget", accelerator)
+        retain = image_set(pipe, RETAIN, config, "retain", accelerator)
+        return Trainer(accelerator, pipe, forget, retain, config), pipe, config
 
     return make
 
@@ -49,25 +50,20 @@ def text(pipe, prompts):
     return pipe.encode_prompt(prompts, "cpu", 1, False)[0]
 
 
-def draw(latents, index, generator):
-    noise = torch.randn(latents[index].shape, generator=generator)
-    return latents[index], noise, torch.randint(1000, (len(index),), generator=generator)
-
-
 def test_saliency_matches_the_published_loss(setup):
     trainer, pipe, config = setup()
     parameters = scoped_parameters(pipe.unet, "all")
     found = trainer.saliency(parameters)
 
-    generator = torch.Generator().manual_seed(config.seed)
     schedule = DDPMScheduler.from_config(pipe.scheduler.config)
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    for index in torch.arange(6).split(4):
-        clean, noise, t = draw(trainer.forget.latents, index, generator)
+    for i, row in enumerate(FORGET):  # one image at a time, in place of batches
+        clean = trainer.forget.latents[i : i + 1]
+        noise, t = trainer.draw(trainer.forget, 1, "saliency", i)
         noisy = schedule.add_noise(clean, noise, t)
-        conditional = pipe.unet(noisy, t, text(pipe, [FORGET[i].prompt for i in index])).sample
-        unconditional = pipe.unet(noisy, t, text(pipe, [""] * len(index))).sample
-        loss = -F.mse_loss(noise, (1 + 7.5) * conditional - 7.5 * unconditional)
+        conditional = pipe.unet(noisy, t, text(pipe, [row.prompt])).sample
+        unconditional = pipe.unet(noisy, t, text(pipe, [""])).sample
+        loss = -F.mse_loss(noise, (1 + 7.5) * conditional - 7.5 * unconditional) / len(FORGET)
         for name, grad in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
             total[name] += grad
     for name in parameters:
@@ -86,17 +82,16 @@ def test_two_steps_match_the_published_loop(setup, tmp_path):
 
     theirs = dict(reference.named_parameters())
     adam = torch.optim.Adam([theirs[name] for name in parameters], lr=config.learning_rate)
-    generator = torch.Generator().manual_seed(config.seed + 1)
     schedule = DDPMScheduler.from_config(pipe.scheduler.config)
     order, other = batches(6, 4, config.seed), batches(6, 4, config.seed + 1)
-    for _ in range(2):
+    for step in range(2):
         index = next(order)
-        clean, noise, t = draw(trainer.forget.latents, index, generator)
+        clean, (noise, t) = trainer.forget.latents[index], trainer.draw(trainer.forget, 4, "forget", step)
         noisy = schedule.add_noise(clean, noise, t)
         erased = reference(noisy, t, text(pipe, [FORGET[i].prompt for i in index])).sample
         target = reference(noisy, t, text(pipe, [FORGET[i].anchor_prompt for i in index])).sample.detach()
         index = next(other)
-        clean, noise, t = draw(trainer.retain.latents, index, generator)
+        clean, (noise, t) = trainer.retain.latents[index], trainer.draw(trainer.retain, 4, "retain", step)
         kept = reference(schedule.add_noise(clean, noise, t), t, text(pipe, [RETAIN[i].prompt for i in index])).sample
         loss = F.mse_loss(erased, target) + 0.7 * F.mse_loss(kept, noise)
         adam.zero_grad()
@@ -146,12 +141,12 @@ def test_an_interrupted_set_is_continued_and_equal(setup, tmp_path, monkeypatch)
     assert len(shards) == 3
     untouched = shards[0].stat().st_mtime_ns
     shards[1].unlink()
-    again = image_set(pipe, FORGET, config, "forget")
+    again = image_set(pipe, FORGET, config, "forget", trainer.accelerator)
     assert torch.equal(again.latents, trainer.forget.latents)
     assert shards[0].stat().st_mtime_ns == untouched
     shards[2].write_bytes(shards[2].read_bytes()[:-3])
     with pytest.raises(SalunError, match="cut short"):
-        image_set(pipe, FORGET, config, "forget")
+        image_set(pipe, FORGET, config, "forget", trainer.accelerator)
 
 
 def test_a_picture_does_not_depend_on_its_batch(setup):
