@@ -22,18 +22,19 @@ def main(config: EraseConfig) -> None:
     import diffusers
     import torch
     import transformers
-    from accelerate import Accelerator
     from accelerate.utils import set_seed
 
     from salun_diffusion import __version__, masks, saliency
+    from salun_diffusion.checkpoints import Checkpoints
     from salun_diffusion.concepts import find_concept
     from salun_diffusion.data import contact_sheet, image_set
     from salun_diffusion.delta import Delta
     from salun_diffusion.files import write_json
     from salun_diffusion.fingerprint import fingerprint
-    from salun_diffusion.models import denoiser, load_pipeline, resolve
+    from salun_diffusion.models import denoiser, load_pipeline, move_others, resolve
     from salun_diffusion.optim import MaskedDeltas
-    from salun_diffusion.trainer import Trainer
+    from salun_diffusion.sampling import sample
+    from salun_diffusion.trainer import Trainer, accelerator_for
 
     # What to forget, in which model.
     where, commit = resolve(config.pretrained_model_name_or_path, config.revision)
@@ -41,18 +42,30 @@ def main(config: EraseConfig) -> None:
     config.fill(concept.settings)
     config.anchor = concept.anchor
     reused = masks.load_masks(config.mask)[0] if config.mask else None
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    say = accelerator.print
+    accelerator = accelerator_for(config)
+    say, dtypes = accelerator.print, {"no": torch.float32, "fp32": torch.float32}
+    dtypes |= {"fp16": torch.float16, "bf16": torch.bfloat16}
     say(f"Erasing '{concept.value}' from {config.pretrained_model_name_or_path}: it is drawn as '{concept.anchor}'.")
-    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
-        # accelerate launch leaves a CPU process one thread unless told otherwise
-        torch.set_num_threads(max(1, os.cpu_count() // accelerator.num_processes))
     set_seed(config.seed)
-    pipe = load_pipeline(config.pretrained_model_name_or_path, commit, variant=config.variant).to(accelerator.device)
+    pipe = load_pipeline(
+        config.pretrained_model_name_or_path, commit, dtypes[config.mixed_precision], config.variant
+    ).to(accelerator.device)
     network = denoiser(pipe)
     base = fingerprint(network.named_parameters())
+    parameters = saliency.scoped_parameters(network, config.scope)
+    if reused is not None:
+        saliency.check_reused(reused, parameters, config.mask)
     output = Path(config.output_dir)
+    same = config.as_dict(resumable=True) | {"base": base.digest(), "processes": accelerator.num_processes}
+    checkpoints = Checkpoints(output, same, config.checkpoints_total_limit)
+    resumed = checkpoints.load(config.resume_from_checkpoint) if config.resume_from_checkpoint else None
+    if resumed:
+        say(f"Going on from {resumed.path}, after step {resumed.step} of {config.max_train_steps}.")
+    else:
+        checkpoints.start_anew()
     output.mkdir(parents=True, exist_ok=True)
+    if config.report_to:
+        accelerator.init_trackers("salun-diffusion", {name: str(value) for name, value in config.as_dict().items()})
 
     # The forget set and the retain set, drawn by the model itself.
     sets = {}
@@ -62,17 +75,19 @@ def main(config: EraseConfig) -> None:
     ):
         sets[name] = image_set(pipe, rows, config, name, accelerator)
         if accelerator.is_main_process:
-            contact_sheet(pipe, sets[name], output / f"{name}.png")
+            contact_sheet(pipe, sets[name].latents[:32], output / f"{name}.png")
 
     # The weights that carry the concept.
     trainer = Trainer(accelerator, pipe, sets["forget"], sets["retain"], config)
-    parameters = saliency.scoped_parameters(network, config.scope)
-    if reused is not None:
-        mask = saliency.check_reused(reused, parameters, config.mask)
+    move_others(pipe, "cpu")
+    if resumed:
+        mask = resumed.masks
+    elif reused is not None:
+        mask = reused
     elif config.density == 1:  # every weight may move: there is nothing to choose
         mask = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
     else:
-        mask = saliency.top_density(trainer.saliency(parameters), config.density)
+        mask = saliency.select(trainer.saliency(parameters), config.density, config.threshold)
     about = {
         "concept": config.concept,
         "method": config.method,
@@ -87,11 +102,21 @@ def main(config: EraseConfig) -> None:
     say(f"{kept:,} of the {total:,} weights in scope may change ({kept / total:.1%}).")
 
     # Train those, keep the rest.
+    def validate(step: int) -> None:
+        if accelerator.is_main_process:
+            move_others(pipe, accelerator.device)
+            rows = concept.forget_rows(4, config.seed, "validation") + concept.retain_rows(4, config.seed, "validation")
+            how = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
+            drawn = sample(pipe, rows, batch_size=config.sample_batch_size, output_type="latent", **how)
+            contact_sheet(pipe, torch.stack(drawn), output / "validation" / f"step-{step:05d}.png", columns=4)
+            move_others(pipe, "cpu")
+        accelerator.wait_for_everyone()
+
     deltas = MaskedDeltas(parameters, mask, config.learning_rate)
-    trainer.train(deltas, output / "training.jsonl")
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[config.save_dtype]
-    deltas.snap(dtype)
+    trainer.train(deltas, output / "training.jsonl", checkpoints, resumed, validate)
+    deltas.snap(dtypes[config.save_dtype])
     deltas.close()
+    accelerator.end_training()
 
     # Save what changed.
     if not accelerator.is_main_process:
@@ -102,7 +127,7 @@ def main(config: EraseConfig) -> None:
     about |= {"anchor": concept.anchor, "settings": config.as_dict(), "versions": versions}
     values = {name: value.detach().cpu() for name, value in deltas.values.items()}
     kept = {name: mask[name] for name in values}
-    Delta(kept, values, base, about).save(output / "erasure.safetensors", dtype)
+    Delta(kept, values, base, about).save(output / "erasure.safetensors", dtypes[config.save_dtype])
     write_json(output / "config.json", about | {"base_fingerprint": base.digest()})
     say(f'Saved {output / "erasure.safetensors"}: load it with salun_diffusion.load_erasure(pipe, "{output}").')
 
@@ -112,5 +137,7 @@ if __name__ == "__main__":
         main(parse(None, __doc__))
     except SalunError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("Stopped. The pictures drawn so far are kept; the same command goes on with them.")
+    except KeyboardInterrupt as stop:
+        done = str(stop) or "Stopped; the pictures drawn so far are kept."
+        print(f"{done} To go on: the same command with --resume_from_checkpoint latest.", file=sys.stderr)
+        sys.exit(130)

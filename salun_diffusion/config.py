@@ -10,9 +10,13 @@ from typing import get_args, get_type_hints
 
 from .errors import SalunError
 
-SCOPES = ("cross-attention", "cross-attention+resnets", "all")
-PRECISIONS = ("no", "bf16")
+THRESHOLDS = ("global", "layer")
+PRECISIONS = ("no", "fp16", "bf16")
 FILE_DTYPES = ("fp16", "bf16", "fp32")
+FREE = (  # what may differ between a run and its checkpoint
+    "output_dir", "data_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "report_to",
+    "validation_steps",
+)  # fmt: skip
 LR_SCHEDULERS = ("constant", "linear", "cosine")
 
 
@@ -40,7 +44,12 @@ class EraseConfig:
     anchor: str | None = option(None, "what to draw in its place; the next word of the concept's list unless given")
     method: str = option("salun", "unlearning method", ("salun",))
     density: float = option(0.5, "share of the scoped weights that may change, in (0, 1]; 1 is the no-mask control")
-    scope: str = option("cross-attention+resnets", "which layers are scored and may change", SCOPES)
+    scope: str = option(
+        "cross-attention+resnets",
+        "which layers are scored and may change: cross-attention, cross-attention+resnets, all, or a regular "
+        "expression that is searched in the parameters' names",
+    )
+    threshold: str = option("global", "take the density of all scores together, or of each layer", THRESHOLDS)
     mask: str | None = option(None, "reuse this mask.safetensors instead of computing saliency")
     saliency_guidance: float = option(
         7.5, "guidance scale s of the prediction in the saliency loss; 0 is the plain denoising loss"
@@ -62,10 +71,20 @@ class EraseConfig:
     num_inference_steps: int | None = option(None, "denoising steps of those pictures; the preset's, or 50")
     guidance_scale: float | None = option(None, "classifier-free guidance of those pictures; the preset's, or 7.5")
     sample_batch_size: int | None = option(None, "pictures drawn at once; the preset's, or 8")
-    mixed_precision: str = option("no", "autocast for the forward passes", PRECISIONS)
+    mixed_precision: str = option(
+        "no", "number format of the network and its passes; the trained values stay fp32", PRECISIONS
+    )
+    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass: slower, less memory")
     save_dtype: str = option(
         "fp16", "number format of the saved delta; the run ends on exactly the saved values", FILE_DTYPES
     )
+    checkpointing_steps: int = option(500, "save a checkpoint every N steps, from which a killed run can go on")
+    checkpoints_total_limit: int = option(2, "how many checkpoints to keep, the newest ones")
+    resume_from_checkpoint: str | None = option(
+        None, "go on from 'latest', the newest valid checkpoint in the run folder, or from a checkpoint's path"
+    )
+    report_to: str | None = option(None, "also log to this tracker", ("tensorboard", "wandb"))
+    validation_steps: int | None = option(None, "draw a few prompts every N steps into validation/")
     seed: int = option(0, "fixes data, noise, saliency and training")
 
     def fill(self, preset: dict) -> "EraseConfig":
@@ -101,6 +120,9 @@ class EraseConfig:
             "num_retain_images",
             "num_inference_steps",
             "sample_batch_size",
+            "checkpointing_steps",
+            "checkpoints_total_limit",
+            "validation_steps",
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise SalunError(f"--{name} is {getattr(self, name)}: give a whole number of at least 1.")
@@ -109,8 +131,9 @@ class EraseConfig:
             if value is not None and not floor <= value < float("inf"):
                 raise SalunError(f"--{name} is {value}: give a number of at least {floor}.")
 
-    def as_dict(self) -> dict:
-        return asdict(self)
+    def as_dict(self, resumable: bool = False) -> dict:
+        """Every setting; with ``resumable``, those alone that a run must share with the checkpoint it goes on from."""
+        return {name: value for name, value in asdict(self).items() if not (resumable and name in FREE)}
 
 
 def parse(arguments: list[str] | None, description: str) -> EraseConfig:
@@ -128,6 +151,11 @@ def parse(arguments: list[str] | None, description: str) -> EraseConfig:
     )
     for item in fields(EraseConfig):
         kind = _plain(hints[item.name])
+        if kind is bool:
+            parser.add_argument(
+                f"--{item.name}", action="store_true", default=argparse.SUPPRESS, help=item.metadata["help"]
+            )
+            continue
         shown = "" if item.default in (None, "") or item.default is MISSING else f" (default: {item.default})"
         parser.add_argument(
             f"--{item.name}",
@@ -173,7 +201,7 @@ def _read(path: str, hints: dict[str, type]) -> dict:
                 f"--config {path} has an unknown setting '{name}'." + (f" Did you mean '{close[0]}'?" if close else "")
             )
         kind = _plain(hints[name])
-        right = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+        right = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
         if not (right or value is None and kind is not hints[name]):
             raise SalunError(f"--config {path}: '{name}' is {value!r}, but must be of type {kind.__name__}.")
         if choices[name] and value not in choices[name]:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from . import models
 from .concepts import Row
+from .conditioning import encode
 from .config import EraseConfig
 from .errors import SalunError
 from .files import read_safetensors, write_json, write_safetensors
@@ -43,24 +44,6 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.latents)
-
-
-@torch.no_grad()
-def encode(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, torch.Tensor]:
-    """What the denoiser is told about ``prompts``: its conditioning arguments, ``(len(prompts), …)`` each, in fp32.
-
-    Raises:
-        SalunError: a pipeline with several text encoders.
-    """
-    if getattr(pipe, "text_encoder_2", None) is not None:
-        raise SalunError(
-            f"{type(pipe).__name__} has several text encoders; models like SD 1.x, with one, can be erased."
-        )
-    parts = [
-        pipe.encode_prompt(prompts[i : i + 64], pipe.device, 1, do_classifier_free_guidance=False)[0].float().cpu()
-        for i in range(0, len(prompts), 64)
-    ]
-    return {"encoder_hidden_states": torch.cat(parts)}
 
 
 def image_set(
@@ -150,15 +133,20 @@ def batches(count: int, size: int, seed: int) -> Iterator[torch.Tensor]:
 
 
 @torch.no_grad()
-def contact_sheet(pipe: DiffusionPipeline, images: ImageSet, path: Path, columns: int = 8, count: int = 32) -> None:
-    """Write the first ``count`` pictures of the set as one PNG, for people to look at what the training sees."""
-    latents = images.latents[:count].to(pipe.device, pipe.vae.dtype)
+def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> list[Image.Image]:
+    """Latents ``(n, channels, height, width)`` as the sampler left them → PIL pictures, in the autoencoder's dtype."""
     shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
-    decoded = torch.cat(
-        [pipe.vae.decode(z / pipe.vae.config.scaling_factor + shift).sample.float().cpu() for z in latents.split(8)]
-    )
-    pictures = pipe.image_processor.postprocess(decoded, output_type="pil")
+    decoded = [
+        pipe.vae.decode(z.to(pipe.vae.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor + shift).sample.cpu()
+        for z in latents.split(8)
+    ]
+    return pipe.image_processor.postprocess(torch.cat(decoded).float(), output_type="pil")
+
+
+def contact_sheet(pipe: DiffusionPipeline, latents: torch.Tensor, path: Path, columns: int = 8) -> None:
+    """Write the pictures of ``latents`` as one PNG, for people to look at what the training sees, or makes."""
+    pictures = decode(pipe, latents)
     rows = -(-len(pictures) // columns)
-    make_image_grid(
-        pictures + [Image.new("RGB", pictures[0].size, "white")] * (rows * columns - len(pictures)), rows, columns
-    ).save(path)
+    empty = Image.new("RGB", pictures[0].size, "white")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_image_grid(pictures + [empty] * (rows * columns - len(pictures)), rows, columns).save(path)

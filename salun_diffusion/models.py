@@ -52,8 +52,8 @@ def resolve(name: str, revision: str | None = None) -> tuple[str, str | None]:
 def load_pipeline(
     name: str, revision: str | None = None, dtype: "torch.dtype | None" = None, variant: str | None = None
 ) -> "DiffusionPipeline":
-    """The whole pipeline, in fp32 unless ``dtype`` says otherwise, from safetensors only, its safety
-    checker left out: erasure is measured without one.
+    """The whole pipeline, in fp32 unless ``dtype`` says otherwise (its autoencoder in fp32 always: some overflow in
+    fp16), from safetensors only, its safety checker left out: erasure is measured without one.
 
     Raises:
         SalunError: as :func:`resolve`, or weights that diffusers cannot load.
@@ -63,9 +63,10 @@ def load_pipeline(
 
     where, commit = resolve(name, revision)
     options = {} if "safety_checker" not in _index(where, commit) else {"safety_checker": None}
+    dtypes = {"vae": torch.float32, "default": dtype or torch.float32}
     try:
         return DiffusionPipeline.from_pretrained(
-            where, revision=commit, variant=variant, dtype=dtype or torch.float32, use_safetensors=True, **options
+            where, revision=commit, variant=variant, dtype=dtypes, use_safetensors=True, **options
         )
     except (OSError, ValueError) as error:
         raise SalunError(f"{name} could not be loaded: {str(error).splitlines()[0]}") from None
@@ -92,6 +93,15 @@ def denoiser(pipe: "DiffusionPipeline") -> "torch.nn.Module":
         if isinstance(module, torch.nn.Module):
             return getattr(module, "_orig_mod", module)  # torch.compile wraps the module and prefixes its names
     raise SalunError(f"{type(pipe).__name__} has neither a unet nor a transformer; give a diffusion pipeline.")
+
+
+def move_others(pipe: "DiffusionPipeline", device: "torch.device | str") -> None:
+    """Move every module but the denoiser: text encoders and autoencoder have nothing to do while it trains."""
+    import torch
+
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module) and module is not denoiser(pipe):
+            module.to(device)
 
 
 def digest(pipe: "DiffusionPipeline") -> str:

@@ -33,13 +33,36 @@ class MaskedDeltas:
         value.grad = packed if value.grad is None else value.grad.add_(packed)
         parameter.grad = None
 
-    def step(self, accelerator: Accelerator) -> None:
-        """One Adam step (Kingma & Ba 2015) on the processes' mean gradient; then the masked weights become ``θ0 + d``.
-        Only packed gradients travel between processes."""
+    def reduce(self, accelerator: Accelerator) -> None:
+        """Replace each packed gradient by the processes' mean: dense gradients never travel."""
+        if accelerator.num_processes > 1:
+            for value in self.values.values():
+                value.grad = accelerator.reduce(value.grad, "mean")
+
+    def clear_gradients(self) -> None:
         for value in self.values.values():
-            value.grad = accelerator.reduce(value.grad, "mean")
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
+            value.grad = None
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What training changes: ``value.NAME``, ``exp_avg.NAME`` and ``exp_avg_sq.NAME``, fp32 and packed."""
+        found = {f"value.{name}": value.detach() for name, value in self.values.items()}
+        for name, value in self.values.items():
+            moments = self.adam.state[value]
+            found |= {f"{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
+        return found
+
+    @property
+    def updates(self) -> int:
+        """Steps that Adam took: fewer than the training's where fp16 gradients overflowed."""
+        return int(next(iter(self.adam.state.values()))["step"]) if self.adam.state else 0
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, torch.Tensor], updates: int) -> None:
+        """Restore :meth:`state` after ``updates`` steps of Adam, and the weights with it."""
+        for name, value in self.values.items():
+            value.copy_(tensors[f"value.{name}"])
+            moments = {key: tensors[f"{key}.{name}"].to(value.device) for key in ("exp_avg", "exp_avg_sq")}
+            self.adam.state[value] = {"step": torch.tensor(float(updates), device=value.device)} | moments
         self.write()
 
     @torch.no_grad()

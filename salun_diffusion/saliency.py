@@ -4,44 +4,52 @@ The score of a weight is ``|Σ_batches ∇_θ ℓ_f(θ0)|`` over one pass of the
 all N scored weights, chosen over all layers together; equal scores are taken in parameter order, then row-major.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 
 import torch
 
 from .errors import SalunError
+from .masks import check_not_empty
 
 CHUNK = 1 << 22  # scores looked at together: bounds the extra memory to some tens of megabytes
 
 
-def in_scope(name: str, scope: str) -> bool:
-    """Whether the denoiser's parameter ``name`` belongs to ``scope`` (a name of ``config.SCOPES``)."""
-    if scope == "all":
-        return True
-    return ".attn2." in name or (scope == "cross-attention+resnets" and ".resnets." in name)
+SCOPES = {  # by name, the parameters it takes as a regular expression; any other scope is one itself
+    "cross-attention": r"\.attn2\.",
+    "cross-attention+resnets": r"\.attn2\.|\.resnets\.",
+    "all": r"",
+}
 
 
 def scoped_parameters(denoiser: torch.nn.Module, scope: str) -> dict[str, torch.nn.Parameter]:
     """The denoiser's parameters in ``scope``, which alone will require gradients from now on.
 
+    Args:
+        scope: a name of ``SCOPES``, or a regular expression that is searched in the parameters' names.
+
     Raises:
-        SalunError: the scope matches no parameter.
+        SalunError: the scope is no regular expression, or matches no parameter.
     """
     denoiser.requires_grad_(False)
-    found = {name: p for name, p in denoiser.named_parameters() if in_scope(name, scope)}
+    try:
+        pattern = re.compile(SCOPES.get(scope, scope))
+    except re.error as error:
+        raise SalunError(f"--scope '{scope}' is no regular expression ({error}).") from None
+    found = {name: p for name, p in denoiser.named_parameters() if pattern.search(name)}
     if not found:
         raise SalunError(
-            f"No parameter of {type(denoiser).__name__} is in the scope '{scope}': choose another --scope."
+            f"No parameter of {type(denoiser).__name__} is in the scope '{scope}': choose {', '.join(SCOPES)}, or a "
+            "regular expression that is found in some parameter's name."
         )
     for parameter in found.values():
         parameter.requires_grad_(True)
     return found
 
 
-def check_reused(
-    masks: dict[str, torch.Tensor], parameters: dict[str, torch.nn.Parameter], path: str
-) -> dict[str, torch.Tensor]:
-    """``masks`` as they are, if each fits a parameter of the scope.
+def check_reused(masks: dict[str, torch.Tensor], parameters: dict[str, torch.nn.Parameter], path: str) -> None:
+    """Pass if each of ``masks``, read from ``path``, fits a parameter of the scope.
 
     Raises:
         SalunError: a mask of another model, or for parameters outside the scope.
@@ -56,7 +64,6 @@ def check_reused(
                 f"The mask {path} is of another model: {name} is {tuple(mask.shape)} there and "
                 f"{tuple(parameters[name].shape)} here."
             )
-    return masks
 
 
 def scores(
@@ -95,6 +102,27 @@ def scores(
     if not any(score.any() for score in total.values()):
         raise SalunError("The saliency is zero everywhere: the loss does not depend on any weight in the scope.")
     return total
+
+
+def select(scores: dict[str, torch.Tensor], density: float, threshold: str = "global") -> dict[str, torch.Tensor]:
+    """The mask (bool, by parameter) of the weights that may move: the top ``density`` of all, or of each layer.
+
+    Args:
+        threshold: "global", one threshold over all scores (SalUn, eq. 4), or "layer", each parameter's own; one too
+            small for a share of its own (a norm's few weights at a low density) then stays as it is.
+
+    Raises:
+        SalunError: no weight is left.
+    """
+    if threshold == "global":
+        return top_density(scores, density)
+    masks = {}
+    for name, score in scores.items():
+        fits = int(Fraction(str(density)) * score.numel()) > 0
+        chosen = top_density({name: score}, density) if fits else {name: torch.zeros_like(score, dtype=torch.bool)}
+        masks |= chosen
+    check_not_empty(f"A density of {density} in each layer", masks)
+    return masks
 
 
 def top_density(scores: dict[str, torch.Tensor], density: float) -> dict[str, torch.Tensor]:

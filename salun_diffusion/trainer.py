@@ -5,12 +5,15 @@ of the global batch of a step. So neither the number of processes nor that of ac
 computed, and a resumed run draws what the uninterrupted one would have.
 """
 
+import importlib.util
 import json
 import math
 import os
 import random
+import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,14 +23,36 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
+from .checkpoints import Checkpoint, Checkpoints
+from .conditioning import arguments, encode_empty
 from .config import EraseConfig
-from .data import ImageSet, batches, encode
+from .data import ImageSet, batches
 from .errors import SalunError
 from .losses import denoising, denoising_target, guided
 from .methods import METHODS
 from .models import denoiser
 from .optim import MaskedDeltas
 from .saliency import scores
+
+
+def accelerator_for(config: EraseConfig) -> Accelerator:
+    """accelerate's own object for this run.
+
+    Raises:
+        SalunError: a precision that the device lacks, or a tracker that is not installed.
+    """
+    if config.report_to and importlib.util.find_spec(config.report_to) is None:
+        raise SalunError(f"--report_to {config.report_to} needs a package: pip install {config.report_to}.")
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision, log_with=config.report_to, project_dir=config.output_dir
+        )
+    except ValueError as error:
+        raise SalunError(f"--mixed_precision {config.mixed_precision} cannot be used here: {error}") from None
+    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
+        # accelerate launch and torchrun leave a CPU process one thread unless told otherwise
+        torch.set_num_threads(max(1, os.cpu_count() // accelerator.num_processes))
+    return accelerator
 
 
 @dataclass
@@ -51,12 +76,14 @@ class Trainer:
         self.accelerator, self.config = accelerator, config
         self.forget, self.retain = forget, retain
         self.network = denoiser(pipe).to(accelerator.device).eval()
+        if config.gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
         self.schedule = DDPMScheduler.from_config(pipe.scheduler.config)
-        self.empty = encode(pipe, [""])
+        self.empty = encode_empty(pipe)
 
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, text: dict[str, torch.Tensor]) -> torch.Tensor:
         with self.accelerator.autocast():
-            return self.network(noisy, timesteps, return_dict=False, **text)[0]
+            return self.network(noisy, timesteps, return_dict=False, **arguments(text))[0]
 
     def _noised(self, images: ImageSet, index: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> Batch:
         device, dtype = self.accelerator.device, self.network.dtype
@@ -114,39 +141,75 @@ class Trainer:
         )
         return scores(parameters, ((lambda part=part: loss(part)) for part in bar), accelerator.reduce)
 
-    def train(self, deltas: MaskedDeltas, log: Path) -> None:
+    def train(
+        self,
+        deltas: MaskedDeltas,
+        log: Path,
+        checkpoints: Checkpoints,
+        resumed: Checkpoint | None = None,
+        validate: Callable[[int], None] | None = None,
+    ) -> None:
         """``max_train_steps`` steps of the method; one JSON line a step goes to ``log``.
 
         A step takes ``train_batch_size · gradient_accumulation_steps · processes`` pictures of each set.
 
+        Args:
+            resumed: where to go on; its log replaces ``log``.
+            validate: called with the number of steps done every ``validation_steps``.
+
         Raises:
             SalunError: the loss is NaN or Inf; the weights are then those of the last good step.
+            Stopped: Ctrl-C or SIGTERM; the step was finished and a checkpoint saved.
         """
-        config, accelerator, method = self.config, self.accelerator, METHODS[self.config.method]
-        size = config.train_batch_size * config.gradient_accumulation_steps
-        forget_batches = batches(len(self.forget), size * accelerator.num_processes, config.seed)
-        retain_batches = batches(len(self.retain), size * accelerator.num_processes, config.seed + 1)
+        config, accelerator = self.config, self.accelerator
+        size = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+        forget_batches = batches(len(self.forget), size, config.seed)
+        retain_batches = batches(len(self.retain), size, config.seed + 1)
+        optimizer = accelerator.prepare(deltas.adam)
         learning_rate = get_scheduler(
-            config.lr_scheduler, deltas.adam, num_warmup_steps=0, num_training_steps=config.max_train_steps
+            config.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=config.max_train_steps
         )
+        start = 0
+        if resumed:
+            start = resumed.step
+            deltas.load_state(resumed.tensors, resumed.state["updates"])
+            learning_rate.load_state_dict(resumed.state["learning_rate"])
+            deltas.adam.param_groups[0]["lr"] = learning_rate.get_last_lr()[0]
+            if accelerator.scaler:
+                accelerator.scaler.load_state_dict(resumed.state["scaler"])
         started = time.perf_counter()
-        with open(log if accelerator.is_main_process else os.devnull, "w") as lines:
-            bar = tqdm(
-                range(config.max_train_steps), desc="erasing", unit="step", disable=not accelerator.is_main_process
-            )
-            for step in bar:
-                parts = zip(
-                    self._micro_batches(self.forget, next(forget_batches), "forget", step),
-                    self._micro_batches(self.retain, next(retain_batches), "retain", step),
-                    strict=True,
-                )
-                losses = torch.zeros(2, device=accelerator.device)
-                for forget, retain in parts:
-                    forget_loss, retain_loss = method(self.predict, forget, retain)
-                    share = len(forget.noisy) / size
-                    accelerator.backward(share * (forget_loss + config.alpha * retain_loss))
-                    losses += share * torch.stack([forget_loss.detach(), retain_loss.detach()])
-                forget_loss, retain_loss = accelerator.reduce(losses, "mean").tolist()
+
+        def save(step: int) -> None:
+            lines.flush()
+            state = {
+                "updates": deltas.updates,
+                "learning_rate": learning_rate.state_dict(),
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+            }
+            if accelerator.is_main_process:
+                checkpoints.save(step, deltas.state(), deltas.masks, {"concept": config.concept}, log, state)
+            accelerator.wait_for_everyone()
+
+        with (
+            open(log if accelerator.is_main_process else os.devnull, "w") as lines,
+            StopSignal() as stop,
+            tqdm(
+                total=config.max_train_steps,
+                initial=start,
+                desc="erasing",
+                unit="step",
+                disable=not accelerator.is_main_process,
+            ) as bar,
+        ):
+            lines.write(resumed.log if resumed else "")
+            for step in range(config.max_train_steps):
+                forget_index, retain_index = next(forget_batches), next(retain_batches)
+                if step < start:
+                    continue
+                losses = self.accumulate(forget_index, retain_index, step)
+                # one reduction tells every process the mean losses, and whether anyone wants to stop
+                told = accelerator.reduce(torch.cat([losses, losses.new_tensor([float(stop.wanted)])]), "mean")
+                forget_loss, retain_loss, wanted = told.tolist()
                 row = {
                     "step": step + 1,
                     "loss": forget_loss + config.alpha * retain_loss,
@@ -155,11 +218,64 @@ class Trainer:
                     "learning_rate": learning_rate.get_last_lr()[0],
                 }
                 if not math.isfinite(row["loss"]):
+                    kept = checkpoints.newest_valid()
                     raise SalunError(
-                        f"The loss is not finite at step {step + 1}: lower --learning_rate or use "
-                        "--mixed_precision no. Nothing was saved."
+                        f"The loss is not finite at step {step + 1}: lower --learning_rate, or use --mixed_precision "
+                        + (f"no. {kept} holds the last state that was saved." if kept else "no. Nothing was saved.")
                     )
-                deltas.step(accelerator)
+                deltas.reduce(accelerator)
+                optimizer.step()
+                optimizer.zero_grad()
+                deltas.write()
                 learning_rate.step()
                 lines.write(json.dumps(row | {"seconds": round(time.perf_counter() - started, 3)}) + "\n")
+                accelerator.log(row, step=step + 1)
+                bar.update()
                 bar.set_postfix(forget=f"{forget_loss:.4f}", retain=f"{retain_loss:.4f}")
+                done = step + 1
+                if validate and config.validation_steps and done % config.validation_steps == 0:
+                    validate(done)
+                if wanted and done < config.max_train_steps:
+                    save(done)
+                    raise Stopped(f"Stopped after step {done} of {config.max_train_steps}; its state is saved.")
+                if config.checkpointing_steps and done % config.checkpointing_steps == 0:
+                    save(done)
+
+    def accumulate(self, forget_index: torch.Tensor, retain_index: torch.Tensor, step: int) -> torch.Tensor:
+        """Add up this process's share of a step's gradient, batch by batch; returns its mean forget and retain loss,
+        ``(2,)``."""
+        config, method = self.config, METHODS[self.config.method]
+        losses = torch.zeros(2, device=self.accelerator.device)
+        mine = config.train_batch_size * config.gradient_accumulation_steps
+        for forget, retain in zip(
+            self._micro_batches(self.forget, forget_index, "forget", step),
+            self._micro_batches(self.retain, retain_index, "retain", step),
+            strict=True,
+        ):
+            forget_loss, retain_loss = method(self.predict, forget, retain)
+            share = len(forget.noisy) / mine
+            self.accelerator.backward(share * (forget_loss + config.alpha * retain_loss))
+            losses += share * torch.stack([forget_loss.detach(), retain_loss.detach()])
+        return losses
+
+
+class Stopped(KeyboardInterrupt):
+    """The user, or the machine's scheduler, asked to stop, and what was done so far is saved."""
+
+
+class StopSignal:
+    """Within it, Ctrl-C and SIGTERM set ``wanted`` once; a second one acts as usual."""
+
+    def __enter__(self) -> "StopSignal":
+        self.wanted = False
+        self.old = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame) -> None:
+        self.wanted = True
+        signal.signal(number, self.old[number])
+        print("\nStopping after this step; once more to stop at once.", file=sys.stderr)
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)

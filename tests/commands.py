@@ -10,17 +10,25 @@ QUICK = "--max_train_steps 3 --num_forget_images 8 --num_retain_images 8 --num_i
 QUICK += ["--train_batch_size", "4"]
 
 
-def run(*words, check=True, cwd=ROOT, **environment):
-    """The finished process of ``words``; ``python`` and ``accelerate`` are this environment's own."""
+def start(*words, cwd=ROOT, **environment):
+    """The running process of ``words``; ``python``, ``accelerate`` and ``torchrun`` are this environment's own."""
+    modules = {"accelerate": "accelerate.commands.accelerate_cli", "torchrun": "torch.distributed.run"}
     words = [str(word) for word in words]
+    if words[0] in modules:
+        words[:1] = ["python", "-m", modules[words[0]]]
     if words[0] == "python":
         words[0] = sys.executable
-    if words[0] == "accelerate":
-        words[:1] = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
-    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, env=os.environ | environment)
-    if check and done.returncode:
-        raise AssertionError(f"{' '.join(words)} failed with {done.returncode}:\n{done.stdout}\n{done.stderr}")
-    return done
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(words, cwd=cwd, env=os.environ | environment, **pipes)
+
+
+def run(*words, check=True, cwd=ROOT, **environment):
+    """The finished process of ``words``, as of ``subprocess.run``."""
+    process = start(*words, cwd=cwd, **environment)
+    out, err = process.communicate()
+    if check and process.returncode:
+        raise AssertionError(f"{' '.join(map(str, words))} failed with {process.returncode}:\n{out}\n{err}")
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
 def erase(output, *more, concept="airplane", **options):

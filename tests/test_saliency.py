@@ -101,3 +101,16 @@ def test_bad_scores_are_refused():
 def test_density_out_of_range(density):
     with pytest.raises(SalunError, match="give a share"):
         top_density({"a": torch.rand(10)}, density)
+
+
+def test_a_threshold_for_each_layer():
+    generator = torch.Generator().manual_seed(0)
+    scores = {"loud": 100 * torch.rand(10, 10, generator=generator), "quiet": torch.rand(31, generator=generator)}
+    scores["scale"] = torch.ones(2)
+    found = saliency.select(scores, 0.3, "layer")
+    for name in ("loud", "quiet"):
+        assert_same({name: found[name]}, by_argsort({name: scores[name]}, 0.3))
+    assert not found["scale"].any()
+    assert int(saliency.select(scores, 0.3)["loud"].sum()) > int(found["loud"].sum())
+    with pytest.raises(SalunError, match="selects no weight"):
+        saliency.select({"scale": torch.ones(2)}, 0.3, "layer")

@@ -10,12 +10,13 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 
 from salun_diffusion import SalunError
+from salun_diffusion.checkpoints import Checkpoints
 from salun_diffusion.concepts import Row
 from salun_diffusion.config import EraseConfig
 from salun_diffusion.data import batches, image_set
 from salun_diffusion.models import load_pipeline
 from salun_diffusion.optim import MaskedDeltas
-from salun_diffusion.saliency import in_scope, scoped_parameters, top_density
+from salun_diffusion.saliency import scoped_parameters, top_density
 from salun_diffusion.trainer import Trainer
 
 FORGET = [
@@ -78,7 +79,7 @@ def test_two_steps_match_the_published_loop(setup, tmp_path):
     parameters = scoped_parameters(pipe.unet, config.scope)
     masks = top_density({name: torch.rand_like(p) for name, p in parameters.items()}, 0.5)
     deltas = MaskedDeltas(parameters, masks, config.learning_rate)
-    trainer.train(deltas, tmp_path / "log.jsonl")
+    trainer.train(deltas, tmp_path / "log.jsonl", Checkpoints(tmp_path, {}, 2))
 
     theirs = dict(reference.named_parameters())
     adam = torch.optim.Adam([theirs[name] for name in parameters], lr=config.learning_rate)
@@ -117,7 +118,7 @@ def test_snapped_weights_are_base_plus_the_stored_values(setup, tmp_path):
     original = {name: p.detach().clone() for name, p in parameters.items()}
     masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
     deltas = MaskedDeltas(parameters, masks, config.learning_rate)
-    trainer.train(deltas, tmp_path / "log.jsonl")
+    trainer.train(deltas, tmp_path / "log.jsonl", Checkpoints(tmp_path, {}, 2))
     deltas.snap(torch.float16)
     for name, parameter in parameters.items():
         stored = deltas.values[name].detach().half().float().view(parameter.shape)
@@ -128,8 +129,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(setup, tmp_path):
     trainer, pipe, config = setup(learning_rate=1e30, max_train_steps=5)
     parameters = scoped_parameters(pipe.unet, config.scope)
     masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
+    deltas = MaskedDeltas(parameters, masks, config.learning_rate)
     with pytest.raises(SalunError, match="loss is not finite at step"):
-        trainer.train(MaskedDeltas(parameters, masks, config.learning_rate), tmp_path / "log.jsonl")
+        trainer.train(deltas, tmp_path / "log.jsonl", Checkpoints(tmp_path, {}, 2))
 
 
 def test_an_interrupted_set_is_continued_and_equal(setup, tmp_path, monkeypatch):
@@ -161,19 +163,18 @@ def test_a_picture_does_not_depend_on_its_batch(setup):
     assert not torch.allclose(alone[0], alone[2])  # another seed, the same prompt
 
 
-def test_scopes():
-    names = [
-        "down.0.attentions.0.transformer_blocks.0.attn1.to_q.weight",
-        "down.0.attentions.0.transformer_blocks.0.attn2.to_k.weight",
-        "mid.resnets.0.conv1.weight",
-        "conv_in.weight",
-    ]
-    picked = {
-        scope: [in_scope(name, scope) for name in names]
-        for scope in ("cross-attention", "cross-attention+resnets", "all")
-    }
-    assert picked == {
-        "cross-attention": [False, True, False, False],
-        "cross-attention+resnets": [False, True, True, False],
-        "all": [True] * 4,
-    }
+def test_scopes(setup):
+    _, pipe, _ = setup()
+    names = [name for name, _ in pipe.unet.named_parameters()]
+    assert list(scoped_parameters(pipe.unet, "all")) == names
+    crossed = list(scoped_parameters(pipe.unet, "cross-attention"))
+    assert crossed == [name for name in names if ".attn2." in name]
+    assert {name for name, p in pipe.unet.named_parameters() if p.requires_grad} == set(crossed)
+    both = list(scoped_parameters(pipe.unet, "cross-attention+resnets"))
+    assert both == [name for name in names if ".attn2." in name or ".resnets." in name] and both != crossed
+    keys = list(scoped_parameters(pipe.unet, r"attn2\.to_[kv]\.weight$"))
+    assert keys and all(name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) for name in keys)
+    with pytest.raises(SalunError, match="in the scope 'crossattention': choose cross-attention, "):
+        scoped_parameters(pipe.unet, "crossattention")
+    with pytest.raises(SalunError, match=r"--scope 'attn2\(' is no regular expression"):
+        scoped_parameters(pipe.unet, "attn2(")

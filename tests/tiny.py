@@ -3,8 +3,14 @@
 import json
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from salun_diffusion.delta import Delta
 from salun_diffusion.fingerprint import fingerprint
@@ -33,23 +39,22 @@ def tokenizer(folder):
     return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
 
 
-def build(folder, seed=0):
-    """Makes the pipeline, saves it into `folder` (a Path) and returns it: float32, 16x16 pictures."""
-    torch.manual_seed(seed)
-    words = tokenizer(folder / "tokenizer")
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(words),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=77,
-            bos_token_id=words.bos_token_id,
-            eos_token_id=words.eos_token_id,
-        )
+def _text_config(words, **more):
+    return CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        **more,
     )
-    vae = AutoencoderKL(
+
+
+def _autoencoder():
+    return AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -58,25 +63,60 @@ def build(folder, seed=0):
         norm_num_groups=4,
         sample_size=16,
     )
-    unet = UNet2DConditionModel(
+
+
+def _unet(**more):
+    return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
         attention_head_dim=4,
         norm_num_groups=4,
+        **more,
     )
+
+
+def build(folder, seed=0, prediction_type="epsilon"):
+    """Makes a StableDiffusionPipeline, saves it into `folder` (a Path) and returns it: float32, 16x16 pictures."""
+    torch.manual_seed(seed)
+    words = tokenizer(folder / "tokenizer")
     pipe = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
+        text_encoder=CLIPTextModel(_text_config(words)),
+        vae=_autoencoder(),
         tokenizer=words,
-        unet=unet,
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+        unet=_unet(cross_attention_dim=16),
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear", clip_sample=False, steps_offset=1, prediction_type=prediction_type
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder)
+    return pipe
+
+
+def build_xl(folder, seed=0):
+    """The same for a StableDiffusionXLPipeline: two text encoders, pooled embeddings and time ids."""
+    torch.manual_seed(seed)
+    words = tokenizer(folder / "tokenizer")
+    pipe = StableDiffusionXLPipeline(
+        vae=_autoencoder(),
+        text_encoder=CLIPTextModel(_text_config(words)),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(words, projection_dim=16)),
+        tokenizer=words,
+        tokenizer_2=words,
+        unet=_unet(
+            cross_attention_dim=32,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 16,
+        ),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+        add_watermarker=False,
     )
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(folder)
