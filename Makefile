@@ -10,7 +10,8 @@ demo: .venv/installed
 	$(RUN)/accelerate launch erase_concept.py --pretrained_model_name_or_path demo --concept airplane \
 		--density 1 --output_dir runs/airplane/no-mask
 	$(RUN)/python -m eval accuracy --pretrained_model_name_or_path demo --concept airplane \
-		--erasure runs/airplane runs/airplane/no-mask --output_dir runs/airplane
+		--erasure runs/airplane runs/airplane/no-mask --output_dir runs/airplane \
+		--num_forget_images 204 --num_retain_images 144
 	$(RUN)/python -m eval report runs/airplane
 	@echo "Open runs/airplane/report.html"
 

@@ -22,11 +22,12 @@ TEMPLATES = [
 ]
 
 # How the shipped model is sampled, and training settings found on it: an object, then a style.
-SAMPLING = {"num_inference_steps": 12, "guidance_scale": 4.0, "sample_batch_size": 32}
+SAMPLING = {"num_inference_steps": 8, "guidance_scale": 4.0, "sample_batch_size": 32}
 TRAINING = {
-    "alpha": 1.0,
-    "lr_scheduler": "linear",
-    "max_train_steps": 60,
+    "alpha": 4.0,
+    "retain_target": "base",
+    "lr_scheduler": "cosine",
+    "max_train_steps": 50,
     "train_batch_size": 16,
     "num_forget_images": 64,
     "num_retain_images": 192,
@@ -40,8 +41,8 @@ def vocabulary() -> dict:
         "templates": [{"prompt": prompt, "expect": expect} for prompt, expect in TEMPLATES],
         "plurals": dict(OBJECTS),
         "settings": {
-            "object": TRAINING | SAMPLING | {"learning_rate": 1.5e-4},
-            "style": TRAINING | SAMPLING | {"learning_rate": 3e-4},
-            "background": TRAINING | SAMPLING | {"learning_rate": 3e-4},
+            "object": TRAINING | SAMPLING | {"learning_rate": 4e-4},
+            "style": TRAINING | SAMPLING | {"learning_rate": 6e-4},
+            "background": TRAINING | SAMPLING | {"learning_rate": 6e-4},
         },
     }

@@ -11,6 +11,7 @@ from typing import get_args, get_type_hints
 from .errors import SalunError
 
 THRESHOLDS = ("global", "layer")
+RETAIN_TARGETS = ("noise", "base")
 PRECISIONS = ("no", "fp16", "bf16")
 FILE_DTYPES = ("fp16", "bf16", "fp32")
 FREE = (  # what may differ between a run and its checkpoint
@@ -55,6 +56,12 @@ class EraseConfig:
         7.5, "guidance scale s of the prediction in the saliency loss; 0 is the plain denoising loss"
     )
     alpha: float | None = option(None, "weight of the retain loss; the preset's, or 1")
+    retain_target: str | None = option(
+        None,
+        "what retain predictions are compared with: the noise (published), or what the base model predicts, which "
+        "varies less and costs a forward pass a step; the preset's, or noise",
+        RETAIN_TARGETS,
+    )
     learning_rate: float | None = option(None, "Adam's learning rate; the preset's, or 1e-5")
     lr_scheduler: str | None = option(
         None, "how the learning rate falls to 0, if it does; the preset's, or constant", LR_SCHEDULERS
@@ -94,8 +101,8 @@ class EraseConfig:
             SalunError: a value outside its range.
         """
         general = {
-            "alpha": 1.0, "learning_rate": 1e-5, "lr_scheduler": "constant", "max_train_steps": 500,
-            "train_batch_size": 8, "num_forget_images": 400, "num_retain_images": 800,
+            "alpha": 1.0, "retain_target": "noise", "learning_rate": 1e-5, "lr_scheduler": "constant",
+            "max_train_steps": 500, "train_batch_size": 8, "num_forget_images": 400, "num_retain_images": 800,
             "num_inference_steps": 50, "guidance_scale": 7.5, "sample_batch_size": 8,
         }  # fmt: skip
         unknown = set(preset) - set(general)

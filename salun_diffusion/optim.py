@@ -5,6 +5,9 @@ row-major order as the masked-delta file stores it. Adam's moments are as long a
 never written, so they end bit-identical to the base whatever the optimizer does.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -70,6 +73,15 @@ class MaskedDeltas:
         """Put ``θ0 + d``, summed in fp32 and rounded to the parameter's dtype, where the mask is set."""
         for name, parameter in self.parameters.items():
             parameter[self.masks[name]] = (self.base[name].float() + self.values[name]).to(parameter.dtype)
+
+    @contextmanager
+    def at_base(self) -> Iterator[None]:
+        """Within it, the network has the base model's weights."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter[self.masks[name]] = self.base[name]
+        yield
+        self.write()
 
     def snap(self, dtype: torch.dtype) -> None:
         """Round the deltas to the dtype they will be saved in, and the weights with them."""

@@ -206,7 +206,7 @@ class Trainer:
                 forget_index, retain_index = next(forget_batches), next(retain_batches)
                 if step < start:
                     continue
-                losses = self.accumulate(forget_index, retain_index, step)
+                losses = self.accumulate(deltas, forget_index, retain_index, step)
                 # one reduction tells every process the mean losses, and whether anyone wants to stop
                 told = accelerator.reduce(torch.cat([losses, losses.new_tensor([float(stop.wanted)])]), "mean")
                 forget_loss, retain_loss, wanted = told.tolist()
@@ -241,7 +241,9 @@ class Trainer:
                 if config.checkpointing_steps and done % config.checkpointing_steps == 0:
                     save(done)
 
-    def accumulate(self, forget_index: torch.Tensor, retain_index: torch.Tensor, step: int) -> torch.Tensor:
+    def accumulate(
+        self, deltas: MaskedDeltas, forget_index: torch.Tensor, retain_index: torch.Tensor, step: int
+    ) -> torch.Tensor:
         """Add up this process's share of a step's gradient, batch by batch; returns its mean forget and retain loss,
         ``(2,)``."""
         config, method = self.config, METHODS[self.config.method]
@@ -252,6 +254,9 @@ class Trainer:
             self._micro_batches(self.retain, retain_index, "retain", step),
             strict=True,
         ):
+            if config.retain_target == "base":
+                with deltas.at_base(), torch.no_grad():
+                    retain.target = self.predict(retain.noisy, retain.timesteps, retain.text)
             forget_loss, retain_loss = method(self.predict, forget, retain)
             share = len(forget.noisy) / mine
             self.accelerator.backward(share * (forget_loss + config.alpha * retain_loss))

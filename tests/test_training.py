@@ -71,9 +71,11 @@ def test_saliency_matches_the_published_loss(setup):
         torch.testing.assert_close(found[name], total[name].abs(), rtol=1e-4, atol=1e-6)
 
 
-def test_two_steps_match_the_published_loop(setup, tmp_path):
+@pytest.mark.parametrize("retain_target", ["noise", "base"])
+def test_steps_match_the_published_loop(retain_target, setup, tmp_path):
     """Dense Adam, gradients times mask, three passes: the reference's recipe, on the same batches and noise."""
-    trainer, pipe, config = setup()
+    trainer, pipe, config = setup(retain_target=retain_target, max_train_steps=3)
+    base = copy.deepcopy(pipe.unet)
     reference = copy.deepcopy(pipe.unet)
     original = {name: p.detach().clone() for name, p in pipe.unet.named_parameters()}
     parameters = scoped_parameters(pipe.unet, config.scope)
@@ -85,7 +87,7 @@ def test_two_steps_match_the_published_loop(setup, tmp_path):
     adam = torch.optim.Adam([theirs[name] for name in parameters], lr=config.learning_rate)
     schedule = DDPMScheduler.from_config(pipe.scheduler.config)
     order, other = batches(6, 4, config.seed), batches(6, 4, config.seed + 1)
-    for step in range(2):
+    for step in range(3):
         index = next(order)
         clean, (noise, t) = trainer.forget.latents[index], trainer.draw(trainer.forget, 4, "forget", step)
         noisy = schedule.add_noise(clean, noise, t)
@@ -93,8 +95,10 @@ def test_two_steps_match_the_published_loop(setup, tmp_path):
         target = reference(noisy, t, text(pipe, [FORGET[i].anchor_prompt for i in index])).sample.detach()
         index = next(other)
         clean, (noise, t) = trainer.retain.latents[index], trainer.draw(trainer.retain, 4, "retain", step)
-        kept = reference(schedule.add_noise(clean, noise, t), t, text(pipe, [RETAIN[i].prompt for i in index])).sample
-        loss = F.mse_loss(erased, target) + 0.7 * F.mse_loss(kept, noise)
+        noisy, words = schedule.add_noise(clean, noise, t), text(pipe, [RETAIN[i].prompt for i in index])
+        kept = reference(noisy, t, words).sample
+        wanted = noise if retain_target == "noise" else base(noisy, t, words).sample.detach()
+        loss = F.mse_loss(erased, target) + 0.7 * F.mse_loss(kept, wanted)
         adam.zero_grad()
         loss.backward()
         for name in parameters:
@@ -109,7 +113,7 @@ def test_two_steps_match_the_published_loop(setup, tmp_path):
         moved += int((mine != original[name]).sum())
     assert moved > 0.9 * sum(int(m.sum()) for m in masks.values())
     assert all(value.numel() == masks[name].sum() for name, value in deltas.values.items())
-    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").open()] == [1, 2]
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").open()] == [1, 2, 3]
 
 
 def test_snapped_weights_are_base_plus_the_stored_values(setup, tmp_path):
