@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin
 
-.PHONY: demo test style clean
+.PHONY: demo test style results clean
 
 # Erase "airplane" from the demo model, and the same without a mask as the control; then measure both.
 demo: .venv/installed
@@ -21,6 +21,22 @@ test: .venv/installed
 style: .venv/installed
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+
+# The README's table and picture. Delete a file of docs/results to have it measured again (about four minutes each).
+results: docs/results/airplane.json docs/results/cat.json docs/results/ink.json
+	$(RUN)/python -m eval table $^ --into README.md
+	cp runs/results/airplane/before-after.png docs/airplane.png
+
+docs/results/%.json: | .venv/installed
+	mkdir -p docs/results
+	$(RUN)/accelerate launch erase_concept.py --pretrained_model_name_or_path demo --concept $* \
+		--output_dir runs/results/$*
+	$(RUN)/accelerate launch erase_concept.py --pretrained_model_name_or_path demo --concept $* \
+		--density 1 --output_dir runs/results/$*-no-mask
+	$(RUN)/python -m eval accuracy --pretrained_model_name_or_path demo --concept $* \
+		--erasure runs/results/$* runs/results/$*-no-mask --output_dir runs/results/$*
+	$(RUN)/python -m eval report runs/results/$*
+	cp runs/results/$*/metrics.json $@
 
 clean:
 	rm -rf .venv runs build dist *.egg-info

@@ -24,10 +24,10 @@ TEMPLATES = [
 # How the shipped model is sampled, and training settings found on it: an object, then a style.
 SAMPLING = {"num_inference_steps": 8, "guidance_scale": 4.0, "sample_batch_size": 32}
 TRAINING = {
-    "alpha": 4.0,
+    "alpha": 2.0,
     "retain_target": "base",
     "lr_scheduler": "cosine",
-    "max_train_steps": 50,
+    "max_train_steps": 40,
     "train_batch_size": 16,
     "num_forget_images": 64,
     "num_retain_images": 192,
@@ -41,7 +41,7 @@ def vocabulary() -> dict:
         "templates": [{"prompt": prompt, "expect": expect} for prompt, expect in TEMPLATES],
         "plurals": dict(OBJECTS),
         "settings": {
-            "object": TRAINING | SAMPLING | {"learning_rate": 4e-4},
+            "object": TRAINING | SAMPLING | {"learning_rate": 2.5e-4},
             "style": TRAINING | SAMPLING | {"learning_rate": 6e-4},
             "background": TRAINING | SAMPLING | {"learning_rate": 6e-4},
         },
