@@ -171,5 +171,5 @@ def before_after(path, rows: list[str], columns: list[tuple[str, list]]) -> None
             if across == 0:
                 axis.set_ylabel(rows[down], fontsize=8)
     figure.tight_layout(pad=0.4, h_pad=0.3, w_pad=0.3)
-    figure.savefig(path, format="png")
+    figure.savefig(path, format="png", bbox_inches="tight", pad_inches=0.05)  # whole titles, however many lines
     plt.close(figure)

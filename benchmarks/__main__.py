@@ -1,0 +1,75 @@
+"""Speed and memory as ratios against the published recipe, measured in one run.
+
+    python -m benchmarks                 # everything, on this machine
+    python -m benchmarks --only mask delta
+    python -m benchmarks --resolution 512 --batch_size 8 --dtype bf16 --device cuda
+
+The networks have Stable Diffusion v1.4's own configuration and random weights, so that nothing is downloaded. Each
+measurement runs in a process of its own, whose peak memory is the operating system's figure (or CUDA's). The results go
+to benchmarks/results-DEVICE.json, and benchmarks/README.md is written anew from all such files.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+MEASUREMENTS = ("reference_step", "our_step", "floor", "mask", "delta")
+
+
+def parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    found = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=raw)
+    add = found.add_argument
+    add("--only", nargs="+", choices=MEASUREMENTS, default=MEASUREMENTS, help="measure only these")
+    add("--resolution", type=int, default=128, help="pixels a side of the training pictures (default: %(default)s)")
+    add("--batch_size", type=int, default=2, help="pictures of each set a step (default: %(default)s)")
+    add("--steps", type=int, default=4, help="steps; the median of all but the first counts (default: %(default)s)")
+    add("--dtype", default="fp32", choices=("fp32", "bf16"), help="of the U-Net (default: %(default)s)")
+    add("--device", default="cpu", choices=("cpu", "cuda"), help="default: %(default)s")
+    add("--gradient_checkpointing", action="store_true", help="recompute activations, in both recipes")
+    add("--scores", type=int, default=860_000_000, help="scores to select a mask from (default: %(default)s)")
+    add("--measure", choices=MEASUREMENTS, help=argparse.SUPPRESS)  # the child process's one task
+    return found
+
+
+def main() -> None:
+    args = parser().parse_args()
+    if args.measure:
+        from . import measurements
+
+        print(json.dumps(getattr(measurements, args.measure)(args)))
+        return
+    import torch
+
+    file = HERE / f"results-{args.device}.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    for name in args.only:
+        print(f"{name} …", flush=True)
+        command = [sys.executable, "-m", "benchmarks", *sys.argv[1:], "--measure", name]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=HERE.parent)
+        found[name] = json.loads(done.stdout.splitlines()[-1])
+        print(json.dumps(found[name]), flush=True)
+        if name.endswith("step") or name == "floor":
+            found[name]["settings"] = {
+                k: getattr(args, k) for k in ("resolution", "batch_size", "dtype", "gradient_checkpointing")
+            }
+    found["about"] = {
+        "date": datetime.date.today().isoformat(),
+        "processor": torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} CPU cores",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+    }
+    file.write_text(json.dumps(found, indent=1) + "\n")
+    from .readme import write
+
+    write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""What is measured; each function runs alone in a process and returns numbers that JSON holds."""
+
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from salun_diffusion.checkpoints import Checkpoints
+from salun_diffusion.config import EraseConfig
+from salun_diffusion.data import ImageSet
+from salun_diffusion.delta import Delta
+from salun_diffusion.fingerprint import fingerprint
+from salun_diffusion.loader import load_erasure, unload_erasure
+from salun_diffusion.optim import MaskedDeltas
+from salun_diffusion.saliency import scoped_parameters, top_density
+from salun_diffusion.trainer import Trainer
+
+from .reference import Recipe, sort_mask
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SCOPE = "cross-attention+resnets"
+
+
+def unet(args) -> UNet2DConditionModel:
+    """Stable Diffusion v1.4's U-Net, 860M random weights."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(DTYPES[args.dtype])
+    made = UNet2DConditionModel(sample_size=args.resolution // 8, cross_attention_dim=768, attention_head_dim=8)
+    torch.set_default_dtype(torch.float32)
+    if args.gradient_checkpointing:
+        made.enable_gradient_checkpointing()
+    return made.to(args.device)
+
+
+def peak(args) -> float:
+    """GiB."""
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def timed(args, work, times: int) -> list[float]:
+    seconds = []
+    for _ in range(times):
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def median(seconds: list[float]) -> float:
+    """Without the first, which warms up."""
+    rest = sorted(seconds[1:] or seconds)
+    return rest[len(rest) // 2]
+
+
+def reference_step(args) -> dict:
+    network, device, dtype = unet(args), args.device, DTYPES[args.dtype]
+    torch.manual_seed(1)
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        layers_per_block=2,
+    ).to(device, dtype)
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=49408
+        )
+    ).to(device, dtype)
+    masks = {name: (torch.rand(p.shape) < 0.5).to(dtype) for name, p in network.named_parameters()}
+    recipe = Recipe(network, vae, text, DDPMScheduler(beta_schedule="scaled_linear"), masks, 1e-5)
+
+    def batch() -> tuple[torch.Tensor, torch.Tensor]:
+        pixels = torch.rand(args.batch_size, 3, args.resolution, args.resolution, device=device, dtype=dtype) * 2 - 1
+        return pixels, torch.randint(49408, (args.batch_size, 77), device=device)
+
+    seconds = timed(args, lambda: recipe.step(batch(), batch(), batch()), args.steps)
+    return {"seconds": median(seconds), "peak_gib": peak(args)}
+
+
+def our_step(args) -> dict:
+    """The trainer itself, over random latents and prompts."""
+    network = unet(args)
+    pipe = StableDiffusionPipeline(
+        vae=None, text_encoder=None, tokenizer=None, unet=network,
+        scheduler=DDPMScheduler(beta_schedule="scaled_linear"), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    config = EraseConfig(concept="benchmark", train_batch_size=args.batch_size, max_train_steps=args.steps).fill({})
+    count, side = 2 * args.batch_size, args.resolution // 8
+
+    def images(anchored: bool) -> ImageSet:
+        index = torch.arange(count)
+        latents, text = torch.randn(count, 4, side, side), {"encoder_hidden_states": torch.randn(2 * count, 77, 768)}
+        return ImageSet(latents, [str(i) for i in range(count)], index, index + count if anchored else None, text)
+
+    class Timed(Trainer):
+        def __init__(self):
+            self.accelerator, self.config = Accelerator(cpu=args.device == "cpu"), config
+            self.network, self.schedule = network.eval(), DDPMScheduler.from_config(pipe.scheduler.config)
+            self.forget, self.retain = images(True), images(False)
+
+    parameters = scoped_parameters(network, SCOPE)
+    deltas = MaskedDeltas(parameters, {name: torch.rand(p.shape) < 0.5 for name, p in parameters.items()}, 1e-5)
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "training.jsonl"
+        Timed().train(deltas, log, Checkpoints(Path(folder), {}, 1))
+        stamps = [json.loads(line)["seconds"] for line in log.read_text().splitlines()]
+    return {
+        "seconds": median([b - a for a, b in zip([0, *stamps], stamps, strict=False)]),
+        "peak_gib": peak(args),
+        "trained_weights": sum(value.numel() for value in deltas.values.values()),
+    }
+
+
+def floor(args) -> dict:
+    """What the mathematics needs: two forward and backward passes, and one forward pass, of the U-Net."""
+    network, dtype = unet(args), DTYPES[args.dtype]
+    scoped_parameters(network, SCOPE)
+    side = args.resolution // 8
+    noisy = torch.randn(args.batch_size, 4, side, side, device=args.device, dtype=dtype)
+    text = torch.randn(args.batch_size, 77, 768, device=args.device, dtype=dtype)
+
+    def work() -> None:
+        with torch.no_grad():
+            network(noisy, 500, text)
+        network(noisy.repeat(2, 1, 1, 1), 500, text.repeat(2, 1, 1)).sample.float().square().mean().backward()
+        network.zero_grad(set_to_none=True)
+
+    return {"seconds": median(timed(args, work, args.steps))}
+
+
+def mask(args) -> dict:
+    """Selecting the top half of many scores; the sort's figure is for the same number, or as many as fit, scaled."""
+    generator = torch.Generator().manual_seed(0)
+    count = args.scores
+    scores = {"all": torch.rand(count, generator=generator, device="cpu").to(args.device)}
+    before = peak(args)
+    ours = min(timed(args, lambda: top_density(scores, 0.5), 2))
+    extra = peak(args) - before
+    part = scores["all"][: min(count, 60_000_000)]
+    sort = timed(args, lambda: sort_mask(part, 0.5), 1)[0]
+    same = torch.equal(top_density({"all": part}, 0.5)["all"].long(), sort_mask(part, 0.5))
+    return {
+        "scores": count,
+        "seconds": ours,
+        "extra_gib": extra,
+        "sorted": len(part),
+        "sort_seconds": sort,
+        "sort_seconds_scaled": sort * count / len(part),  # linear, which favours the sort
+        "equal": same,
+    }
+
+
+def delta(args) -> dict:
+    """A delta of SD v1.4's size: its file, and the time to load it and take it off."""
+    args.dtype = "fp32"
+    network = unet(args)
+    pipe = StableDiffusionPipeline(
+        vae=None, text_encoder=None, tokenizer=None, unet=network,
+        scheduler=DDPMScheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    parameters = scoped_parameters(network, SCOPE)
+    total = sum(p.numel() for p in parameters.values())
+    found = {"scoped_weights": total, "dense_fp16_mb": 2 * total / 1e6}
+    with tempfile.TemporaryDirectory() as folder:
+        network.save_pretrained(f"{folder}/unet")
+        load = lambda: UNet2DConditionModel.from_pretrained(f"{folder}/unet", low_cpu_mem_usage=True)  # noqa: E731
+        found["dense_load_seconds"] = min(timed(args, load, 2))
+        base = fingerprint(network.named_parameters())
+        for density in (0.5, 0.1):
+            masks = {name: torch.rand(p.shape) < density for name, p in parameters.items()}
+            values = {name: 1e-3 * torch.randn(int(m.sum())) for name, m in masks.items()}
+            path = f"{folder}/erasure-{density}.safetensors"
+            Delta(masks, values, base, {"concept": "x", "method": "salun"}).save(path, torch.float16)
+            found[f"file_mb_{density}"] = Path(path).stat().st_size / 1e6
+            start = time.perf_counter()
+            load_erasure(pipe, path)
+            found[f"load_seconds_{density}"] = time.perf_counter() - start
+            start = time.perf_counter()
+            unload_erasure(pipe)
+            found[f"unload_seconds_{density}"] = time.perf_counter() - start
+    weights = [p.detach() for p in parameters.values()]
+    copies = [torch.empty_like(p) for p in weights]
+    found["copy_seconds"] = min(timed(args, lambda: [c.copy_(p) for c, p in zip(copies, weights, strict=True)], 3))
+    return found

@@ -1,0 +1,71 @@
+"""benchmarks/README.md from the result files beside it."""
+
+import json
+from pathlib import Path
+
+HERE = Path(__file__).parent
+START, END = "<!-- results -->", "<!-- end -->"
+
+
+def write() -> None:
+    text = "\n".join(_section(json.loads(file.read_text())) for file in sorted(HERE.glob("results-*.json")))
+    page = HERE / "README.md"
+    before, rest = page.read_text(encoding="utf-8").split(START)
+    page.write_text(f"{before}{START}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+def _section(found: dict) -> str:
+    about = found["about"]
+    lines = [
+        f"### {about['processor']}, torch {about['versions']['torch']}, {about['date']}",
+        "",
+        f"`{about['command']}`",
+        "",
+    ]
+    lines += ["| what | reference | ours | ratio |", "| --- | --- | --- | --- |"]
+    if "reference_step" in found and "our_step" in found:
+        theirs, ours = found["reference_step"], found["our_step"]
+        setting = ours["settings"]
+        what = f"{setting['resolution']} px, batch {setting['batch_size']}, {setting['dtype']}"
+        what += ", activations recomputed in both" if setting["gradient_checkpointing"] else ", nothing recomputed"
+        lines.append(_row(f"one step ({what})", theirs["seconds"], ours["seconds"], "s"))
+        lines.append(_row("peak memory of it", theirs["peak_gib"], ours["peak_gib"], "GiB"))
+        if "floor" in found:
+            share = found["floor"]["seconds"] / ours["seconds"]
+            lines.append(
+                f"| the U-Net passes that a step needs, alone | | {found['floor']['seconds']:.2f} s | "
+                f"{share:.2f} of our step |"
+            )
+    if "mask" in found:
+        m = found["mask"]
+        scaled = "" if m["sorted"] == m["scores"] else f" (from {m['sorted'] / 1e6:.0f}M, scaled linearly)"
+        lines.append(
+            _row(f"mask from {m['scores'] / 1e6:.0f}M scores{scaled}", m["sort_seconds_scaled"], m["seconds"], "s")
+        )
+        lines.append(f"| memory for it beside the scores | | {m['extra_gib']:.2f} GiB | |")
+    if "delta" in found:
+        d = found["delta"]
+        for density in ("0.5", "0.1"):
+            lines.append(
+                _row(
+                    f"file at density {density} against the dense fp16 layers",
+                    d["dense_fp16_mb"],
+                    d[f"file_mb_{density}"],
+                    "MB",
+                )
+            )
+            lines.append(
+                _row(
+                    f"loading it against loading the dense U-Net (density {density})",
+                    d["dense_load_seconds"],
+                    d[f"load_seconds_{density}"],
+                    "s",
+                )
+            )
+            lines.append(f"| taking it off (density {density}) | | {d[f'unload_seconds_{density}']:.2f} s | |")
+        lines.append(f"| one copy of those layers in memory | | {d['copy_seconds']:.2f} s | |")
+    return "\n".join([*lines, ""])
+
+
+def _row(what: str, reference: float, ours: float, unit: str) -> str:
+    return f"| {what} | {reference:.2f} {unit} | {ours:.2f} {unit} | {reference / ours:.1f}× |"
