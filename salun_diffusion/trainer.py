@@ -45,7 +45,9 @@ def accelerator_for(config: EraseConfig) -> Accelerator:
         raise SalunError(f"--report_to {config.report_to} needs a package: pip install {config.report_to}.")
     try:
         accelerator = Accelerator(
-            mixed_precision=config.mixed_precision, log_with=config.report_to, project_dir=config.output_dir
+            mixed_precision=config.mixed_precision,
+            log_with=config.report_to,
+            project_dir=str(Path(config.output_dir) / "logs"),
         )
     except ValueError as error:
         raise SalunError(f"--mixed_precision {config.mixed_precision} cannot be used here: {error}") from None

@@ -53,8 +53,7 @@ def test_tracker_and_validation_pictures(tmp_path):
     )  # fmt: skip
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (events,) = (tmp_path / "run").rglob("events.out.tfevents.*")
-    found = EventAccumulator(str(events.parent)).Reload()
+    found = EventAccumulator(str(tmp_path / "run" / "logs" / "salun-diffusion")).Reload()
     assert [event.step for event in found.Scalars("forget_loss")] == [1, 2, 3]
     assert [path.name for path in (tmp_path / "run" / "validation").iterdir()] == ["step-00002.png"]
 
