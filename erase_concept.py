@@ -26,7 +26,7 @@ def main(config: EraseConfig) -> None:
 
     from salun_diffusion import __version__, masks, saliency
     from salun_diffusion.checkpoints import Checkpoints
-    from salun_diffusion.concepts import find_concept
+    from salun_diffusion.concepts import find_concepts, shared_rows
     from salun_diffusion.data import contact_sheet, image_set
     from salun_diffusion.delta import Delta
     from salun_diffusion.files import write_json
@@ -34,18 +34,20 @@ def main(config: EraseConfig) -> None:
     from salun_diffusion.models import denoiser, load_pipeline, move_others, resolve
     from salun_diffusion.optim import MaskedDeltas
     from salun_diffusion.sampling import sample
-    from salun_diffusion.trainer import Trainer, accelerator_for
+    from salun_diffusion.session import accelerator_for
+    from salun_diffusion.trainer import Trainer
 
     # What to forget, in which model.
     where, commit = resolve(config.pretrained_model_name_or_path, config.revision)
-    concept = find_concept(config.concept, Path(where) if commit is None else None, config.anchor)
-    config.fill(concept.settings)
-    config.anchor = concept.anchor
+    concepts = find_concepts(config.concept, Path(where) if commit is None else None, config.anchor)
+    config.fill(concepts[0].settings)
+    config.anchor = [concept.anchor for concept in concepts]
     reused = masks.load_masks(config.mask)[0] if config.mask else None
     accelerator = accelerator_for(config)
     say, dtypes = accelerator.print, {"no": torch.float32, "fp32": torch.float32}
     dtypes |= {"fp16": torch.float16, "bf16": torch.bfloat16}
-    say(f"Erasing '{concept.value}' from {config.pretrained_model_name_or_path}: it is drawn as '{concept.anchor}'.")
+    for concept in concepts:
+        say(f"Erasing '{concept.value}' from {config.pretrained_model_name_or_path}: drawn as '{concept.anchor}'.")
     set_seed(config.seed)
     pipe = load_pipeline(
         config.pretrained_model_name_or_path, commit, dtypes[config.mixed_precision], config.variant
@@ -68,12 +70,13 @@ def main(config: EraseConfig) -> None:
         accelerator.init_trackers("salun-diffusion", {name: str(value) for name, value in config.as_dict().items()})
 
     # The forget set and the retain set, drawn by the model itself.
+    rows = {
+        "forget": shared_rows(concepts, "forget", config.num_forget_images, config.seed, "training"),
+        "retain": shared_rows(concepts, "retain", config.num_retain_images, config.seed, "training"),
+    }
     sets = {}
-    for name, rows in (
-        ("forget", concept.forget_rows(config.num_forget_images, config.seed, "training")),
-        ("retain", concept.retain_rows(config.num_retain_images, config.seed, "training")),
-    ):
-        sets[name] = image_set(pipe, rows, config, name, accelerator)
+    for name, parts in rows.items():
+        sets[name] = image_set(pipe, sum(parts, []), config, name, accelerator)
         if accelerator.is_main_process:
             contact_sheet(pipe, sets[name].latents[:32], output / f"{name}.png")
 
@@ -87,9 +90,11 @@ def main(config: EraseConfig) -> None:
     elif config.density == 1:  # every weight may move: there is nothing to choose
         mask = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
     else:
-        mask = saliency.select(trainer.saliency(parameters), config.density, config.threshold)
+        concept_rows = torch.arange(len(sets["forget"])).split([len(part) for part in rows["forget"]])
+        scores = (trainer.saliency(parameters, part) for part in concept_rows)
+        mask = masks.union([saliency.select(score, config.density, config.threshold) for score in scores])
     about = {
-        "concept": config.concept,
+        "concept": ", ".join(config.concept),
         "method": config.method,
         "scope": config.scope,
         "density": config.density,
@@ -105,9 +110,10 @@ def main(config: EraseConfig) -> None:
     def validate(step: int) -> None:
         if accelerator.is_main_process:
             move_others(pipe, accelerator.device)
-            rows = concept.forget_rows(4, config.seed, "validation") + concept.retain_rows(4, config.seed, "validation")
+            parts = [shared_rows(concepts, kind, 4, config.seed, "validation") for kind in ("forget", "retain")]
+            shown = [row for part in parts for mine in part for row in mine]
             how = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
-            drawn = sample(pipe, rows, batch_size=config.sample_batch_size, output_type="latent", **how)
+            drawn = sample(pipe, shown, batch_size=config.sample_batch_size, output_type="latent", **how)
             contact_sheet(pipe, torch.stack(drawn), output / "validation" / f"step-{step:05d}.png", columns=4)
             move_others(pipe, "cpu")
         accelerator.wait_for_everyone()
@@ -124,7 +130,7 @@ def main(config: EraseConfig) -> None:
     versions = {"salun_diffusion": __version__, "python": platform.python_version()} | {
         module.__name__: module.__version__ for module in (torch, diffusers, transformers)
     }
-    about |= {"anchor": concept.anchor, "settings": config.as_dict(), "versions": versions}
+    about |= {"anchor": ", ".join(config.anchor), "settings": config.as_dict(), "versions": versions}
     values = {name: value.detach().cpu() for name, value in deltas.values.items()}
     kept = {name: mask[name] for name in values}
     Delta(kept, values, base, about).save(output / "erasure.safetensors", dtypes[config.save_dtype])

@@ -98,7 +98,7 @@ def our_step(args) -> dict:
         scheduler=DDPMScheduler(beta_schedule="scaled_linear"), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
-    config = EraseConfig(concept="benchmark", train_batch_size=args.batch_size, max_train_steps=args.steps).fill({})
+    config = EraseConfig(concept=["benchmark"], train_batch_size=args.batch_size, max_train_steps=args.steps).fill({})
     count, side = 2 * args.batch_size, args.resolution // 8
 
     def images(anchored: bool) -> ImageSet:
@@ -111,6 +111,7 @@ def our_step(args) -> dict:
             self.accelerator, self.config = Accelerator(cpu=args.device == "cpu"), config
             self.network, self.schedule = network.eval(), DDPMScheduler.from_config(pipe.scheduler.config)
             self.forget, self.retain = images(True), images(False)
+            self.batch_size = config.train_batch_size
 
     parameters = scoped_parameters(network, SCOPE)
     deltas = MaskedDeltas(parameters, {name: torch.rand(p.shape) < 0.5 for name, p in parameters.items()}, 1e-5)

@@ -99,6 +99,7 @@ class Concept:
     value: str
     anchor: str
     vocabulary: Vocabulary
+    others: frozenset[str] = frozenset()  # words that are to be forgotten too: prompts of this one do not name them
 
     @property
     def settings(self) -> dict:
@@ -125,7 +126,7 @@ class Concept:
                 if forget:
                     words[rng.choice([name for name in names if _slot(name) == self.slot])] = self.value
                 for name in names:
-                    banned = set(words.values())
+                    banned = {*words.values(), *self.others}
                     if _slot(name) == self.slot:
                         banned |= {self.value, self.anchor} if forget else {self.value}
                     free = [word for word in self.vocabulary.slots[_slot(name)] if word not in banned]
@@ -176,6 +177,44 @@ def find_concept(name: str, base: Path | None = None, anchor: str | None = None)
     if anchor == value:
         raise SalunError(f"The anchor of '{value}' is '{anchor}' itself: name another one with --anchor.")
     return Concept(name, slot, value, anchor, vocabulary)
+
+
+def find_concepts(names: list[str], base: Path | None = None, anchors: list[str] | None = None) -> list[Concept]:
+    """:func:`find_concept` for several that are forgotten together: none is another's anchor, or in its retain prompts.
+
+    Raises:
+        SalunError: also for a concept named twice, an anchor that is to be forgotten, or not one anchor for each.
+    """
+    if anchors and len(anchors) != len(names):
+        raise SalunError(
+            f"{len(names)} concepts and {len(anchors)} anchors were given: give each its own, or none any."
+        )
+    found = [
+        find_concept(name, base, anchor) for name, anchor in zip(names, anchors or [None] * len(names), strict=True)
+    ]
+    erased = [concept.value for concept in found]
+    for concept in found:
+        if erased.count(concept.value) > 1:
+            raise SalunError(f"The concept '{concept.value}' was given twice: name each once.")
+        concept.others = frozenset(erased) - {concept.value}
+        if concept.anchor in concept.others:
+            words = concept.vocabulary.slots[concept.slot]
+            start = words.index(concept.value)
+            free = [word for word in words[start:] + words[:start] if word not in erased]
+            if anchors or not free:
+                raise SalunError(
+                    f"The anchor of '{concept.value}' is '{concept.anchor}', which is to be forgotten too: name "
+                    "another one with --anchor."
+                )
+            concept.anchor = free[0]
+    return found
+
+
+def shared_rows(concepts: list[Concept], kind: str, count: int, seed: int, split: str) -> list[list[Row]]:
+    """``count`` rows of ``kind`` ("forget" or "retain"), shared evenly among the concepts: one list for each."""
+    shares = [count // len(concepts) + (i < count % len(concepts)) for i in range(len(concepts))]
+    draw = {"forget": Concept.forget_rows, "retain": Concept.retain_rows}[kind]
+    return [draw(concept, share, seed, split) for concept, share in zip(concepts, shares, strict=True)]
 
 
 def _unknown(kind: str, name: str, vocabulary: Vocabulary | None, close: list[str] | None = None) -> SalunError:

@@ -6,7 +6,8 @@ import json
 import re
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import get_args, get_type_hints
+from types import UnionType
+from typing import get_args, get_origin, get_type_hints
 
 from .errors import SalunError
 
@@ -30,9 +31,10 @@ def option(default, text: str, choices: tuple = ()):
 class EraseConfig:
     """Every setting of one erasure. ``None`` is filled from the concept's preset; ``config.json`` holds the result."""
 
-    concept: str = option(
-        "",
-        "what to forget: a preset (nudity, church, Van Gogh …), a word of the base model's concepts.json, or any words",
+    concept: list[str] = option(
+        None,
+        "what to forget: a preset (nudity, church, Van Gogh …), a word of the base model's concepts.json, or any words "
+        "of your own; repeat it to forget several at once",
     )
     pretrained_model_name_or_path: str = option(
         "CompVis/stable-diffusion-v1-4",
@@ -42,7 +44,9 @@ class EraseConfig:
     variant: str | None = option(None, "weight files to load, such as fp16")
     output_dir: str | None = option(None, "run folder; runs/CONCEPT unless given")
     data_dir: str = option("runs/data", "cache of the generated forget and retain sets, shared by runs")
-    anchor: str | None = option(None, "what to draw in its place; the next word of the concept's list unless given")
+    anchor: list[str] | None = option(
+        None, "what to draw in its place, one for each --concept; the next word of the concept's list unless given"
+    )
     method: str = option("salun", "unlearning method", ("salun",))
     density: float = option(0.5, "share of the scoped weights that may change, in (0, 1]; 1 is the no-mask control")
     scope: str = option(
@@ -71,6 +75,9 @@ class EraseConfig:
         None, "forget pictures a step, and as many retain pictures; the preset's, or 8"
     )
     gradient_accumulation_steps: int = option(1, "batches of that size a step and process; more fit a small memory")
+    auto_batch_size: bool = option(
+        False, "where memory runs out, halve the pictures at once; the step's batch stays, but for rounding"
+    )
     num_forget_images: int | None = option(
         None, "pictures of the concept that the base model draws; the preset's, or 400"
     )
@@ -111,7 +118,7 @@ class EraseConfig:
         for name, value in (general | preset).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        self.output_dir = self.output_dir or "runs/" + re.sub(r"\W+", "-", self.concept.lower()).strip("-")
+        self.output_dir = self.output_dir or "runs/" + re.sub(r"\W+", "-", " ".join(self.concept).lower()).strip("-")
         self.check()
         return self
 
@@ -158,6 +165,11 @@ def parse(arguments: list[str] | None, description: str) -> EraseConfig:
     )
     for item in fields(EraseConfig):
         kind = _plain(hints[item.name])
+        if get_origin(kind) is list:
+            parser.add_argument(
+                f"--{item.name}", action="append", metavar="TEXT", default=argparse.SUPPRESS, help=item.metadata["help"]
+            )
+            continue
         if kind is bool:
             parser.add_argument(
                 f"--{item.name}", action="store_true", default=argparse.SUPPRESS, help=item.metadata["help"]
@@ -184,7 +196,7 @@ def parse(arguments: list[str] | None, description: str) -> EraseConfig:
 
 def _plain(hint: type) -> type:
     """``float | None`` → ``float``."""
-    return next((part for part in get_args(hint) if part is not type(None)), hint)
+    return next(p for p in get_args(hint) if p is not type(None)) if isinstance(hint, UnionType) else hint
 
 
 def _read(path: str, hints: dict[str, type]) -> dict:
@@ -208,6 +220,11 @@ def _read(path: str, hints: dict[str, type]) -> dict:
                 f"--config {path} has an unknown setting '{name}'." + (f" Did you mean '{close[0]}'?" if close else "")
             )
         kind = _plain(hints[name])
+        if get_origin(kind) is list:
+            found[name] = [value] if isinstance(value, str) else value
+            if not (isinstance(found[name], list) and all(isinstance(text, str) for text in found[name])):
+                raise SalunError(f"--config {path}: '{name}' is {value!r}, but must be text or a list of texts.")
+            continue
         right = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
         if not (right or value is None and kind is not hints[name]):
             raise SalunError(f"--config {path}: '{name}' is {value!r}, but must be of type {kind.__name__}.")

@@ -68,6 +68,11 @@ def describe(masks: dict[str, torch.Tensor]) -> list[MaskRow]:
     return rows
 
 
+def union(masks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The weights that any of ``masks``, which are of the same parameters, lets move."""
+    return {name: torch.stack([mask[name] for mask in masks]).any(0) for name in masks[0]}
+
+
 def save_masks(path, masks: dict[str, torch.Tensor], metadata: dict) -> None:
     """Writes bool masks and `metadata` (strings under the keys in TEXT, anything JSON holds elsewhere), atomically.
 

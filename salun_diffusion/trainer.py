@@ -5,20 +5,20 @@ of the global batch of a step. So neither the number of processes nor that of ac
 computed, and a resumed run draws what the uninterrupted one would have.
 """
 
-import importlib.util
 import json
 import math
 import os
 import random
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import find_executable_batch_size
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from tqdm import tqdm
@@ -33,28 +33,7 @@ from .methods import METHODS
 from .models import denoiser
 from .optim import MaskedDeltas
 from .saliency import scores
-
-
-def accelerator_for(config: EraseConfig) -> Accelerator:
-    """accelerate's own object for this run.
-
-    Raises:
-        SalunError: a precision that the device lacks, or a tracker that is not installed.
-    """
-    if config.report_to and importlib.util.find_spec(config.report_to) is None:
-        raise SalunError(f"--report_to {config.report_to} needs a package: pip install {config.report_to}.")
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            log_with=config.report_to,
-            project_dir=str(Path(config.output_dir) / "logs"),
-        )
-    except ValueError as error:
-        raise SalunError(f"--mixed_precision {config.mixed_precision} cannot be used here: {error}") from None
-    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
-        # accelerate launch and torchrun leave a CPU process one thread unless told otherwise
-        torch.set_num_threads(max(1, os.cpu_count() // accelerator.num_processes))
-    return accelerator
+from .session import Stopped, StopSignal
 
 
 @dataclass
@@ -77,6 +56,7 @@ class Trainer:
     ):
         self.accelerator, self.config = accelerator, config
         self.forget, self.retain = forget, retain
+        self.batch_size = config.train_batch_size  # pictures of each set at once
         self.network = denoiser(pipe).to(accelerator.device).eval()
         if config.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
@@ -112,13 +92,13 @@ class Trainer:
         """This process's share of the global batch ``index``, in parts that fit."""
         noise, t = self.draw(images, len(index), name, step)
         share = torch.arange(len(index)).chunk(self.accelerator.num_processes)[self.accelerator.process_index]
-        for rows in share.split(self.config.train_batch_size):
+        for rows in share.split(self.batch_size):
             yield self._noised(images, index[rows], noise[rows], t[rows])
 
-    def saliency(self, parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
-        """Scores of ``parameters`` from one pass over the forget set, with the reference's loss: minus the denoising
-        error of the guided prediction, averaged over the set."""
-        guidance, count = self.config.saliency_guidance, len(self.forget)
+    def saliency(self, parameters: dict[str, torch.nn.Parameter], rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Scores of ``parameters`` from one pass over ``rows`` of the forget set (indices: one concept's), with the
+        reference's loss: minus the denoising error of the guided prediction, averaged over them."""
+        guidance, count = self.config.saliency_guidance, len(rows)
 
         def loss(index: torch.Tensor) -> torch.Tensor:
             drawn = [self.draw(self.forget, 1, "saliency", i) for i in index.tolist()]
@@ -134,14 +114,35 @@ class Trainer:
             return -share * denoising(guided(conditional, unconditional, guidance), batch.target)
 
         accelerator = self.accelerator
-        mine = torch.arange(count)[accelerator.process_index :: accelerator.num_processes]
-        bar = tqdm(
-            mine.split(self.config.train_batch_size),
-            desc="saliency",
-            unit="batch",
-            disable=not accelerator.is_main_process,
-        )
-        return scores(parameters, ((lambda part=part: loss(part)) for part in bar), accelerator.reduce)
+        mine = rows[accelerator.process_index :: accelerator.num_processes]
+
+        def work() -> dict[str, torch.Tensor]:
+            parts = mine.split(self.batch_size)
+            bar = tqdm(parts, desc="saliency", unit="batch", disable=not accelerator.is_main_process)
+            return scores(parameters, ((lambda part=part: loss(part)) for part in bar), accelerator.reduce)
+
+        return self.fitting(work)
+
+    def fitting(self, work: Callable[[], Any]) -> Any:
+        """``work()``; with ``auto_batch_size``, again with half the pictures at once as long as memory runs out.
+
+        Raises:
+            SalunError: not even one fits.
+        """
+        if not self.config.auto_batch_size:
+            return work()
+
+        def halve() -> int:
+            self.batch_size //= 2
+            self.accelerator.print(f"Out of memory: going on with {self.batch_size} pictures at once.")
+            return self.batch_size
+
+        try:
+            return find_executable_batch_size(lambda batch_size: work(), self.batch_size, halve)()
+        except RuntimeError as error:
+            if "No executable batch size" in str(error):
+                raise SalunError("Not even one picture at a time fits: try --gradient_checkpointing or bf16.") from None
+            raise
 
     def train(
         self,
@@ -189,7 +190,7 @@ class Trainer:
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
             }
             if accelerator.is_main_process:
-                checkpoints.save(step, deltas.state(), deltas.masks, {"concept": config.concept}, log, state)
+                checkpoints.save(step, deltas.state(), deltas.masks, {"concept": ", ".join(config.concept)}, log, state)
             accelerator.wait_for_everyone()
 
         with (
@@ -208,7 +209,8 @@ class Trainer:
                 forget_index, retain_index = next(forget_batches), next(retain_batches)
                 if step < start:
                     continue
-                losses = self.accumulate(deltas, forget_index, retain_index, step)
+                work = partial(self.accumulate, deltas, forget_index, retain_index, step)
+                losses = self.fitting(work) if step == start else work()
                 # one reduction tells every process the mean losses, and whether anyone wants to stop
                 told = accelerator.reduce(torch.cat([losses, losses.new_tensor([float(stop.wanted)])]), "mean")
                 forget_loss, retain_loss, wanted = told.tolist()
@@ -249,6 +251,7 @@ class Trainer:
         """Add up this process's share of a step's gradient, batch by batch; returns its mean forget and retain loss,
         ``(2,)``."""
         config, method = self.config, METHODS[self.config.method]
+        deltas.clear_gradients()
         losses = torch.zeros(2, device=self.accelerator.device)
         mine = config.train_batch_size * config.gradient_accumulation_steps
         for forget, retain in zip(
@@ -264,25 +267,3 @@ class Trainer:
             self.accelerator.backward(share * (forget_loss + config.alpha * retain_loss))
             losses += share * torch.stack([forget_loss.detach(), retain_loss.detach()])
         return losses
-
-
-class Stopped(KeyboardInterrupt):
-    """The user, or the machine's scheduler, asked to stop, and what was done so far is saved."""
-
-
-class StopSignal:
-    """Within it, Ctrl-C and SIGTERM set ``wanted`` once; a second one acts as usual."""
-
-    def __enter__(self) -> "StopSignal":
-        self.wanted = False
-        self.old = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, number: int, frame) -> None:
-        self.wanted = True
-        signal.signal(number, self.old[number])
-        print("\nStopping after this step; once more to stop at once.", file=sys.stderr)
-
-    def __exit__(self, *error) -> None:
-        for number, handler in self.old.items():
-            signal.signal(number, handler)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from salun_diffusion import SalunError
-from salun_diffusion.concepts import find_concept
+from salun_diffusion.concepts import find_concept, find_concepts, shared_rows
 
 WORLD = {
     "slots": {"object": ["airplane", "apple", "butterfly"], "style": ["ink", "oil"]},
@@ -104,3 +104,27 @@ def test_a_broken_vocabulary_is_named(tmp_path):
     (tmp_path / "concepts.json").write_text("{")
     with pytest.raises(SalunError, match="concepts.json is not a concept vocabulary"):
         find_concept("airplane", tmp_path)
+
+
+def test_concepts_forgotten_together_keep_out_of_each_other(base):
+    concepts = find_concepts(["airplane", "ink style"], base)
+    assert [(c.value, c.anchor) for c in concepts] == [("airplane", "apple"), ("ink", "oil")]
+    retained = [row.prompt for part in shared_rows(concepts, "retain", 41, 0, "training") for row in part]
+    assert len(retained) == 41 and not any("airplane" in prompt or "ink" in prompt for prompt in retained)
+    planes, inks = shared_rows(concepts, "forget", 41, 0, "training")
+    assert (len(planes), len(inks)) == (21, 20)
+    assert all("airplane" in row.prompt and "ink" not in row.prompt + row.anchor_prompt for row in planes)
+    assert all(row.anchor_prompt == row.prompt.replace("ink", "oil") and "airplane" not in row.prompt for row in inks)
+
+
+def test_an_anchor_is_never_a_concept_that_goes_too(base):
+    concepts = find_concepts(["airplane", "apple"], base)
+    assert [concept.anchor for concept in concepts] == ["butterfly", "butterfly"]
+    with pytest.raises(SalunError, match="anchor of 'airplane' is 'apple', which is to be forgotten too"):
+        find_concepts(["airplane", "apple"], base, ["apple", "butterfly"])
+    with pytest.raises(SalunError, match="anchor of 'airplane' is 'apple', which"):
+        find_concepts(["airplane", "apple", "butterfly"], base)
+    with pytest.raises(SalunError, match="'airplane' was given twice"):
+        find_concepts(["airplane", "Airplane"], base)
+    with pytest.raises(SalunError, match="2 concepts and 1 anchors were given"):
+        find_concepts(["airplane", "ink"], base, ["apple"])

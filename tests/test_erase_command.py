@@ -109,6 +109,23 @@ def test_no_mask_control_and_full_scope(more, scope, tmp_path):
     assert kept == (total if "--density" in more else total // 2)
 
 
+def test_two_concepts_in_one_run(erased, tmp_path):
+    """The union of the masks that each would have had alone, and one delta."""
+    together = tmp_path / "both"
+    erase(together, "--concept", "ink style", "--num_forget_images", "16")
+    ink = tmp_path / "ink"
+    erase(ink, concept="ink style")
+    config = json.loads((together / "config.json").read_text())
+    assert (config["concept"], config["anchor"]) == ("airplane, ink style", "apple, pixel")
+    both, one, other = (load_masks(folder / "mask.safetensors")[0] for folder in (together, erased, ink))
+    total = sum(mask.numel() for mask in both.values())
+    union = {name: one[name] | other[name] for name in both}
+    # drawn without each other's words, the sets differ a little from those alone
+    assert sum(int((union[name] ^ both[name]).sum()) for name in both) < 0.2 * total
+    assert total // 2 < sum(int(mask.sum()) for mask in both.values()) < total
+    assert load_masks(together / "mask.safetensors")[1]["concept"] == "airplane, ink style"
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

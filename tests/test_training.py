@@ -37,7 +37,7 @@ def setup(tiny_folder, tmp_path):
             "num_inference_steps": 2,
             "guidance_scale": 3.0,
         }
-        config = EraseConfig(concept="airplane", data_dir=str(tmp_path / "data"), **(settings | changes)).fill({})
+        config = EraseConfig(concept=["airplane"], data_dir=str(tmp_path / "data"), **(settings | changes)).fill({})
         pipe = load_pipeline(str(tiny_folder))
         accelerator = Accelerator(cpu=True)
         forget = image_set(pipe, FORGET, config, "forget", accelerator)
@@ -54,7 +54,7 @@ def text(pipe, prompts):
 def test_saliency_matches_the_published_loss(setup):
     trainer, pipe, config = setup()
     parameters = scoped_parameters(pipe.unet, "all")
-    found = trainer.saliency(parameters)
+    found = trainer.saliency(parameters, torch.arange(len(FORGET)))
 
     schedule = DDPMScheduler.from_config(pipe.scheduler.config)
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
@@ -114,6 +114,33 @@ def test_steps_match_the_published_loop(retain_target, setup, tmp_path):
     assert moved > 0.9 * sum(int(m.sum()) for m in masks.values())
     assert all(value.numel() == masks[name].sum() for name, value in deltas.values.items())
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").open()] == [1, 2, 3]
+
+
+def test_auto_batch_size_halves_until_it_fits_and_changes_nothing(setup, tmp_path):
+    """The network fails as PyTorch's CPU allocator does when more than four pictures pass through it at once."""
+    trained = []
+    for limit in (None, 4):
+        trainer, pipe, config = setup(auto_batch_size=True)
+
+        def refuse(module, args, limit=limit):
+            if limit and len(args[0]) > limit:
+                raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+
+        pipe.unet.register_forward_pre_hook(refuse)
+        parameters = scoped_parameters(pipe.unet, config.scope)
+        scores = trainer.saliency(parameters, torch.arange(len(FORGET)))
+        assert trainer.batch_size == (2 if limit else 4)
+        deltas = MaskedDeltas(parameters, top_density(scores, 0.5), config.learning_rate)
+        trainer.batch_size = 4
+        trainer.train(deltas, tmp_path / "log.jsonl", Checkpoints(tmp_path, {}, 2))
+        assert trainer.batch_size == (2 if limit else 4)
+        trained.append({name: p.detach().clone() for name, p in parameters.items()})
+    for name, weights in trained[0].items():
+        torch.testing.assert_close(trained[1][name], weights, rtol=1e-3, atol=1e-4)
+    trainer, pipe, config = setup(auto_batch_size=True)
+    pipe.unet.register_forward_pre_hook(lambda module, args: refuse(module, args, limit=0.5))
+    with pytest.raises(SalunError, match="Not even one picture at a time fits"):
+        trainer.saliency(scoped_parameters(pipe.unet, "all"), torch.arange(len(FORGET)))
 
 
 def test_snapped_weights_are_base_plus_the_stored_values(setup, tmp_path):
