@@ -46,6 +46,12 @@ def main(config: EraseConfig) -> None:
     accelerator = accelerator_for(config)
     say, dtypes = accelerator.print, {"no": torch.float32, "fp32": torch.float32}
     dtypes |= {"fp16": torch.float16, "bf16": torch.bfloat16}
+    least = len(concepts) * accelerator.num_processes
+    if min(config.num_forget_images, config.num_retain_images) < least:
+        raise SalunError(
+            f"--num_forget_images {config.num_forget_images} and --num_retain_images {config.num_retain_images} are "
+            f"too few (concepts: {len(concepts)}, processes: {accelerator.num_processes}): give at least {least}."
+        )
     for concept in concepts:
         say(f"Erasing '{concept.value}' from {config.pretrained_model_name_or_path}: drawn as '{concept.anchor}'.")
     set_seed(config.seed)

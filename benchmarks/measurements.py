@@ -24,6 +24,7 @@ from salun_diffusion.trainer import Trainer
 from .reference import Recipe, sort_mask
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SCHEDULE = DDPMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
 SCOPE = "cross-attention+resnets"
 
 
@@ -80,7 +81,7 @@ def reference_step(args) -> dict:
         )
     ).to(device, dtype)
     masks = {name: (torch.rand(p.shape) < 0.5).to(dtype) for name, p in network.named_parameters()}
-    recipe = Recipe(network, vae, text, DDPMScheduler(beta_schedule="scaled_linear"), masks, 1e-5)
+    recipe = Recipe(network, vae, text, SCHEDULE, masks, 1e-5)
 
     def batch() -> tuple[torch.Tensor, torch.Tensor]:
         pixels = torch.rand(args.batch_size, 3, args.resolution, args.resolution, device=device, dtype=dtype) * 2 - 1
@@ -93,11 +94,6 @@ def reference_step(args) -> dict:
 def our_step(args) -> dict:
     """The trainer itself, over random latents and prompts."""
     network = unet(args)
-    pipe = StableDiffusionPipeline(
-        vae=None, text_encoder=None, tokenizer=None, unet=network,
-        scheduler=DDPMScheduler(beta_schedule="scaled_linear"), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
-    )  # fmt: skip
     config = EraseConfig(concept=["benchmark"], train_batch_size=args.batch_size, max_train_steps=args.steps).fill({})
     count, side = 2 * args.batch_size, args.resolution // 8
 
@@ -109,7 +105,7 @@ def our_step(args) -> dict:
     class Timed(Trainer):
         def __init__(self):
             self.accelerator, self.config = Accelerator(cpu=args.device == "cpu"), config
-            self.network, self.schedule = network.eval(), DDPMScheduler.from_config(pipe.scheduler.config)
+            self.network, self.schedule = network.eval(), SCHEDULE
             self.forget, self.retain = images(True), images(False)
             self.batch_size = config.train_batch_size
 
@@ -171,7 +167,7 @@ def delta(args) -> dict:
     network = unet(args)
     pipe = StableDiffusionPipeline(
         vae=None, text_encoder=None, tokenizer=None, unet=network,
-        scheduler=DDPMScheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        scheduler=SCHEDULE, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     parameters = scoped_parameters(network, SCOPE)
     total = sum(p.numel() for p in parameters.values())

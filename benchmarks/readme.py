@@ -68,4 +68,4 @@ def _section(found: dict) -> str:
 
 
 def _row(what: str, reference: float, ours: float, unit: str) -> str:
-    return f"| {what} | {reference:.2f} {unit} | {ours:.2f} {unit} | {reference / ours:.1f}× |"
+    return f"| {what} | {reference:.2f} {unit} | {ours:.2f} {unit} | {reference / ours:.2g}× |"

@@ -22,8 +22,15 @@ class MaskedDeltas:
 
     def __init__(self, parameters: dict[str, nn.Parameter], masks: dict[str, torch.Tensor], learning_rate: float):
         self.parameters = {name: parameters[name] for name, mask in masks.items() if mask.any()}
-        self.masks = {name: masks[name].to(p.device) for name, p in self.parameters.items()}
-        self.base = {name: p.detach()[self.masks[name]] for name, p in self.parameters.items()}
+        for name, parameter in parameters.items():  # where nothing may move, no gradient is made
+            parameter.requires_grad_(name in self.parameters)
+        self.masks = {name: masks[name].cpu() for name in self.parameters}
+        # places of the masked weights: 4 bytes each, and gathering by them is some thirty times faster than by a mask
+        self.places = {
+            name: self.masks[name].flatten().nonzero().flatten().int().to(p.device)
+            for name, p in self.parameters.items()
+        }
+        self.base = {name: p.detach().flatten()[self.places[name]] for name, p in self.parameters.items()}
         self.values = {name: nn.Parameter(torch.zeros_like(b, dtype=torch.float32)) for name, b in self.base.items()}
         self.adam = torch.optim.Adam(self.values.values(), lr=learning_rate, fused=True)
         self.hooks = [
@@ -32,7 +39,7 @@ class MaskedDeltas:
         ]
 
     def _pack(self, name: str, parameter: nn.Parameter) -> None:
-        packed, value = parameter.grad[self.masks[name]].float(), self.values[name]
+        packed, value = parameter.grad.flatten().index_select(0, self.places[name]).float(), self.values[name]
         value.grad = packed if value.grad is None else value.grad.add_(packed)
         parameter.grad = None
 
@@ -72,14 +79,17 @@ class MaskedDeltas:
     def write(self) -> None:
         """Put ``θ0 + d``, summed in fp32 and rounded to the parameter's dtype, where the mask is set."""
         for name, parameter in self.parameters.items():
-            parameter[self.masks[name]] = (self.base[name].float() + self.values[name]).to(parameter.dtype)
+            self._put(name, (self.base[name].float() + self.values[name]).to(parameter.dtype))
+
+    def _put(self, name: str, packed: torch.Tensor) -> None:
+        self.parameters[name].view(-1).index_copy_(0, self.places[name].long(), packed)
 
     @contextmanager
     def at_base(self) -> Iterator[None]:
         """Within it, the network has the base model's weights."""
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter[self.masks[name]] = self.base[name]
+            for name in self.parameters:
+                self._put(name, self.base[name])
         yield
         self.write()
 

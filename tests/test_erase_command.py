@@ -126,6 +126,9 @@ def test_two_concepts_in_one_run(erased, tmp_path):
     assert load_masks(together / "mask.safetensors")[1]["concept"] == "airplane, ink style"
 
 
+FEW = ["--num_forget_images", "1"]
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -137,6 +140,11 @@ def test_two_concepts_in_one_run(erased, tmp_path):
         (["--pretrained_model_name_or_path", "demo", "--concept", "airplane", "--density", "1.5"], "--density is 1.5"),
         (["--pretrained_model_name_or_path", "demo", "--concept", "x", "--max_train_steps", "0"], "steps is 0: give"),
         (["--pretrained_model_name_or_path", "demo", "--concept", "airplane", "--mask", "nowhere"], "does not exist"),
+        (["--pretrained_model_name_or_path", "demo", "--concept", "airplane", "--scope", "attn9"], "the scope 'attn9'"),
+        (
+            ["--pretrained_model_name_or_path", "demo", "--concept", "cat", "--concept", "owl"] + FEW,
+            "too few (concepts: 2, processes: 1): give at least 2",
+        ),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence_before_any_work(words, message, tmp_path):

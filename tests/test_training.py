@@ -156,6 +156,19 @@ def test_snapped_weights_are_base_plus_the_stored_values(setup, tmp_path):
         assert torch.equal(parameter, original[name] + stored), name
 
 
+def test_no_gradient_is_made_or_kept_where_nothing_may_move(setup):
+    _, pipe, config = setup()
+    parameters = scoped_parameters(pipe.unet, "cross-attention")
+    masks = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in parameters.items()}
+    first = next(iter(masks))
+    masks[first].view(-1)[3] = True
+    deltas = MaskedDeltas(parameters, masks, 1e-3)
+    pipe.unet(torch.randn(1, 4, 8, 8), 5, torch.randn(1, 7, 16)).sample.sum().backward()
+    assert [name for name, p in pipe.unet.named_parameters() if p.requires_grad] == [first]
+    assert all(p.grad is None for p in pipe.unet.parameters())
+    assert {name: value.grad.shape for name, value in deltas.values.items()} == {first: (1,)}
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(setup, tmp_path):
     trainer, pipe, config = setup(learning_rate=1e30, max_train_steps=5)
     parameters = scoped_parameters(pipe.unet, config.scope)
