@@ -90,8 +90,10 @@ class MaskedDeltas:
         with torch.no_grad():
             for name in self.parameters:
                 self._put(name, self.base[name])
-        yield
-        self.write()
+        try:
+            yield
+        finally:  # also where memory ran out: the step is then tried again, and not with the base model's weights
+            self.write()
 
     def snap(self, dtype: torch.dtype) -> None:
         """Round the deltas to the dtype they will be saved in, and the weights with them."""

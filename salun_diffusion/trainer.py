@@ -134,7 +134,8 @@ class Trainer:
 
         def halve() -> int:
             self.batch_size //= 2
-            self.accelerator.print(f"Out of memory: going on with {self.batch_size} pictures at once.")
+            if self.batch_size:
+                self.accelerator.print(f"Out of memory: going on with {self.batch_size} pictures at once.")
             return self.batch_size
 
         try:

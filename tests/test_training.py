@@ -156,6 +156,21 @@ def test_snapped_weights_are_base_plus_the_stored_values(setup, tmp_path):
         assert torch.equal(parameter, original[name] + stored), name
 
 
+def test_the_trained_weights_come_back_after_a_look_at_the_base_even_if_it_fails(setup):
+    _, pipe, _ = setup()
+    parameters = scoped_parameters(pipe.unet, "cross-attention")
+    original = {name: p.detach().clone() for name, p in parameters.items()}
+    deltas = MaskedDeltas(parameters, {n: torch.ones_like(p, dtype=torch.bool) for n, p in parameters.items()}, 1e-3)
+    for value in deltas.values.values():
+        value.data += 0.5
+    deltas.write()
+    trained = {name: p.detach().clone() for name, p in parameters.items()}
+    with pytest.raises(RuntimeError, match="out of memory"), deltas.at_base():
+        assert all(torch.equal(p, original[name]) for name, p in parameters.items())
+        raise RuntimeError("out of memory")
+    assert all(torch.equal(p, trained[name]) and not torch.equal(p, original[name]) for name, p in parameters.items())
+
+
 def test_no_gradient_is_made_or_kept_where_nothing_may_move(setup):
     _, pipe, config = setup()
     parameters = scoped_parameters(pipe.unet, "cross-attention")
