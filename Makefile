@@ -43,5 +43,5 @@ clean:
 
 .venv/installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
-	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[eval,test]'
+	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[data,eval,test]'
 	touch $@

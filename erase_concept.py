@@ -7,6 +7,7 @@ The run folder gets erasure.safetensors (load it with salun_diffusion.load_erasu
 training.jsonl and pictures of what it was trained on. The same seed gives the same bits on the same machine.
 """
 
+import hashlib
 import os
 import platform
 import sys
@@ -33,6 +34,7 @@ def main(config: EraseConfig) -> None:
     from salun_diffusion.fingerprint import fingerprint
     from salun_diffusion.models import denoiser, load_pipeline, move_others, resolve
     from salun_diffusion.optim import MaskedDeltas
+    from salun_diffusion.pictures import Source
     from salun_diffusion.sampling import sample
     from salun_diffusion.session import accelerator_for
     from salun_diffusion.trainer import Trainer
@@ -40,8 +42,13 @@ def main(config: EraseConfig) -> None:
     # What to forget, in which model.
     where, commit = resolve(config.pretrained_model_name_or_path, config.revision)
     concepts = find_concepts(config.concept, Path(where) if commit is None else None, config.anchor)
-    config.fill(concepts[0].settings)
+    names = ", ".join(concept.name for concept in concepts)
+    config.fill(concepts[0].settings, names)
     config.anchor = [concept.anchor for concept in concepts]
+    sources = {
+        "forget": [Source(text) for text in config.forget_data or []],
+        "retain": [Source(config.retain_data)] if config.retain_data else [],
+    }
     reused = masks.load_masks(config.mask)[0] if config.mask else None
     accelerator = accelerator_for(config)
     say, dtypes = accelerator.print, {"no": torch.float32, "fp32": torch.float32}
@@ -64,7 +71,12 @@ def main(config: EraseConfig) -> None:
     if reused is not None:
         saliency.check_reused(reused, parameters, config.mask)
     output = Path(config.output_dir)
-    same = config.as_dict(resumable=True) | {"base": base.digest(), "processes": accelerator.num_processes}
+    same = config.as_dict(resumable=True) | {
+        "base": base.digest(),
+        "processes": accelerator.num_processes,
+        "prompts": hashlib.sha256(repr(concepts).encode()).hexdigest()[:16],
+        "pictures": {kind: [source.key for source in found] for kind, found in sources.items()},
+    }
     checkpoints = Checkpoints(output, same, config.checkpoints_total_limit)
     resumed = checkpoints.load(config.resume_from_checkpoint) if config.resume_from_checkpoint else None
     if resumed:
@@ -75,16 +87,14 @@ def main(config: EraseConfig) -> None:
     if config.report_to:
         accelerator.init_trackers("salun-diffusion", {name: str(value) for name, value in config.as_dict().items()})
 
-    # The forget set and the retain set, drawn by the model itself.
-    rows = {
-        "forget": shared_rows(concepts, "forget", config.num_forget_images, config.seed, "training"),
-        "retain": shared_rows(concepts, "retain", config.num_retain_images, config.seed, "training"),
-    }
+    # The forget set and the retain set.
     sets = {}
-    for name, parts in rows.items():
-        sets[name] = image_set(pipe, sum(parts, []), config, name, accelerator)
+    for kind, found in sources.items():
+        sets[kind] = image_set(pipe, concepts, kind, found, config, accelerator)
+        said = f", from {', '.join(source.text for source in found)}" if found else ", drawn by the base model"
+        say(f"The {kind} set: {len(sets[kind])} pictures{said}.")
         if accelerator.is_main_process:
-            contact_sheet(pipe, sets[name].latents[:32], output / f"{name}.png")
+            contact_sheet(pipe, sets[kind].latents[:32], output / f"{kind}.png")
 
     # The weights that carry the concept.
     trainer = Trainer(accelerator, pipe, sets["forget"], sets["retain"], config)
@@ -96,11 +106,11 @@ def main(config: EraseConfig) -> None:
     elif config.density == 1:  # every weight may move: there is nothing to choose
         mask = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
     else:
-        concept_rows = torch.arange(len(sets["forget"])).split([len(part) for part in rows["forget"]])
-        scores = (trainer.saliency(parameters, part) for part in concept_rows)
+        concept_rows = torch.arange(len(sets["forget"])).split(sets["forget"].shares)
+        scores = (trainer.saliency(parameters, rows) for rows in concept_rows)
         mask = masks.union([saliency.select(score, config.density, config.threshold) for score in scores])
     about = {
-        "concept": ", ".join(config.concept),
+        "concept": names,
         "method": config.method,
         "scope": config.scope,
         "density": config.density,

@@ -94,7 +94,9 @@ def reference_step(args) -> dict:
 def our_step(args) -> dict:
     """The trainer itself, over random latents and prompts."""
     network = unet(args)
-    config = EraseConfig(concept=["benchmark"], train_batch_size=args.batch_size, max_train_steps=args.steps).fill({})
+    config = EraseConfig(concept=["benchmark"], train_batch_size=args.batch_size, max_train_steps=args.steps).fill(
+        {}, "benchmark"
+    )
     count, side = 2 * args.batch_size, args.resolution // 8
 
     def images(anchored: bool) -> ImageSet:

@@ -6,7 +6,6 @@ of the others. The folder is made under another name, synced to the disk and ren
 unless the disk has damaged it since.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .errors import SalunError
-from .files import read_safetensors, write_json, write_safetensors
+from .files import read_safetensors, sha256, write_json, write_safetensors
 from .masks import load_masks, save_masks
 
 FORMAT = "salun-checkpoint 1"
@@ -80,7 +79,7 @@ class Checkpoints:
             save_masks(making / "mask.safetensors", masks, about)
             shutil.copyfile(log, making / "training.jsonl")
             _sync(making / "training.jsonl")
-            files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in making.iterdir()}
+            files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in making.iterdir()}
             manifest = {"format": FORMAT, "step": step, "settings": self.settings, "state": state, "files": files}
             write_json(making / MANIFEST, manifest)  # syncs the folder too
             if final.exists():  # a damaged one of the same step, or one of the run that this one repeats
@@ -141,7 +140,7 @@ def _fault(path: Path) -> str | None:
                 return f"{name} is missing"
             if (size := (path / name).stat().st_size) != entry["bytes"]:
                 return f"{name} has {size} bytes where {entry['bytes']} belong"
-            if _sha256(path / name) != entry["sha256"]:
+            if sha256(path / name) != entry["sha256"]:
                 return f"{name} is damaged"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} cannot be read ({error})"
@@ -155,14 +154,6 @@ def _made_before(path: Path, other: Path) -> bool:
 def _delete(path: Path) -> None:
     (path / MANIFEST).unlink(missing_ok=True)  # from here on it is no checkpoint, however far the deletion gets
     shutil.rmtree(path)
-
-
-def _sha256(path: Path) -> str:
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            found.update(block)
-    return found.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -1,28 +1,24 @@
-"""What to forget, what to draw instead, and what to keep: prompts, drawn from vocabularies.
+"""What to forget, what to draw instead, and what to keep: prompts.
 
-A vocabulary is a JSON file: *slots* (lists of interchangeable words), *templates* that combine them, and *settings*
-(defaults for training that suit it; the command line wins)::
+A concept is one word of one slot of a vocabulary (vocabulary.py); the other words are what must be kept, and the next
+one is its default anchor (SalUn's rule for classes, c' = c + 1). A base model's folder may hold its own
+``concepts.json``; the files in ``presets/`` serve all others. A user's own concept is any words, or a JSON file of the
+prompts themselves::
 
-    {"slots": {"object": ["tench", "church"], "style": ["ink"]},
-     "templates": [{"prompt": "{object:a} in {style} style", "expect": {"label": "{object}"}}],
-     "plurals": {"fish": "fish"}, "aliases": {"nudity": "nude person"},
-     "settings": {"object": {"learning_rate": 1e-5}}}
-
-``{object:a}`` adds the indefinite article, ``{object:s}`` makes the plural, ``{object2}`` is a second, different word
-of the slot. ``expect`` is what a perfect picture of the prompt shows, by question, for whoever evaluates. A concept is
-one word of one slot; the other words are what must be kept, and the next one is its default anchor (SalUn's rule for
-classes, c' = c + 1). A base model's folder may hold its own ``concepts.json``; the files in ``presets/`` serve all
-others.
+    {"concept": "Acme logo", "anchor": "blank sign", "forget": ["an Acme logo on a wall", "the Acme logo"],
+     "retain": ["a wall of bricks", "a shop window"], "settings": {"learning_rate": 1e-5}}
 """
 
 import difflib
 import json
 import random
-import string
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import SalunError
+from .vocabulary import Vocabulary, placeholders, slot_of
 
 PRESETS = Path(__file__).parent / "presets"
 EVERYDAY = "everyday"  # the vocabulary that a concept of the user's own words joins
@@ -38,56 +34,9 @@ class Row:
     seed: int
 
 
-class _Word(str):
-    plurals: dict[str, str] = {}
-
-    def __format__(self, spec: str) -> str:
-        if spec == "a":
-            return ("an " if self[0].lower() in "aeiou" else "a ") + self
-        return self.plurals.get(self, self + "s") if spec == "s" else str(self)
-
-
-def _slot(placeholder: str) -> str:
-    return placeholder.rstrip("0123456789")
-
-
-@dataclass
-class Vocabulary:
-    """Slots, templates and settings; see the module docstring for the file."""
-
-    slots: dict[str, list[str]]
-    templates: list[dict]
-    plurals: dict[str, str] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
-    settings: dict[str, dict] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, path: Path) -> "Vocabulary":
-        """Raises SalunError if ``path`` is no vocabulary."""
-        try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise SalunError(f"{path} is not a concept vocabulary (JSON with slots and templates): {error}") from None
-
-    def names(self) -> dict[str, tuple[str, str]]:
-        """What a user may type → (slot, word): the word, "word slot" ("ink style"), or an alias."""
-        found = {}
-        for slot, words in self.slots.items():
-            for word in words:
-                found.setdefault(word.lower(), (slot, word))
-                found[f"{word} {slot}".lower()] = (slot, word)
-        return found | {alias.lower(): found[word.lower()] for alias, word in self.aliases.items()}
-
-    def fill(self, template: dict, words: dict[str, str]) -> tuple[str, dict[str, str]]:
-        """The template's prompt and expectation with ``words`` (placeholder → word) put in."""
-        kind = type("_Word", (_Word,), {"plurals": self.plurals})
-        words = {name: kind(word) for name, word in words.items()}
-        expect = {question: answer.format(**words) for question, answer in template.get("expect", {}).items()}
-        return template["prompt"].format(**words), expect
-
-
-def _placeholders(template: dict) -> list[str]:
-    return [name for _, name, _, _ in string.Formatter().parse(template["prompt"]) if name]
+def named(words: Iterable[str]) -> re.Pattern:
+    """Finds any of ``words`` as whole words, in either case; with no words, nothing."""
+    return re.compile(rf"\b({'|'.join(map(re.escape, sorted(words)))})\b" if words else r"(?!)", re.IGNORECASE)
 
 
 @dataclass
@@ -116,20 +65,26 @@ class Concept:
 
     def _rows(self, count: int, key: str, forget: bool) -> list[Row]:
         rng = random.Random(key)
-        templates = [t for t in self.vocabulary.templates if self.slot in map(_slot, _placeholders(t))]
+        if self.vocabulary.retain and not forget:
+            kept = [prompt for prompt in self.vocabulary.retain if not named(self.others).search(prompt)]
+            if not kept:
+                raise SalunError(f"Every retain prompt of '{self.name}' names something that is to be forgotten too.")
+            prompts = [prompt for _ in range(-(-count // len(kept))) for prompt in rng.sample(kept, len(kept))]
+            return [Row(prompt, None, {}, rng.getrandbits(31)) for prompt in prompts[:count]]
+        templates = [t for t in self.vocabulary.templates if self.slot in map(slot_of, placeholders(t))]
         rows = []
         while len(rows) < count:
             # every template in turn, in a fresh order each round, so that a small draw is still a fair sample
             for template in rng.sample(templates, len(templates))[: count - len(rows)]:
-                names = list(dict.fromkeys(_placeholders(template)))
+                names = list(dict.fromkeys(placeholders(template)))
                 words: dict[str, str] = {}
                 if forget:
-                    words[rng.choice([name for name in names if _slot(name) == self.slot])] = self.value
+                    words[rng.choice([name for name in names if slot_of(name) == self.slot])] = self.value
                 for name in names:
                     banned = {*words.values(), *self.others}
-                    if _slot(name) == self.slot:
+                    if slot_of(name) == self.slot:
                         banned |= {self.value, self.anchor} if forget else {self.value}
-                    free = [word for word in self.vocabulary.slots[_slot(name)] if word not in banned]
+                    free = [word for word in self.vocabulary.slots[slot_of(name)] if word not in banned]
                     if name not in words:
                         words[name] = rng.choice(free)
                 prompt, expect = self.vocabulary.fill(template, words)
@@ -143,13 +98,16 @@ def find_concept(name: str, base: Path | None = None, anchor: str | None = None)
     """Look ``name`` up in the base model's own vocabulary, or else in the presets, or else take it as the user's words.
 
     Args:
-        name: "nudity", "airplane", "ink style", "Van Gogh", or any words.
+        name: "nudity", "airplane", "ink style", "Van Gogh", any words, or the path of a concept's JSON file.
         base: the base model's local folder, if it is one.
         anchor: what to draw instead; the next word of the slot by default.
 
     Raises:
-        SalunError: an unknown word for a base that ships its vocabulary, or a near-miss of a preset's name.
+        SalunError: an unknown word for a base that ships its vocabulary, a near-miss of a preset's name, or a file
+            that is not a concept's.
     """
+    if name.endswith(".json"):
+        return _read_concept(name, anchor)
     own = base / "concepts.json" if base else None
     if own and own.exists():
         vocabularies = [Vocabulary.read(own)]
@@ -177,6 +135,36 @@ def find_concept(name: str, base: Path | None = None, anchor: str | None = None)
     if anchor == value:
         raise SalunError(f"The anchor of '{value}' is '{anchor}' itself: name another one with --anchor.")
     return Concept(name, slot, value, anchor, vocabulary)
+
+
+def _read_concept(path: str, anchor: str | None) -> Concept:
+    """The concept of a JSON file (module docstring): its words in each forget prompt become the slot of a template."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        concept, anchor = found.pop("concept"), anchor or found.pop("anchor")
+        forget, retain, settings = found.pop("forget"), found.pop("retain"), found.pop("settings", {})
+        found.pop("anchor", None)
+        texts = [concept, anchor, *forget, *retain]
+        if found or not (forget and retain and all(isinstance(text, str) and text for text in texts)):
+            raise ValueError(f"there is more in it: {', '.join(found)}" if found else "a text is missing")
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        told = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise SalunError(
+            f"{path} is not a concept's file ({told}): give JSON with concept and anchor (text), forget and retain "
+            "(lists of prompts), and settings if you like."
+        ) from None
+    templates = []
+    for prompt in forget:
+        parts = re.split(re.escape(concept), prompt, flags=re.IGNORECASE)
+        if len(parts) == 1:
+            raise SalunError(f"{path}: the forget prompt '{prompt}' does not name the concept '{concept}'.")
+        templates.append({"prompt": "{concept}".join(part.replace("{", "{{").replace("}", "}}") for part in parts)})
+    if anchor.lower() == concept.lower():
+        raise SalunError(f"The anchor of '{concept}' is '{anchor}' itself: name another one with --anchor.")
+    if wrong := [prompt for prompt in retain if named({concept}).search(prompt)]:
+        raise SalunError(f"{path}: the retain prompt '{wrong[0]}' names the concept '{concept}'.")
+    vocabulary = Vocabulary({"concept": [concept, anchor]}, templates, settings={"concept": settings}, retain=retain)
+    return Concept(concept, "concept", concept, anchor, vocabulary)
 
 
 def find_concepts(names: list[str], base: Path | None = None, anchors: list[str] | None = None) -> list[Concept]:

@@ -11,7 +11,7 @@ ADDED = ("text_embeds", "time_ids")  # what SDXL's U-Net takes as added_cond_kwa
 
 @torch.no_grad()
 def encode(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, torch.Tensor]:
-    """``prompts`` as the pipeline itself would encode them, ``(len(prompts), …)`` each, fp32 on the CPU.
+    """``prompts`` as the pipeline itself would encode them, ``(len(prompts), …)`` each, in its dtype, on the CPU.
 
     ``encoder_hidden_states`` always; for SDXL also ``text_embeds`` (pooled) and ``time_ids`` (a picture of the
     pipeline's own size, not cropped).
@@ -20,7 +20,7 @@ def encode(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, torch.Tenso
         SalunError: a pipeline whose text encoders are not of these two kinds.
     """
     parts = [_encode(pipe, prompts[i : i + 64]) for i in range(0, len(prompts), 64)]
-    return {key: torch.cat([part[key] for part in parts]).float().cpu() for key in parts[0]}
+    return {key: torch.cat([part[key] for part in parts]).cpu() for key in parts[0]}
 
 
 def encode_empty(pipe: DiffusionPipeline) -> dict[str, torch.Tensor]:

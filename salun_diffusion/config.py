@@ -33,8 +33,8 @@ class EraseConfig:
 
     concept: list[str] = option(
         None,
-        "what to forget: a preset (nudity, church, Van Gogh …), a word of the base model's concepts.json, or any words "
-        "of your own; repeat it to forget several at once",
+        "what to forget: a preset (nudity, church, Van Gogh …), a word of the base model's concepts.json, any words "
+        "of your own, or a JSON file of prompts (docs/data.md); repeat it to forget several at once",
     )
     pretrained_model_name_or_path: str = option(
         "CompVis/stable-diffusion-v1-4",
@@ -43,7 +43,15 @@ class EraseConfig:
     revision: str | None = option(None, "branch, tag or commit of a hub model; the commit it resolves to is recorded")
     variant: str | None = option(None, "weight files to load, such as fp16")
     output_dir: str | None = option(None, "run folder; runs/CONCEPT unless given")
-    data_dir: str = option("runs/data", "cache of the generated forget and retain sets, shared by runs")
+    forget_data: list[str] | None = option(
+        None,
+        "pictures of the concept, one source for each --concept: a folder, or a data set on the hub to stream "
+        "(owner/name, owner/name:config@split); the base model draws them unless given",
+    )
+    retain_data: str | None = option(
+        None, "pictures of what must stay, with captions or labels: a folder or data set, as for --forget_data"
+    )
+    data_dir: str = option("runs/data", "cache of the forget and retain sets' latents, shared by runs")
     anchor: list[str] | None = option(
         None, "what to draw in its place, one for each --concept; the next word of the concept's list unless given"
     )
@@ -79,9 +87,10 @@ class EraseConfig:
         False, "where memory runs out, halve the pictures at once; the step's batch stays, but for rounding"
     )
     num_forget_images: int | None = option(
-        None, "pictures of the concept that the base model draws; the preset's, or 400"
+        None,
+        "pictures of the concept: as many are drawn, or at most so many of --forget_data used; the preset's, or 400",
     )
-    num_retain_images: int | None = option(None, "pictures of everything else that it draws; the preset's, or 800")
+    num_retain_images: int | None = option(None, "the same for pictures of everything else; the preset's, or 800")
     num_inference_steps: int | None = option(None, "denoising steps of those pictures; the preset's, or 50")
     guidance_scale: float | None = option(None, "classifier-free guidance of those pictures; the preset's, or 7.5")
     sample_batch_size: int | None = option(None, "pictures drawn at once; the preset's, or 8")
@@ -101,8 +110,9 @@ class EraseConfig:
     validation_steps: int | None = option(None, "draw a few prompts every N steps into validation/")
     seed: int = option(0, "fixes data, noise, saliency and training")
 
-    def fill(self, preset: dict) -> "EraseConfig":
-        """Put the preset's settings, then the general defaults, where the user said nothing.
+    def fill(self, preset: dict, name: str) -> "EraseConfig":
+        """Put the preset's settings, then the general defaults, where the user said nothing; the run folder is named
+        by ``name``.
 
         Raises:
             SalunError: a value outside its range.
@@ -118,7 +128,7 @@ class EraseConfig:
         for name, value in (general | preset).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        self.output_dir = self.output_dir or "runs/" + re.sub(r"\W+", "-", " ".join(self.concept).lower()).strip("-")
+        self.output_dir = self.output_dir or "runs/" + re.sub(r"\W+", "-", name.lower()).strip("-")
         self.check()
         return self
 
@@ -140,6 +150,11 @@ class EraseConfig:
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise SalunError(f"--{name} is {getattr(self, name)}: give a whole number of at least 1.")
+        if self.forget_data and len(self.forget_data) != len(self.concept):
+            raise SalunError(
+                f"{len(self.concept)} concepts and {len(self.forget_data)} --forget_data were given: give each concept "
+                "its own pictures, or none any."
+            )
         for name, floor in (("learning_rate", 0), ("alpha", 0), ("saliency_guidance", 0), ("guidance_scale", 0)):
             value = getattr(self, name)
             if value is not None and not floor <= value < float("inf"):

@@ -1,14 +1,14 @@
-"""Forget and retain sets: pictures that the base model draws itself, kept as latents and encoded prompts.
+"""Forget and retain sets: pictures that the base model draws itself, or the user's own, kept as latents and encoded
+prompts.
 
 Nothing is encoded twice: the final latents of the pipeline are what the autoencoder would give back, and each distinct
-prompt passes through the text encoder once. A set lives in a folder named by the hash of all that determines it
-(model, prompts, seeds, steps, guidance), in small shards; a run that was stopped goes on with the missing ones.
+prompt passes through the text encoder once. A set lives in a folder named by the hash of all that determines it (model,
+prompts, seeds, steps, guidance; or the pictures), in small shards; a stopped run goes on with the missing ones.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -19,94 +19,84 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import models
-from .concepts import Row
+from .concepts import Concept, Row, shared_rows
 from .conditioning import encode
 from .config import EraseConfig
 from .errors import SalunError
-from .files import read_safetensors, write_json, write_safetensors
+from .latents import Latents, cached
+from .pictures import Picture, Source
 from .sampling import sample
-
-SHARD = 32  # pictures a file; processes share the work file by file
 
 
 @dataclass
 class ImageSet:
     """Latents ``(n, channels, height, width)`` in fp32, and for each the number of its prompt and of its anchor prompt.
 
-    ``text`` holds the denoiser's conditioning by argument name, one entry per distinct prompt (``prompts`` order).
+    ``text`` holds the denoiser's conditioning by argument name, one entry per distinct prompt (``prompts`` order);
+    ``shares`` says how many pictures are of the first concept, of the second, and so on.
     """
 
-    latents: torch.Tensor
+    latents: Latents | torch.Tensor
     prompts: list[str]
     prompt_index: torch.Tensor
     anchor_index: torch.Tensor | None
     text: dict[str, torch.Tensor]
+    shares: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.latents)
 
 
 def image_set(
-    pipe: DiffusionPipeline, rows: list[Row], config: EraseConfig, name: str, accelerator: Accelerator
+    pipe: DiffusionPipeline,
+    concepts: list[Concept],
+    kind: str,
+    sources: list[Source],
+    config: EraseConfig,
+    accelerator: Accelerator,
 ) -> ImageSet:
-    """Draw ``rows`` with the base model, or find them in ``config.data_dir``, and encode their prompts. Processes share
-    the drawing; each returns the whole set.
+    """The "forget" or the "retain" set of ``concepts``: from ``sources`` (for the forget set one for each concept), or
+    drawn by ``pipe`` where there are none. What ``config.data_dir`` holds already is not made again. Processes share
+    the work; each returns the whole set.
 
     Raises:
-        SalunError: the cache folder is damaged, or the model drew NaN.
+        SalunError: a picture that cannot be read, a source without any that fits, a damaged cache folder, a model that
+            draws NaN, or fewer pictures than processes.
     """
-    settings = {
-        "model": models.digest(pipe),
-        "pipeline": type(pipe).__name__,
-        "scheduler": type(pipe.scheduler).__name__,
-        # as text: some schedulers have an infinite setting, which JSON cannot hold
-        "scheduler_config": {k: repr(v) for k, v in sorted(pipe.scheduler.config.items()) if not k.startswith("_")},
-        "num_inference_steps": config.num_inference_steps,
-        "guidance_scale": config.guidance_scale,
-        "dtype": str(pipe.dtype),
-        "rows": [[row.prompt, row.seed] for row in rows],
-    }
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    folder = Path(config.data_dir) / f"{name}-{key}"
-    folder.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process and not (folder / "manifest.json").exists():
-        write_json(folder / "manifest.json", json.loads(json.dumps(settings, default=str)))
-    starts = range(0, len(rows), SHARD)
-    shards = [folder / f"latents-{start:05d}.safetensors" for start in starts]
-    mine = [
-        (rows[start : start + SHARD], shard)
-        for start, shard in list(zip(starts, shards, strict=True))[
-            accelerator.process_index :: accelerator.num_processes
-        ]
-        if not shard.exists()
-    ]
-    missing = sum(len(part) for part, _ in mine)
-    bar = tqdm(
-        total=missing,
-        desc=f"drawing the {name} set",
-        unit="image",
-        disable=not (missing and accelerator.is_main_process),
-    )
-    for part, shard in mine:
-        drawn = sample(
-            pipe,
-            part,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-            batch_size=config.sample_batch_size,
-            output_type="latent",
-            bar=bar,
-        )
-        latents = torch.stack([latent.float().cpu() for latent in drawn])
-        if not latents.isfinite().all():
-            raise SalunError(f"The base model drew NaN or Inf for the {name} set: load it in fp32 or bf16.")
-        write_safetensors(shard, {"latents": latents}, {"format": "salun-latents"})
-    bar.close()
-    accelerator.wait_for_everyone()
-    latents = torch.cat([read_safetensors(shard)[0]["latents"] for shard in shards])
+    count = {"forget": config.num_forget_images, "retain": config.num_retain_images}[kind]
+    if not sources:
+        return drawn_set(pipe, shared_rows(concepts, kind, count, config.seed, "training"), config, kind, accelerator)
+    if kind == "retain":
+        shards, prompts = _encoded(pipe, sources[0], kind, concepts, count, config, accelerator)
+        return _assembled(pipe, [[Row(prompt, None, {}, 0) for prompt in prompts]], shards, kind, accelerator)
+    parts, shards = [], []
+    for concept, source in zip(concepts, sources, strict=True):
+        found, prompts = _encoded(pipe, source, kind, [concept], count // len(concepts), config, accelerator)
+        parts.append(concept.forget_rows(len(prompts), config.seed, "training"))
+        shards += found
+    return _assembled(pipe, parts, shards, kind, accelerator)
+
+
+def drawn_set(
+    pipe: DiffusionPipeline, parts: list[list[Row]], config: EraseConfig, kind: str, accelerator: Accelerator
+) -> ImageSet:
+    """Draw the rows of each concept with the base model. Raises SalunError as :func:`image_set`."""
+    return _assembled(pipe, parts, _drawn(pipe, sum(parts, []), config, kind, accelerator), kind, accelerator)
+
+
+def _assembled(
+    pipe: DiffusionPipeline, parts: list[list[Row]], shards: list[Path], kind: str, accelerator: Accelerator
+) -> ImageSet:
+    """The set of ``parts``' prompts with the latents in ``shards``, which are in the same order."""
+    rows, latents = sum(parts, []), Latents(shards)
     if len(latents) != len(rows):
         raise SalunError(
-            f"{folder} holds {len(latents)} latents where {len(rows)} belong: delete the folder and run again."
+            f"{shards[0].parent} holds {len(latents)} latents where {len(rows)} belong: delete that folder."
+        )
+    if len(rows) < accelerator.num_processes:
+        raise SalunError(
+            f"The {kind} set has {len(rows)} pictures for {accelerator.num_processes} processes: give more pictures, "
+            "or start fewer processes."
         )
     anchors = [row.anchor_prompt for row in rows if row.anchor_prompt is not None]
     prompts = list(dict.fromkeys([row.prompt for row in rows] + anchors))
@@ -117,7 +107,68 @@ def image_set(
         torch.tensor([place[row.prompt] for row in rows]),
         torch.tensor([place[prompt] for prompt in anchors]) if anchors else None,
         encode(pipe, prompts),
+        tuple(len(part) for part in parts),
     )
+
+
+def _drawn(
+    pipe: DiffusionPipeline, rows: list[Row], config: EraseConfig, kind: str, accelerator: Accelerator
+) -> list[Path]:
+    how = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
+    settings = how | {
+        "model": models.digest(pipe),
+        "pipeline": type(pipe).__name__,
+        "scheduler": type(pipe.scheduler).__name__,
+        # as text: some schedulers have an infinite setting, which JSON cannot hold
+        "scheduler_config": {k: repr(v) for k, v in sorted(pipe.scheduler.config.items()) if not k.startswith("_")},
+        "dtype": str(pipe.dtype),
+        "rows": [[row.prompt, row.seed] for row in rows],
+    }
+
+    def latents(part: list[Row], bar: tqdm) -> torch.Tensor:
+        drawn = sample(pipe, part, batch_size=config.sample_batch_size, output_type="latent", bar=bar, **how)
+        return torch.stack(drawn)
+
+    title = f"drawing the {kind} set"
+    return cached(config.data_dir, kind, settings, rows, len(rows), latents, accelerator, title)[0]
+
+
+def _encoded(
+    pipe: DiffusionPipeline,
+    source: Source,
+    kind: str,
+    concepts: list[Concept],
+    count: int,
+    config: EraseConfig,
+    accelerator: Accelerator,
+) -> tuple[list[Path], list[str]]:
+    """Up to ``count`` pictures of ``source`` in the sampler's scale: the mode of what the autoencoder says."""
+    side = models.denoiser(pipe).config.sample_size * pipe.vae_scale_factor
+    settings = {
+        "source": source.key,
+        "concepts": [[concept.name, concept.value] for concept in concepts],
+        "count": count,
+        "side": side,
+        "vae": models.digest(pipe, "vae"),
+    }
+    pictures = source.forget(concepts[0]) if kind == "forget" else source.retain(concepts)
+    shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
+
+    @torch.no_grad()
+    def latents(part: list[Picture], bar: tqdm) -> torch.Tensor:
+        found = []
+        for start in range(0, len(part), config.sample_batch_size):
+            images = [picture.square(side) for picture in part[start : start + config.sample_batch_size]]
+            pixels = pipe.image_processor.preprocess(images).to(pipe.vae.device, pipe.vae.dtype)
+            found.append((pipe.vae.encode(pixels).latent_dist.mode() - shift) * pipe.vae.config.scaling_factor)
+            bar.update(len(images))
+        return torch.cat(found)
+
+    title = f"encoding {source.text}"
+    found = cached(config.data_dir, kind, settings, islice(pictures, count), count, latents, accelerator, title)
+    if not found[0]:
+        raise SalunError(f"{source.text} has no picture for the {kind} set.")
+    return found
 
 
 def batches(count: int, size: int, seed: int) -> Iterator[torch.Tensor]:

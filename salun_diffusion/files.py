@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and safetensors files whose faults are named before they are used."""
 
+import hashlib
 import json
 import os
 from contextlib import contextmanager, suppress
@@ -113,6 +114,15 @@ def read_safetensors(path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if broken:
         raise SalunError(f"{path} holds NaN or Inf in {listed(broken)}; a sound file has none, so make it again.")
     return tensors, metadata
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hex."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            found.update(block)
+    return found.hexdigest()
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

@@ -104,14 +104,14 @@ def move_others(pipe: "DiffusionPipeline", device: "torch.device | str") -> None
             module.to(device)
 
 
-def digest(pipe: "DiffusionPipeline") -> str:
-    """Twelve hex digits that change when any module of ``pipe`` does: a hash over every tensor's name, shape and 64
-    evenly spaced fp32 values. It keys caches; it is no proof against forgery."""
+def digest(pipe: "DiffusionPipeline", *parts: str) -> str:
+    """Twelve hex digits that change when any module of ``pipe`` (of those named, if any are) does: a hash over every
+    tensor's name, shape and 64 evenly spaced fp32 values. It keys caches; it is no proof against forgery."""
     import torch
 
     found = hashlib.sha256()
     for part, module in sorted(pipe.components.items()):
-        if isinstance(module, torch.nn.Module):
+        if isinstance(module, torch.nn.Module) and (not parts or part in parts):
             for name, tensor in module.state_dict().items():
                 flat = tensor.detach().flatten()
                 picked = flat[torch.linspace(0, len(flat) - 1, min(64, len(flat)), dtype=torch.float64).long()]

@@ -184,7 +184,6 @@ class Trainer:
         started = time.perf_counter()
 
         def save(step: int) -> None:
-            lines.flush()
             state = {
                 "updates": deltas.updates,
                 "learning_rate": learning_rate.state_dict(),
@@ -195,7 +194,7 @@ class Trainer:
             accelerator.wait_for_everyone()
 
         with (
-            open(log if accelerator.is_main_process else os.devnull, "w") as lines,
+            open(log if accelerator.is_main_process else os.devnull, "w", buffering=1) as lines,
             StopSignal() as stop,
             tqdm(
                 total=config.max_train_steps,

@@ -70,7 +70,7 @@ def test_a_velocity_is_compared_with_a_velocity():
         losses.denoising_target(DDPMScheduler(prediction_type="sample"), clean, noise, t)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "no"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "no"])
 def test_gradient_checkpointing_and_precision_change_little(precision, folders, tmp_path):
     for name, more in {"plain": [], "other": ["--gradient_checkpointing", "--mixed_precision", precision]}.items():
         run(

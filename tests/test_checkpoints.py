@@ -1,6 +1,7 @@
 """A stopped run goes on as if nothing had been: bit for bit, from whatever moment it was killed at."""
 
 import json
+import random
 import resource
 import shutil
 import signal
@@ -141,14 +142,16 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     assert not (folder / "erasure.safetensors").exists()
 
     resume = ("--resume_from_checkpoint", "latest")
-    process = start(*words(folder, *resume))  # killed some steps after a save
-    wait_for(lambda: (folder / "checkpoint-6").exists(), process, "checkpoint 6")
-    time.sleep(0.3)
-    process.kill()
-    process.communicate()
+    for step in (4, 7):  # killed at random moments between steps, in the middle of one, or in a save
+        process, moment = start(*words(folder, *resume)), random.uniform(0, 0.5)
+        print(f"killed {moment} s after step {step}")
+        wait_for(lambda step=step: lines(folder) >= step, process, f"step {step}")
+        time.sleep(moment)
+        process.kill()
+        process.communicate()
 
     process = start(*words(folder, *resume))  # Ctrl-C at a step without a checkpoint
-    wait_for(lambda: (folder / "checkpoint-9").exists(), process, "checkpoint 9")
+    wait_for(lambda: lines(folder) >= 10, process, "step 10")
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 130 and "its state is saved. To go on: the same command with" in said
@@ -166,3 +169,13 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     logs = [(tmp_path / name / "training.jsonl").read_text().splitlines() for name in ("whole", "killed")]
     for one, other in zip(*logs, strict=True):
         assert json.loads(one) | {"seconds": 0} == json.loads(other) | {"seconds": 0}
+
+
+def test_a_loss_that_is_not_finite_stops_there_and_keeps_the_last_checkpoint(tmp_path):
+    more = ("--learning_rate", "1e30", "--checkpointing_steps", "1")
+    done = run(*words(tmp_path / "run", *more), check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert "The loss is not finite at step 2" in last and f"{tmp_path / 'run' / 'checkpoint-1'} holds the last" in last
+    assert Checkpoints(tmp_path / "run", {}, 2).newest_valid() == tmp_path / "run" / "checkpoint-1"
+    assert not (tmp_path / "run" / "erasure.safetensors").exists()

@@ -13,7 +13,7 @@ from salun_diffusion import SalunError
 from salun_diffusion.checkpoints import Checkpoints
 from salun_diffusion.concepts import Row
 from salun_diffusion.config import EraseConfig
-from salun_diffusion.data import batches, image_set
+from salun_diffusion.data import batches, drawn_set
 from salun_diffusion.models import load_pipeline
 from salun_diffusion.optim import MaskedDeltas
 from salun_diffusion.saliency import scoped_parameters, top_density
@@ -37,11 +37,13 @@ def setup(tiny_folder, tmp_path):
             "num_inference_steps": 2,
             "guidance_scale": 3.0,
         }
-        config = EraseConfig(concept=["airplane"], data_dir=str(tmp_path / "data"), **(settings | changes)).fill({})
+        config = EraseConfig(concept=["airplane"], data_dir=str(tmp_path / "data"), **(settings | changes)).fill(
+            {}, "test"
+        )
         pipe = load_pipeline(str(tiny_folder))
         accelerator = Accelerator(cpu=True)
-        forget = image_set(pipe, FORGET, config, "forget", accelerator)
-        retain = image_set(pipe, RETAIN, config, "retain", accelerator)
+        forget = drawn_set(pipe, [FORGET], config, "forget", accelerator)
+        retain = drawn_set(pipe, [RETAIN], config, "retain", accelerator)
         return Trainer(accelerator, pipe, forget, retain, config), pipe, config
 
     return make
@@ -194,20 +196,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(setup, tmp_path):
 
 
 def test_an_interrupted_set_is_continued_and_equal(setup, tmp_path, monkeypatch):
-    import salun_diffusion.data as data
+    from salun_diffusion import latents
 
-    monkeypatch.setattr(data, "SHARD", 2)
+    monkeypatch.setattr(latents, "SHARD", 2)
     trainer, pipe, config = setup()
     shards = sorted((tmp_path / "data").glob("forget-*/latents-*.safetensors"))
     assert len(shards) == 3
     untouched = shards[0].stat().st_mtime_ns
     shards[1].unlink()
-    again = image_set(pipe, FORGET, config, "forget", trainer.accelerator)
-    assert torch.equal(again.latents, trainer.forget.latents)
+    again = drawn_set(pipe, [FORGET], config, "forget", trainer.accelerator)
+    assert torch.equal(again.latents[:], trainer.forget.latents[:])
     assert shards[0].stat().st_mtime_ns == untouched
     shards[2].write_bytes(shards[2].read_bytes()[:-3])
     with pytest.raises(SalunError, match="cut short"):
-        image_set(pipe, FORGET, config, "forget", trainer.accelerator)
+        drawn_set(pipe, [FORGET], config, "forget", trainer.accelerator)
 
 
 def test_a_picture_does_not_depend_on_its_batch(setup):
