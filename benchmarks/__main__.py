@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-MEASUREMENTS = ("reference_step", "our_step", "floor", "mask", "delta")
+MEASUREMENTS = ("reference_step", "our_step", "mask", "delta", "memory")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,8 +43,10 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice on optional packages helps nobody here
     if args.measure:
         from . import measurements
+        from .memory import memory
 
-        print(json.dumps(getattr(measurements, args.measure)(args)))
+        work = memory if args.measure == "memory" else getattr(measurements, args.measure)
+        print(json.dumps(work(args)))
         return
     import torch
 
@@ -56,7 +58,7 @@ def main() -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=HERE.parent)
         found[name] = json.loads(done.stdout.splitlines()[-1])
         print(json.dumps(found[name]), flush=True)
-        if name.endswith("step") or name == "floor":
+        if name.endswith("step"):
             found[name]["settings"] = {
                 k: getattr(args, k) for k in ("resolution", "batch_size", "dtype", "gradient_checkpointing")
             }

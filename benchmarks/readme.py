@@ -30,12 +30,8 @@ def _section(found: dict) -> str:
         what += ", activations recomputed in both" if setting["gradient_checkpointing"] else ", nothing recomputed"
         lines.append(_row(f"one step ({what})", theirs["seconds"], ours["seconds"], "s"))
         lines.append(_row("peak memory of it", theirs["peak_gib"], ours["peak_gib"], "GiB"))
-        if "floor" in found:
-            share = found["floor"]["seconds"] / ours["seconds"]
-            lines.append(
-                f"| the U-Net passes that a step needs, alone | | {found['floor']['seconds']:.2f} s | "
-                f"{share:.2f} of our step |"
-            )
+        floor, share = ours["floor_seconds"], ours["floor_seconds"] / ours["seconds"]
+        lines.append(f"| the U-Net passes that a step needs, alone | | {floor:.2f} s | {share:.2f} of our step |")
     if "mask" in found:
         m = found["mask"]
         scaled = "" if m["sorted"] == m["scores"] else f" (from {m['sorted'] / 1e6:.0f}M, scaled linearly)"
@@ -64,6 +60,11 @@ def _section(found: dict) -> str:
             )
             lines.append(f"| taking it off (density {density}) | | {d[f'unload_seconds_{density}']:.2f} s | |")
         lines.append(f"| one copy of those layers in memory | | {d['copy_seconds']:.2f} s | |")
+    if "memory" in found:
+        parts = next(iter(found["memory"].values()))
+        lines += ["", f"| GB at 512 px, by accounting | {' | '.join(parts)} |", "| --- |" + " --- |" * len(parts)]
+        for what, sizes in found["memory"].items():
+            lines.append(f"| {what} | {' | '.join(f'{sizes[part]:.2f}' if part in sizes else '' for part in parts)} |")
     return "\n".join([*lines, ""])
 
 

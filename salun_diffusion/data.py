@@ -157,11 +157,10 @@ def _encoded(
     @torch.no_grad()
     def latents(part: list[Picture], bar: tqdm) -> torch.Tensor:
         found = []
-        for start in range(0, len(part), config.sample_batch_size):
-            images = [picture.square(side) for picture in part[start : start + config.sample_batch_size]]
-            pixels = pipe.image_processor.preprocess(images).to(pipe.vae.device, pipe.vae.dtype)
+        for picture in part:  # one by one: the autoencoder's fp32 activations at 512 pixels would fill a small card
+            pixels = pipe.image_processor.preprocess(picture.square(side)).to(pipe.vae.device, pipe.vae.dtype)
             found.append((pipe.vae.encode(pixels).latent_dist.mode() - shift) * pipe.vae.config.scaling_factor)
-            bar.update(len(images))
+            bar.update()
         return torch.cat(found)
 
     title = f"encoding {source.text}"
@@ -189,7 +188,7 @@ def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> list[Image.Image]:
     shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
     decoded = [
         pipe.vae.decode(z.to(pipe.vae.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor + shift).sample.cpu()
-        for z in latents.split(8)
+        for z in latents.split(1)  # the autoencoder's fp32 activations at 512 pixels would fill a small card
     ]
     return pipe.image_processor.postprocess(torch.cat(decoded).float(), output_type="pil")
 

@@ -50,6 +50,12 @@ def unpack(packed: torch.Tensor, shape) -> torch.Tensor:
     return torch.from_numpy(bits[:count]).view(torch.bool).reshape(tuple(shape))
 
 
+def places(packed: torch.Tensor) -> torch.Tensor:
+    """A packed mask on any device -> the row-major places of its weights, int64, in order."""
+    bits = packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+    return bits.flatten().nonzero().flatten()
+
+
 class MaskRow(NamedTuple):
     """One line of `describe`: of `total` weights of the parameter `name`, `kept` may move: the share kept / total."""
 

@@ -12,25 +12,37 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from .masks import pack, places
+
 
 class MaskedDeltas:
     """Packed fp32 deltas of the masked weights of some parameters, and the Adam that trains them.
 
     While it is active, a parameter's dense gradient is packed and freed as soon as backward has made it (a
     post-accumulate hook), so that only one dense gradient exists at a time.
+
+    Args:
+        keep_places: hold the places of the masked weights, 4 bytes each, rather than find them from one bit a weight
+            whenever they are needed. By default on a CPU alone, where memory is cheap and time is not.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], masks: dict[str, torch.Tensor], learning_rate: float):
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        masks: dict[str, torch.Tensor],
+        learning_rate: float,
+        keep_places: bool | None = None,
+    ):
         self.parameters = {name: parameters[name] for name, mask in masks.items() if mask.any()}
         for name, parameter in parameters.items():  # where nothing may move, no gradient is made
             parameter.requires_grad_(name in self.parameters)
         self.masks = {name: masks[name].cpu() for name in self.parameters}
-        # places of the masked weights: 4 bytes each, and gathering by them is some thirty times faster than by a mask
-        self.places = {
-            name: self.masks[name].flatten().nonzero().flatten().int().to(p.device)
-            for name, p in self.parameters.items()
-        }
-        self.base = {name: p.detach().flatten()[self.places[name]] for name, p in self.parameters.items()}
+        if keep_places is None:
+            keep_places = all(p.device.type == "cpu" for p in parameters.values())
+        self.keep_places = keep_places
+        packed = {name: pack(self.masks[name]).to(p.device) for name, p in self.parameters.items()}
+        self.where = {name: places(bits).int() if keep_places else bits for name, bits in packed.items()}
+        self.base = {name: p.detach().flatten()[self._places(name)] for name, p in self.parameters.items()}
         self.values = {name: nn.Parameter(torch.zeros_like(b, dtype=torch.float32)) for name, b in self.base.items()}
         self.adam = torch.optim.Adam(self.values.values(), lr=learning_rate, fused=True)
         self.hooks = [
@@ -38,8 +50,13 @@ class MaskedDeltas:
             for name, p in self.parameters.items()
         ]
 
+    def _places(self, name: str) -> torch.Tensor:
+        """Where the masked weights lie, row-major. Gathering by places is, on a CPU, some thirty times faster than by a
+        mask."""
+        return self.where[name] if self.keep_places else places(self.where[name])
+
     def _pack(self, name: str, parameter: nn.Parameter) -> None:
-        packed, value = parameter.grad.flatten().index_select(0, self.places[name]).float(), self.values[name]
+        packed, value = parameter.grad.flatten().index_select(0, self._places(name)).float(), self.values[name]
         value.grad = packed if value.grad is None else value.grad.add_(packed)
         parameter.grad = None
 
@@ -82,7 +99,7 @@ class MaskedDeltas:
             self._put(name, (self.base[name].float() + self.values[name]).to(parameter.dtype))
 
     def _put(self, name: str, packed: torch.Tensor) -> None:
-        self.parameters[name].view(-1).index_copy_(0, self.places[name].long(), packed)
+        self.parameters[name].view(-1).index_copy_(0, self._places(name).long(), packed)
 
     @contextmanager
     def at_base(self) -> Iterator[None]:

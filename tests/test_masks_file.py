@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import salun_diffusion
 from salun_diffusion.errors import SalunError
 from salun_diffusion.files import listed, read_safetensors, write_json, write_safetensors
-from salun_diffusion.masks import describe, load_masks, pack, save_masks, unpack
+from salun_diffusion.masks import describe, load_masks, pack, places, save_masks, unpack
 
 ROOT = Path(__file__).parents[1]
 SHAPES = st.lists(st.integers(0, 7), max_size=4).map(tuple)  # 0-d, empty and odd sizes included
@@ -43,6 +43,7 @@ def test_pack_equals_the_slow_twin_and_comes_back(shape, seed, density):
     mask = random_mask(shape, seed, density)
     packed = pack(mask)
     assert packed.dtype == torch.uint8 and torch.equal(packed, slow_pack(mask))
+    assert torch.equal(places(packed), mask.flatten().nonzero().flatten())
     back = unpack(packed, shape)
     assert back.dtype == torch.bool and back.shape == mask.shape and torch.equal(back, mask)
 

@@ -158,6 +158,21 @@ def test_snapped_weights_are_base_plus_the_stored_values(setup, tmp_path):
         assert torch.equal(parameter, original[name] + stored), name
 
 
+def test_places_that_are_found_anew_are_the_kept_ones(setup, tmp_path):
+    """What a GPU does, whose memory is dear: one bit a weight in place of its place."""
+    trained = []
+    for keep in (True, False):
+        trainer, pipe, config = setup()
+        parameters = scoped_parameters(pipe.unet, "all")
+        random = torch.Generator().manual_seed(0)
+        masks = {n: torch.rand(p.shape, generator=random) < 0.3 for n, p in parameters.items()}
+        deltas = MaskedDeltas(parameters, masks, config.learning_rate, keep_places=keep)
+        assert {places.dtype for places in deltas.where.values()} == {torch.int32 if keep else torch.uint8}
+        trainer.train(deltas, tmp_path / "log.jsonl", Checkpoints(tmp_path, {}, 2))
+        trained.append({name: p.detach().clone() for name, p in parameters.items()})
+    assert all(torch.equal(weights, trained[1][name]) for name, weights in trained[0].items())
+
+
 def test_the_trained_weights_come_back_after_a_look_at_the_base_even_if_it_fails(setup):
     _, pipe, _ = setup()
     parameters = scoped_parameters(pipe.unet, "cross-attention")
