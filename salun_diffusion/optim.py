@@ -14,6 +14,10 @@ from torch import nn
 
 from .masks import pack, places
 
+# Weights at once, where weights are gathered or put back: on a CPU, buffers that fit a cache and are used again are
+# several times faster than ones of a whole parameter's size, whose pages the system makes anew each time.
+CHUNK = 1 << 20
+
 
 class MaskedDeltas:
     """Packed fp32 deltas of the masked weights of some parameters, and the Adam that trains them.
@@ -44,6 +48,7 @@ class MaskedDeltas:
         self.where = {name: places(bits).int() if keep_places else bits for name, bits in packed.items()}
         self.base = {name: p.detach().flatten()[self._places(name)] for name, p in self.parameters.items()}
         self.values = {name: nn.Parameter(torch.zeros_like(b, dtype=torch.float32)) for name, b in self.base.items()}
+        self.gradients = {name: torch.empty_like(value) for name, value in self.values.items()}  # packed, as value.grad
         self.adam = torch.optim.Adam(self.values.values(), lr=learning_rate, fused=True)
         self.hooks = [
             p.register_post_accumulate_grad_hook(lambda p, name=name: self._pack(name, p))
@@ -55,9 +60,13 @@ class MaskedDeltas:
         mask."""
         return self.where[name] if self.keep_places else places(self.where[name])
 
+    @torch.no_grad()
     def _pack(self, name: str, parameter: nn.Parameter) -> None:
-        packed, value = parameter.grad.flatten().index_select(0, self._places(name)).float(), self.values[name]
-        value.grad = packed if value.grad is None else value.grad.add_(packed)
+        value, dense = self.values[name], parameter.grad.flatten()
+        first, value.grad = value.grad is None, self.gradients[name]
+        for where, packed in zip(self._places(name).split(CHUNK), value.grad.split(CHUNK), strict=True):
+            part = dense.index_select(0, where)
+            packed.copy_(part) if first else packed.add_(part)
         parameter.grad = None
 
     def reduce(self, accelerator: Accelerator) -> None:
@@ -95,18 +104,22 @@ class MaskedDeltas:
     @torch.no_grad()
     def write(self) -> None:
         """Put ``θ0 + d``, summed in fp32 and rounded to the parameter's dtype, where the mask is set."""
-        for name, parameter in self.parameters.items():
-            self._put(name, (self.base[name].float() + self.values[name]).to(parameter.dtype))
+        for name in self.parameters:
+            self._put(name, self.values[name])
 
-    def _put(self, name: str, packed: torch.Tensor) -> None:
-        self.parameters[name].view(-1).index_copy_(0, self._places(name).long(), packed)
+    def _put(self, name: str, change: torch.Tensor | None) -> None:
+        parameter, base, where = self.parameters[name], self.base[name], self._places(name)
+        for start in range(0, len(base), CHUNK):
+            part = slice(start, start + CHUNK)
+            packed = base[part] if change is None else (base[part].float() + change[part]).to(parameter.dtype)
+            parameter.view(-1).index_copy_(0, where[part].long(), packed)
 
     @contextmanager
     def at_base(self) -> Iterator[None]:
         """Within it, the network has the base model's weights."""
         with torch.no_grad():
             for name in self.parameters:
-                self._put(name, self.base[name])
+                self._put(name, None)
         try:
             yield
         finally:  # also where memory ran out: the step is then tried again, and not with the base model's weights
