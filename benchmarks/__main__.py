@@ -55,7 +55,10 @@ def main() -> None:
     for name in args.only:
         print(f"{name} …", flush=True)
         command = [sys.executable, "-m", "benchmarks", *sys.argv[1:], "--measure", name]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=HERE.parent)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=HERE.parent)
+        if done.returncode:
+            killed = " by the system: is there enough memory?" if done.returncode == -9 else "."
+            sys.exit(f"error: {name} ended with {done.returncode}{killed} The results before are kept.")
         found[name] = json.loads(done.stdout.splitlines()[-1])
         print(json.dumps(found[name]), flush=True)
         if name.endswith("step"):

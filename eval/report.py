@@ -45,7 +45,7 @@ def report(run_dir: Path, output: Path | None = None) -> Path:
         raise SalunError(
             f"{run_dir / 'metrics.json'} is not of the form '{FORMAT}': run `python -m eval accuracy` again."
         )
-    erased = config.get("settings", {}).get("concept", [config.get("concept")])
+    erased = [config.get("concept"), *config.get("settings", {}).get("concept", [])]
     if metrics["concept"]["name"] not in erased:
         raise SalunError(
             f"{run_dir} erased '{config['concept']}' but its metrics.json is about '{metrics['concept']['name']}': "

@@ -62,6 +62,7 @@ from .masks import (
 
 FORMAT, VERSION = "salun-delta", 1
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CHUNK = 1 << 20  # values merged at once: small buffers are used again, large ones are new memory from the system
 
 
 @dataclass(eq=False)
@@ -102,7 +103,7 @@ class Delta:
                     f"{what}: {name} needs a bool mask and one value for each of its {chosen} chosen weights, "
                     f"not a mask of {mask.dtype} and values of shape {tuple(self.values[name].shape)}."
                 )
-        broken = [name for name, value in self.values.items() if not value.isfinite().all()]
+        broken = [name for name, value in self.values.items() if not is_finite(value)]
         if broken:
             raise SalunError(f"{what}: NaN or Inf in {listed(broken)}; lower the learning rate and train again.")
 
@@ -114,7 +115,7 @@ class Delta:
         if dtype not in DTYPES:
             raise SalunError(f"A delta is stored in float32, float16 or bfloat16, not {dtype}.")
         values = {name: value.to(dtype) for name, value in self.values.items()}
-        broken = [name for name, value in values.items() if not value.isfinite().all()]
+        broken = [name for name, value in values.items() if not is_finite(value)]
         if broken:
             raise SalunError(
                 f"The delta of {listed(broken)} overflows in {str(dtype).removeprefix('torch.')} "
@@ -122,10 +123,18 @@ class Delta:
             )
         return Delta(self.masks, values, self.fingerprint, self.metadata)
 
+    def places(self, name: str) -> torch.Tensor:
+        """Where the parameter `name` changes: the row-major numbers of its weights, int64, in order.
+
+        On a CPU, weights are read and written by places many times faster than by a mask.
+        """
+        return _places(self.masks[name])
+
     def dense(self, name: str) -> torch.Tensor:
         """The delta of the parameter `name`: float32, the parameter's shape, zero where nothing changes."""
-        mask = self.masks[name]
-        return torch.zeros(mask.shape).masked_scatter_(mask.cpu(), self.values[name].detach().cpu().float())
+        dense = torch.zeros(self.masks[name].shape)
+        dense.view(-1)[self.places(name)] = self.values[name].detach().cpu().float()
+        return dense
 
     def digest(self) -> str:
         """SHA-256 (hex) of what the delta does, whatever file it came from: names, shapes, masks and values."""
@@ -171,19 +180,30 @@ class Delta:
             raise SalunError(f"{path} is damaged: {error}") from error
 
 
-def merge(original: torch.Tensor, terms, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """original + the sum of scale * delta in float32, rounded to `dtype` (None: the original's own), on the CPU.
+def merge(weight: torch.Tensor, terms) -> None:
+    """Adds the sum of scale * delta to `weight`, in place: in float32, rounded once, to the weight's own dtype.
 
-    `terms` is a list of (delta, name, scale). Weights that no mask selects keep their bits.
+    `weight` has one dimension; `terms` is a list of (places, values, scale), the first two as a Delta gives them; all
+    is on the CPU. Weights at no place are not written.
     """
-    original = original.detach().cpu()
-    weight = torch.full(original.shape, -0.0)  # adding -0.0 keeps every bit, where 0.0 would turn -0.0 into 0.0
-    for delta, name, scale in terms:
-        weight.view(-1).index_add_(0, _places(delta.masks[name]), delta.values[name].detach().cpu().float() * scale)
-    weight += original  # exact in float32, whatever the original's dtype; only the sum is rounded
-    return weight.to(dtype or original.dtype)
+    if len(terms) > 1:
+        move, touched = torch.zeros(weight.shape), torch.zeros(weight.shape, dtype=torch.bool)
+        for places, values, scale in terms:
+            move.index_add_(0, places, values.float() * scale)
+            touched.index_fill_(0, places, True)
+        places = _places(touched)
+        terms = [(places, move.index_select(0, places), 1.0)]
+    for places, values, scale in terms:
+        for where, value in zip(places.split(CHUNK), values.split(CHUNK), strict=True):
+            changed = weight.index_select(0, where).float() + value.float() * scale  # float() is exact: one rounding
+            weight.index_copy_(0, where, changed.to(weight.dtype))
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """`values.isfinite().all()` in one pass over them, in a tenth of the time."""
+    return values.numel() == 0 or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
 def _places(mask: torch.Tensor) -> torch.Tensor:
-    """The row-major numbers of the chosen weights. Reading and writing by them is far faster than by the mask."""
-    return torch.from_numpy(np.flatnonzero(mask.detach().cpu().numpy()))  # torch's own nonzero takes six times as long
+    # numpy's nonzero: where half of the weights are chosen, torch's takes five times as long
+    return torch.from_numpy(np.flatnonzero(mask.detach().cpu().numpy()))

@@ -42,19 +42,18 @@ def fingerprint(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> Fingerp
 
     Raises SalunError for weights without values (meta device) and for NaN or Inf among the samples.
     """
-    parameters = sorted(dict(named_parameters).items())
-    check_have_values(dict(parameters))
-    steps = torch.arange(SAMPLES)
-    samples = torch.zeros(len(parameters), SAMPLES)
-    for row, (_, weight) in zip(samples, parameters, strict=True):
+    steps, shapes, rows = torch.arange(SAMPLES), {}, {}
+    for name, weight in named_parameters:  # one at a time: the caller may make them as it goes
+        check_have_values({name: weight})
+        shapes[name], rows[name] = list(weight.shape), torch.zeros(SAMPLES)
         if weight.numel():
             places = steps * (weight.numel() - 1) // (SAMPLES - 1)
-            row.copy_(weight.detach().flatten()[places.to(weight.device)])
-    broken = [name for row, (name, _) in zip(samples, parameters, strict=True) if not row.isfinite().all()]
+            rows[name].copy_(weight.detach().flatten()[places.to(weight.device)])
+    broken = [name for name, row in rows.items() if not row.isfinite().all()]
     if broken:
         raise SalunError(f"The model holds NaN or Inf in {listed(broken)}; load a sound copy of it.")
-    shapes = json.dumps([[name, list(weight.shape)] for name, weight in parameters])
-    return Fingerprint(hashlib.sha256(shapes.encode()).hexdigest(), samples)
+    structure = hashlib.sha256(json.dumps(sorted(shapes.items())).encode()).hexdigest()
+    return Fingerprint(structure, torch.stack([rows[name] for name in sorted(rows)]))
 
 
 def check_have_values(parameters: dict[str, torch.Tensor]) -> None:

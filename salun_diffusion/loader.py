@@ -2,7 +2,7 @@
 
 Works on the pipeline's denoiser, `pipe.unet` or `pipe.transformer`. With several erasures at once a weight is
 original + the sum of scale * delta, computed in float32 on the CPU and rounded to the parameter's dtype. The originals
-of the touched parameters are kept on the CPU, and unloading puts them back.
+of the changed weights, and of no others, are kept on the CPU, and unloading puts them back.
 """
 
 import logging
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .delta import DTYPES, Delta, merge
+from .delta import DTYPES, Delta, is_finite, merge
 from .errors import SalunError
 from .files import listed
 from .fingerprint import check_have_values, fingerprint, matches
@@ -33,12 +33,7 @@ class _Erasure:
     digest: str
     source: str
     revision: str | None
-
-
-@dataclass(frozen=True)
-class _State:
-    erasures: tuple[_Erasure, ...] = ()
-    originals: dict[str, torch.Tensor] | None = None
+    originals: dict[str, torch.Tensor]  # parameter name -> the base model's weights at the delta's places
 
 
 def load_erasure(pipe, source, *, scale: float = 1.0, name=None, revision=None, check_base: bool = True) -> str:
@@ -58,36 +53,36 @@ def load_erasure(pipe, source, *, scale: float = 1.0, name=None, revision=None, 
     module, scale = denoiser(pipe), _finite(scale)
     path, commit = _locate(source, revision)
     delta = Delta.load(path)
-    digest, state = delta.digest(), _state(module)
+    digest, applied = delta.digest(), _applied(module)
     name = name or delta.metadata.get("concept") or Path(path).stem
-    for erasure in state.erasures:
+    for erasure in applied:
         if erasure.digest == digest:
             raise SalunError(
                 f"{path} is already applied, as {erasure.name!r}; unload that first to apply it at another scale."
             )
         if erasure.name == name:
             raise SalunError(f"The name {name!r} is taken by {erasure.source}; pass another name=...")
-    _check_fit(path, delta, module, state, check_base)
-    erasure = _Erasure(name, scale, delta, digest, str(source), commit)
-    _change(module, (*state.erasures, erasure), delta.masks)
+    _check_fit(path, delta, module, check_base)
+    erasure = _Erasure(name, scale, delta, digest, str(source), commit, {})
+    _change(module, (*applied, erasure), delta.masks)
     return name
 
 
 def unload_erasure(pipe, name: str | None = None) -> None:
     """Takes off the erasure called `name`, or all of them (None); without any it does nothing.
 
-    Parameters that no other erasure touches get back their original bits; the others are computed anew.
+    Weights that no other erasure changes get back their original bits; the others are computed anew.
     Raises SalunError for a name that is not applied, and for weights that are on the meta device by now.
     """
     module = denoiser(pipe)
-    state = _state(module)
-    leaving = [erasure for erasure in state.erasures if name is None or erasure.name == name]
+    applied = _applied(module)
+    leaving = [erasure for erasure in applied if name is None or erasure.name == name]
     if not leaving:
         if name is None:
             return
-        applied = listed(erasure.name for erasure in state.erasures) or "none"
-        raise SalunError(f"No erasure called {name!r} is applied; applied now: {applied}.")
-    staying = tuple(erasure for erasure in state.erasures if name is not None and erasure.name != name)
+        names = listed(erasure.name for erasure in applied) or "none"
+        raise SalunError(f"No erasure called {name!r} is applied; applied now: {names}.")
+    staying = tuple(erasure for erasure in applied if name is not None and erasure.name != name)
     _change(module, staying, {parameter for erasure in leaving for parameter in erasure.delta.masks})
 
 
@@ -97,7 +92,7 @@ def fuse_erasure(pipe) -> None:
     Raises SalunError if none is applied.
     """
     module = denoiser(pipe)
-    if not _state(module).erasures:
+    if not _applied(module):
         raise SalunError("There is no erasure to fuse; load one first.")
     delattr(module, STATE)
 
@@ -115,12 +110,12 @@ def list_erasures(pipe) -> list[dict]:
             "revision": erasure.revision,
             "digest": erasure.digest,
         }
-        for erasure in _state(denoiser(pipe)).erasures
+        for erasure in _applied(denoiser(pipe))
     ]
 
 
-def _state(module) -> _State:
-    return getattr(module, STATE, None) or _State(originals={})
+def _applied(module) -> tuple[_Erasure, ...]:
+    return getattr(module, STATE, ())
 
 
 def _finite(scale) -> float:
@@ -167,7 +162,7 @@ def _download(hub_id: str, revision) -> tuple[Path, str]:
     return path, path.parent.name  # the hub's cache keeps each file in a folder named by its commit
 
 
-def _check_fit(path, delta: Delta, module, state: _State, check_base: bool) -> None:
+def _check_fit(path, delta: Delta, module, check_base: bool) -> None:
     """Raises SalunError if the delta does not belong on this module."""
     parameters = dict(module.named_parameters())
     base = f" (base model {delta.metadata['base_model']})" if delta.metadata.get("base_model") else ""
@@ -191,7 +186,7 @@ def _check_fit(path, delta: Delta, module, state: _State, check_base: bool) -> N
         )
     check_have_values(parameters)
     if check_base:
-        here = fingerprint((name, state.originals.get(name, weight)) for name, weight in parameters.items())
+        here = fingerprint(_base_parameters(module))
         if not matches(delta.fingerprint, here):
             raise SalunError(
                 f"{path} was made for another base model{base}: fingerprint {delta.fingerprint.digest()} there and "
@@ -201,33 +196,56 @@ def _check_fit(path, delta: Delta, module, state: _State, check_base: bool) -> N
 
 def _change(module, erasures: tuple[_Erasure, ...], touched) -> None:
     """Makes `erasures` the applied ones, where only the parameters `touched` differ; on a failure nothing changes."""
-    before = _state(module)
+    before = _applied(module)
     parameters = dict(module.named_parameters())
     gone = set(touched) - set(parameters)
     if gone:
         raise SalunError(f"The denoiser no longer has {listed(gone)}; undo what was added to it since, then try again.")
     check_have_values({name: parameters[name] for name in touched})
-    originals = dict(before.originals)
-    for name in touched:
-        if name not in originals:
-            originals[name] = parameters[name].detach().to("cpu", copy=True)
+    known = max(before, erasures, key=len)  # loading adds to `before` and unloading takes away: all those of both
     try:
-        _write(parameters, touched, originals, erasures)
+        _write(parameters, touched, known, erasures)
     except BaseException:  # an overflow, a device out of memory, Ctrl-C: never leave it half applied
-        _write(parameters, touched, originals, before.erasures)
+        _write(parameters, touched, known, before)
         raise
-    needed = {name for erasure in erasures for name in erasure.delta.masks}
     if erasures:
-        setattr(module, STATE, _State(erasures, {name: originals[name] for name in needed}))
+        setattr(module, STATE, erasures)
     else:
         delattr(module, STATE)
 
 
 @torch.no_grad()
-def _write(parameters, names, originals, erasures) -> None:
+def _write(parameters, names, known, wanted) -> None:
+    """Takes the erasures `known` off the parameters `names`, and puts `wanted` on."""
     for name in names:
-        terms = [(erasure.delta, name, erasure.scale) for erasure in erasures if name in erasure.delta.masks]
-        weight = merge(originals[name], terms, parameters[name].dtype)
-        if terms and not weight.isfinite().all():
+        weight, terms = parameters[name], []
+        flat = weight.cpu().contiguous().view(-1)  # no copy, but the weight itself, if it is row-major on the CPU
+        _restore(flat, name, known)
+        for erasure in wanted:
+            if name in erasure.delta.masks:
+                places = erasure.delta.places(name)
+                erasure.originals.setdefault(name, flat.index_select(0, places))
+                terms.append((places, erasure.delta.values[name], erasure.scale))
+        merge(flat, terms)
+        if terms and not is_finite(flat):
             raise SalunError(f"{name} would hold NaN or Inf in {weight.dtype}; choose a smaller scale.")
-        parameters[name].copy_(weight)
+        if flat.data_ptr() != weight.data_ptr():
+            weight.copy_(flat.view(weight.shape))
+
+
+def _restore(flat, name, erasures) -> None:
+    """Makes `flat`, the parameter `name` with `erasures` on, the base model's again."""
+    for erasure in erasures:
+        if name in erasure.originals:
+            flat.index_copy_(0, erasure.delta.places(name), erasure.originals[name].to(flat.dtype))
+
+
+def _base_parameters(module):
+    """The parameters as the base model has them, under what is applied; they are made one at a time."""
+    for name, weight in module.named_parameters():
+        touching = [erasure for erasure in _applied(module) if name in erasure.originals]
+        if touching:
+            flat = weight.detach().flatten().to("cpu", copy=True)
+            _restore(flat, name, touching)
+            weight = flat.view(weight.shape)
+        yield name, weight

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from salun_diffusion.delta import DTYPES, Delta, merge
+from salun_diffusion.delta import CHUNK, DTYPES, Delta, is_finite, merge
 from salun_diffusion.errors import SalunError
 from salun_diffusion.files import read_safetensors
 from salun_diffusion.fingerprint import Fingerprint, _number, _origins, _place, _round, fingerprint, matches
@@ -41,15 +41,25 @@ def same_delta(a, b):
     )
 
 
-def slow_merge(original, mask, values, scale, dtype):
-    """One weight at a time: where the mask is set take the next value, add in float32, round."""
-    result, taken = original.to(dtype).flatten().clone(), 0
-    for i, kept in enumerate(mask.flatten().tolist()):
-        if kept:
-            move = np.float32(values[taken].float().item()) * np.float32(scale)
-            taken += 1
-            result[i] = torch.tensor(np.float32(original.flatten()[i].float().item()) + move).to(dtype)
-    return result.reshape(original.shape)
+def merged(original, terms):
+    """What `merge` makes of `original` with `terms`, a list of (delta, name, scale)."""
+    weight = original.clone()
+    merge(weight.view(-1), [(delta.places(name), delta.values[name], scale) for delta, name, scale in terms])
+    return weight
+
+
+def slow_merge(original, terms):
+    """One weight at a time: add up, in float32, the next values of all whose mask is set here, and round the sum."""
+    result, taken = original.flatten().clone(), [0] * len(terms)
+    for i in range(len(result)):
+        moves = []
+        for number, (delta, name, scale) in enumerate(terms):
+            if delta.masks[name].flatten()[i]:
+                moves.append(np.float32(delta.values[name][taken[number]].float().item()) * np.float32(scale))
+                taken[number] += 1
+        if moves:
+            result[i] = torch.tensor(np.float32(result[i].float().item()) + sum(moves, np.float32(0)))
+    return result.view(original.shape)
 
 
 @settings(max_examples=30, deadline=None)
@@ -66,31 +76,54 @@ def test_round_trip(tmp_path_factory, shapes, seed, dtype, share):
     assert Delta.load(path).digest() == delta.digest()
 
 
-@settings(max_examples=30, deadline=None)
-@given(SHAPES, st.integers(0, 99), st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.sampled_from([1.0, -0.7, 0.0]))
-def test_merge_equals_the_slow_twin(shape, seed, stored, dtype, scale):
-    base, delta = random_delta([shape], seed, stored)
+@settings(max_examples=60, deadline=None)
+@given(
+    SHAPES,
+    st.integers(0, 99),
+    st.sampled_from(DTYPES),
+    st.sampled_from(DTYPES),
+    st.lists(st.sampled_from([1.0, -0.7, 0.0]), max_size=3),
+    st.sampled_from([1, 5, CHUNK]),
+)
+def test_merge_equals_the_slow_twin(shape, seed, stored, dtype, scales, chunk):
+    base, _ = random_delta([shape], seed)
+    deltas = [random_delta([shape], seed + number, stored)[1] for number in range(len(scales))]
     for name, weight in base.items():
         original = weight.to(dtype)
-        expected = slow_merge(original, delta.masks[name], delta.values[name], scale, dtype)
-        assert torch.equal(merge(original, [(delta, name, scale)]), expected)
-        dense = slow_merge(torch.zeros(weight.shape), delta.masks[name], delta.values[name], 1.0, torch.float32)
-        assert delta.dense(name).dtype == torch.float32 and torch.equal(delta.dense(name), dense)
+        terms = [(delta, name, scale) for delta, scale in zip(deltas, scales, strict=True)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("salun_diffusion.delta.CHUNK", chunk)
+            assert torch.equal(merged(original, terms), slow_merge(original, terms))
+        for delta in deltas:
+            dense = delta.dense(name)
+            assert dense.dtype == torch.float32
+            assert torch.equal(dense, slow_merge(torch.zeros(weight.shape), [(delta, name, 1.0)]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_is_finite(dtype):
+    assert is_finite(torch.zeros(0, dtype=dtype)) and is_finite(torch.full((3,), torch.finfo(dtype).max, dtype=dtype))
+    for odd in (torch.nan, torch.inf, -torch.inf):
+        for place in range(40):
+            values = torch.randn(40).to(dtype)
+            values[place] = odd
+            assert not is_finite(values)
 
 
 def test_merge_adds_several_before_it_rounds():
     original = torch.ones(1, dtype=HALF)
     one = torch.ones(1, dtype=torch.bool)
     tiny = Delta({"a": one}, {"a": torch.tensor([0.0004])}, fingerprint([("a", original)]), {})
-    assert merge(original, [(tiny, "a", 1.0)]).item() == 1.0  # below half an ulp of float16 at 1
-    assert merge(original, [(tiny, "a", 1.0)] * 3).item() == 1 + 2**-10
+    assert merged(original, [(tiny, "a", 1.0)]).item() == 1.0  # below half an ulp of float16 at 1
+    assert merged(original, [(tiny, "a", 1.0)] * 3).item() == 1 + 2**-10
 
 
 def test_unmasked_weights_keep_their_bits():
     original = torch.tensor([-0.0, -0.0])
     mask = torch.tensor([True, False])
     delta = Delta({"a": mask}, {"a": torch.tensor([0.0])}, fingerprint([("a", original)]), {})
-    assert merge(original, [(delta, "a", 1.0)]).signbit().tolist() == [False, True]
+    for times in (1, 2):
+        assert merged(original, [(delta, "a", 1.0)] * times).signbit().tolist() == [False, True]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -103,10 +136,10 @@ def test_a_file_gives_exactly_the_trained_weights(tmp_path, dtype):
     loaded = Delta.load(tmp_path / "a")
     assert {value.dtype for value in loaded.values.values()} == {dtype}
     for name, weight in base.items():
-        assert torch.equal(merge(weight, [(loaded, name, 1.0)]), trained[name])
+        assert torch.equal(merged(weight, [(loaded, name, 1.0)]), trained[name])
         for other in (HALF, BRAIN):  # and on a pipeline of another dtype: the trained delta on the rounded base
             expected = (weight.to(other).float() + delta.dense(name)).to(other)
-            assert torch.equal(merge(weight.to(other), [(loaded, name, 1.0)]), expected)
+            assert torch.equal(merged(weight.to(other), [(loaded, name, 1.0)]), expected)
 
 
 def test_the_file_is_what_the_docstring_says(tmp_path):

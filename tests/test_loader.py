@@ -15,9 +15,10 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, StableD
 from safetensors.torch import save_file
 
 from salun_diffusion import SalunError, fuse_erasure, list_erasures, load_erasure, unload_erasure
-from salun_diffusion.delta import Delta
+from salun_diffusion.delta import Delta, merge
 from salun_diffusion.files import read_safetensors
 from salun_diffusion.fingerprint import fingerprint
+from salun_diffusion.loader import STATE
 from salun_diffusion.models import denoiser
 
 ROOT = Path(__file__).parents[1]
@@ -171,6 +172,45 @@ def test_unload_by_an_unknown_name(pipe, file):
     with pytest.raises(SalunError, match="No erasure called 'cat' is applied; applied now: concept 0"):
         unload_erasure(pipe, "cat")
     assert tiny.same(before, tiny.bits(pipe))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("done", [0, 1, 5])
+def test_an_interruption_leaves_nothing_half_done(pipe, tmp_path, monkeypatch, done, layout):
+    pipe.unet.to(memory_format=layout)
+    clean = tiny.bits(pipe)
+    for seed, only in enumerate(["conv", "resnets", ""]):
+        tiny.erasure(pipe.unet, seed, only=only).save(tmp_path / str(seed))
+    for seed in (0, 1):
+        load_erasure(pipe, tmp_path / str(seed))
+    before, listed = tiny.bits(pipe), list_erasures(pipe)
+    actions = [
+        lambda: load_erasure(pipe, tmp_path / "2"),
+        lambda: unload_erasure(pipe, "concept 0"),
+        lambda: unload_erasure(pipe),
+    ]
+    for action in actions:
+        left = [done]
+
+        def interrupted(weight, terms, left=left):
+            merge(weight, terms)
+            left[0] -= 1
+            if left[0] == -1:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("salun_diffusion.loader.merge", interrupted)
+            action()
+        assert tiny.same(before, tiny.bits(pipe)) and list_erasures(pipe) == listed
+    unload_erasure(pipe)
+    assert tiny.same(clean, tiny.bits(pipe))
+
+
+def test_the_originals_of_changed_weights_alone_are_kept(pipe, file, delta):
+    load_erasure(pipe, file)
+    (erasure,) = getattr(pipe.unet, STATE)
+    sizes = {name: original.shape for name, original in erasure.originals.items()}
+    assert sizes == {name: value.shape for name, value in delta.values.items()}
 
 
 def test_a_copy_of_the_pipeline_unloads_on_its_own(pipe, file):
