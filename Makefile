@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin
 
-.PHONY: demo test style results clean
+.PHONY: demo test style bench results clean
 
 # Erase "airplane" from the demo model, and the same without a mask as the control; then measure both.
 demo: .venv/installed
@@ -21,6 +21,10 @@ test: .venv/installed
 style: .venv/installed
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+
+# Speed and memory against the published recipe; needs 20 GB of memory and about ten minutes.
+bench: .venv/installed
+	$(RUN)/python -m benchmarks
 
 # The README's table and picture. Delete a file of docs/results to have it measured again (about four minutes each).
 results: docs/results/airplane.json docs/results/cat.json docs/results/ink.json

@@ -69,12 +69,18 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "processor": torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} CPU cores",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+        "command": " ".join(["python -m benchmarks", *_options(args)]),
     }
     file.write_text(json.dumps(found, indent=1) + "\n")
     from .readme import write
 
     write()
+
+
+def _options(args) -> list[str]:
+    """What was given besides --only, since the file keeps what was measured before."""
+    given = {name: value for name, value in vars(args).items() if value != parser().get_default(name)}
+    return [f"--{name} {value}" for name, value in given.items() if name != "only"]
 
 
 if __name__ == "__main__":

@@ -38,27 +38,22 @@ def _section(found: dict) -> str:
         lines.append(
             _row(f"mask from {m['scores'] / 1e6:.0f}M scores{scaled}", m["sort_seconds_scaled"], m["seconds"], "s")
         )
-        lines.append(f"| memory for it beside the scores | | {m['extra_gib']:.2f} GiB | |")
+        own = m["scores"] / 2**30  # a byte for each score
+        lines.append(
+            f"| memory for it beside the scores, {own:.2f} GiB of it the mask | | {m['extra_gib']:.2f} GiB | |"
+        )
     if "delta" in found:
         d = found["delta"]
+        dense, first = d["dense_load_seconds"], d["first_load_seconds"]
+        lines.append(_row("first load in a process (density 0.5), against the dense U-Net", dense, first, "s"))
         for density in ("0.5", "0.1"):
+            load, unload = d[f"load_seconds_{density}"], d[f"unload_seconds_{density}"]
+            lines.append(_row(f"later loads (density {density}), against the dense U-Net", dense, load, "s"))
+            lines.append(f"| taking it off (density {density}) | | {unload:.2f} s | |")
+            file = d[f"file_mb_{density}"]
             lines.append(
-                _row(
-                    f"file at density {density} against the dense fp16 layers",
-                    d["dense_fp16_mb"],
-                    d[f"file_mb_{density}"],
-                    "MB",
-                )
+                _row(f"file at density {density}, against the dense fp16 layers", d["dense_fp16_mb"], file, "MB")
             )
-            lines.append(
-                _row(
-                    f"loading it against loading the dense U-Net (density {density})",
-                    d["dense_load_seconds"],
-                    d[f"load_seconds_{density}"],
-                    "s",
-                )
-            )
-            lines.append(f"| taking it off (density {density}) | | {d[f'unload_seconds_{density}']:.2f} s | |")
         lines.append(f"| one copy of those layers in memory | | {d['copy_seconds']:.2f} s | |")
     if "memory" in found:
         parts = next(iter(found["memory"].values()))

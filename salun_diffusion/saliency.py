@@ -13,7 +13,7 @@ import torch
 from .errors import SalunError
 from .masks import check_not_empty
 
-CHUNK = 1 << 22  # scores looked at together: bounds the extra memory to some tens of megabytes
+CHUNK = 1 << 20  # scores looked at together: they fit a cache, and extra memory stays at some megabytes
 
 
 SCOPES = {  # by name, the parameters it takes as a regular expression; any other scope is one itself
@@ -150,11 +150,13 @@ def top_density(scores: dict[str, torch.Tensor], density: float) -> dict[str, to
     threshold, ties = (high << 16) | low, keep - above - above_low
     masks = {}
     for name, flat in bits.items():
-        mask = flat > threshold
-        if ties:
-            equal = (flat == threshold).nonzero().flatten()[:ties]
-            mask[equal] = True
-            ties -= len(equal)
+        mask = torch.empty_like(flat, dtype=torch.bool)
+        for chunk, part in zip(flat.split(CHUNK), mask.split(CHUNK), strict=True):
+            torch.gt(chunk, threshold, out=part)
+            if ties:
+                equal = (chunk == threshold).nonzero().flatten()[:ties]
+                part[equal] = True
+                ties -= len(equal)
         masks[name] = mask.view(scores[name].shape)
     return masks
 
