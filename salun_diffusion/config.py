@@ -125,9 +125,9 @@ class EraseConfig:
         unknown = set(preset) - set(general)
         if unknown:
             raise SalunError(f"The concept's settings name {sorted(unknown)}; only {sorted(general)} can be set there.")
-        for name, value in (general | preset).items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+        for setting, value in (general | preset).items():
+            if getattr(self, setting) is None:
+                setattr(self, setting, value)
         self.output_dir = self.output_dir or "runs/" + re.sub(r"\W+", "-", name.lower()).strip("-")
         self.check()
         return self

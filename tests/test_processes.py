@@ -42,10 +42,7 @@ def test_two_processes(one, tmp_path):
     assert_same_to_rounding(Delta.load(tmp_path / "run" / "erasure.safetensors"), one)
 
 
-def test_more_processes_than_pictures(one, tmp_path):
-    words = options(tmp_path / "run", tmp_path / "data", 4, "--num_forget_images", "1")
-    done = run("torchrun", "--nproc_per_node", "2", *words, ACCELERATE_USE_CPU="true", check=False)
-    assert done.returncode and "too few (concepts: 1, processes: 2): give at least 2." in done.stderr
+def test_more_processes_than_pictures(tmp_path):
     (tmp_path / "single").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "single" / "a.png")
     words = options(tmp_path / "run", tmp_path / "data", 4, "--forget_data", tmp_path / "single")
