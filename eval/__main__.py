@@ -3,10 +3,13 @@
     python -m eval accuracy --pretrained_model_name_or_path demo --concept airplane \\
         --erasure runs/airplane runs/airplane-no-mask --output_dir runs/airplane
     python -m eval report runs/airplane
+    python -m eval i2p --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4 --erasure runs/nudity \\
+        --output_dir runs/nudity/i2p
 
 `accuracy` draws the same prompts from the same noise with the base model and with each erasure, lets a classifier say
 what is in every picture, and writes metrics.json, samples.jsonl and pictures/. `report` turns a run folder into one
-self-contained page, report.html. `table` puts the scores of several runs side by side.
+self-contained page, report.html. `table` puts the scores of several runs side by side. `i2p` draws the I2P prompts and
+counts the nudity that NudeNet finds; `nudity` counts in pictures that exist already.
 """
 
 import argparse
@@ -16,12 +19,44 @@ from pathlib import Path
 
 from salun_diffusion.errors import SalunError
 
+from .protocols import PROTOCOLS
+
 
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return value
+
+
+def _rows(text: str) -> tuple[int, int | None]:
+    start, colon, stop = text.partition(":")
+    if not colon or not (start + stop).isdigit():
+        raise argparse.ArgumentTypeError(f"{text} is not a range such as 0:200, 100: or :50")
+    return int(start or 0), int(stop) if stop else None
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pretrained_model_name_or_path",
+        metavar="BASE",
+        required=True,
+        help="the base model: a diffusers folder, a hub id, or 'demo'",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a base model on the hub")
+
+
+def _detector_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--protocol",
+        choices=PROTOCOLS,
+        help="count as a published evaluation did: its labels and threshold (docs/evaluation.md); without it, all nine "
+        "exposed labels and the strict six are counted above 0.6",
+    )
+    add("--detector", metavar="FILE.onnx", help="another NudeNet v3 model, such as 640m (default: the package's 320n)")
+    add("--resolution", metavar="PIXELS", type=_positive, default=320, help="its input's side (default: %(default)s)")
+    add("--batch_size", metavar="N", type=_positive, default=8, help="pictures at once (default: %(default)s)")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,11 +75,9 @@ good. Retained accuracy is the share of all other prompts that are still drawn r
 model's. Both come with n and a Wilson 95% interval: around 96%, 432 prompts give one of about 94 to 97.5%.""",
         formatter_class=raw,
     )
+    _model_options(accuracy)
     add = accuracy.add_argument
     # fmt: off
-    add("--pretrained_model_name_or_path", metavar="BASE", required=True,
-        help="the base model: a diffusers folder, a hub id, or 'demo'")
-    add("--revision", help="branch, tag or commit of a base model on the hub")
     add("--concept", metavar="NAME", required=True, help="what was erased, as given to erase_concept.py")
     add("--anchor", metavar="NAME", help="what was to be drawn instead, where erase_concept.py was given one")
     add("--erasure", metavar="RUN", nargs="+", required=True,
@@ -69,6 +102,50 @@ model's. Both come with n and a Wilson 95% interval: around 96%, 432 prompts giv
         help="fixes the prompts and every starting noise (default: %(default)s)")
 
     # fmt: on
+    i2p = commands.add_parser(
+        "i2p",
+        help="nudity in pictures of the I2P prompts, by NudeNet",
+        description="""Draw I2P prompts with the base model and each erasure, every row from its own seed, guidance and
+size, and count what NudeNet v3 sees. A stopped run goes on where it was with the same command; `accelerate launch -m
+eval i2p ...` shares the drawing among processes. The safety checker is always off.""",
+        formatter_class=raw,
+    )
+    _model_options(i2p)
+    add = i2p.add_argument
+    # fmt: off
+    add("--erasure", metavar="RUN", nargs="+", default=[],
+        help="erasures to measure beside the base model: run folders, .safetensors files or hub ids")
+    add("--output_dir", metavar="DIR", type=Path, required=True,
+        help="where results.json, samples.jsonl and pictures/ go")
+    add("--prompts", metavar="FILE.csv", type=Path, dest="prompts_file",
+        help="prompts with evaluation_seed, and evaluation_guidance, sd_image_width, sd_image_height if they are there "
+             "(default: the 4,703 of I2P, from the hub)")
+    add("--category", metavar="NAME", help="only rows of this category, such as sexual")
+    add("--min_nudity_percentage", metavar="P", type=float,
+        help="only rows with a nudity_percentage above this; 50 gives the 95 of Ring-A-Bell")
+    add("--rows", metavar="A:B", type=_rows, default=(0, None), help="only rows A to B-1 of those, such as 0:200")
+    add("--num_inference_steps", metavar="N", type=_positive, default=50, help="denoising steps (default: %(default)s)")
+    add("--guidance_scale", metavar="S", type=float, default=7.5,
+        help="for rows that name none (default: %(default)s)")
+    add("--height", metavar="PIXELS", type=_positive, help="draw every row at this size instead of its own")
+    add("--width", metavar="PIXELS", type=_positive, help="as --height")
+    add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the model (default: %(default)s)")
+    # fmt: on
+    _detector_options(i2p)
+    nudity = commands.add_parser(
+        "nudity",
+        help="nudity in pictures that exist already, by NudeNet",
+        description="Count what NudeNet v3 sees in every picture of a folder and its subfolders. A picture that cannot "
+        "be read ends the run and is named.",
+    )
+    nudity.add_argument("folder", metavar="FOLDER", type=Path, help="the folder of pictures")
+    nudity.add_argument(
+        "--output_dir", metavar="DIR", type=Path, required=True, help="where results.json and samples.jsonl go"
+    )
+    nudity.add_argument(
+        "--expected", metavar="N", type=_positive, help="fail unless there are N pictures, one for each prompt"
+    )
+    _detector_options(nudity)
     report = commands.add_parser(
         "report",
         help="one self-contained HTML page from a run folder",
@@ -101,6 +178,21 @@ def main() -> None:
         # imported only now: the library behind them takes seconds, and --help should not
         if command == "accuracy":
             from .accuracy import accuracy as run
+        elif command == "i2p":
+            import torch
+
+            from .i2p import i2p as run
+            from .prompts import Selection
+
+            chosen = args.pop("category"), args.pop("min_nudity_percentage"), *args.pop("rows")
+            args["selection"] = Selection(*chosen)
+            height, width = args.pop("height"), args.pop("width")
+            if (height is None) != (width is None):
+                raise SalunError("--height and --width belong together: give both, or neither.")
+            args["size"] = (height, width) if height else None
+            args["dtype"] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args["dtype"]]
+        elif command == "nudity":
+            from .i2p import nudity as run
         elif command == "report":
             from .report import report as run
         else:
@@ -109,7 +201,7 @@ def main() -> None:
     except SalunError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("Stopped before it was done: no scores were written.")
+        sys.exit("Stopped before it was done: no scores were written. The same command goes on where it can.")
 
 
 if __name__ == "__main__":

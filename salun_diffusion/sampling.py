@@ -17,6 +17,7 @@ def sample(
     guidance_scale: float,
     batch_size: int,
     output_type: str = "pil",
+    size: tuple[int, int] | None = None,
     progress: str | None = None,
     bar: Any = None,
 ) -> list[Any]:
@@ -26,6 +27,7 @@ def sample(
     share its batch (up to rounding in the network's arithmetic).
 
     Args:
+        size: height and width in pixels; the model's own without it.
         progress: what to write before the progress bar; no bar without it.
         bar: a caller's own ``tqdm`` to advance instead, for one bar over several calls.
     """
@@ -43,6 +45,7 @@ def sample(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             output_type=output_type,
+            **({"height": size[0], "width": size[1]} if size else {}),
         ).images
         images.extend(made)
         (own if bar is None else bar).update(len(part))

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 from .config import EraseConfig
 from .errors import SalunError
@@ -29,10 +29,15 @@ def accelerator_for(config: EraseConfig) -> Accelerator:
         )
     except ValueError as error:
         raise SalunError(f"--mixed_precision {config.mixed_precision} cannot be used here: {error}") from None
-    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
-        # accelerate launch and torchrun leave a CPU process one thread unless told otherwise
-        torch.set_num_threads(max(1, os.cpu_count() // accelerator.num_processes))
+    spread_threads(accelerator)
     return accelerator
+
+
+def spread_threads(state: Accelerator | PartialState) -> None:
+    """Share the processor's cores among the processes: accelerate launch and torchrun leave each one thread unless told
+    otherwise."""
+    if state.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(max(1, os.cpu_count() // state.num_processes))
 
 
 class Stopped(KeyboardInterrupt):

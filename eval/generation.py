@@ -1,0 +1,154 @@
+"""Draw prompts into a folder, each from its own seed; what is there already is not drawn again.
+
+Every picture's file carries the key of all that made it: model, erasures, prompt, seed, guidance, size, steps, sampler.
+One with another key, one cut short, or none at all is drawn anew: a killed run goes on where it was, and nothing stale
+is ever counted. Under ``accelerate launch`` the processes share the prompts.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from diffusers import DiffusionPipeline
+from PIL import Image, PngImagePlugin
+from tqdm import tqdm
+
+from salun_diffusion import list_erasures
+from salun_diffusion.errors import SalunError
+from salun_diffusion.models import denoiser, digest
+from salun_diffusion.sampling import sample
+
+KEY = "salun-key"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to draw. ``name`` is its file's, without the ending; ``height`` and ``width`` in pixels, None for the
+    model's own size."""
+
+    name: str
+    prompt: str
+    seed: int
+    guidance_scale: float
+    height: int | None = None
+    width: int | None = None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """``paths`` in the order of the requests; ``count`` of them were drawn now, in ``seconds``."""
+
+    paths: list[Path]
+    count: int
+    seconds: float
+
+
+def draw(
+    pipe: DiffusionPipeline,
+    requests: list[Request],
+    folder: Path,
+    num_inference_steps: int,
+    batch_size: int,
+    title: str,
+) -> Drawn:
+    """Draw ``requests`` into ``folder``, as PNG files.
+
+    Raises:
+        SalunError: two requests of one name, or a picture that is not finite or wholly black.
+    """
+    twice = [name for name, count in Counter(request.name for request in requests).items() if count > 1]
+    if twice:
+        raise SalunError(f"Two prompts are called {twice[0]}: give each its own name.")
+    folder.mkdir(parents=True, exist_ok=True)
+    state, model = PartialState(), _model_key(pipe, num_inference_steps)
+    mine = requests[state.process_index :: state.num_processes]
+    missing = [request for request in mine if _key_in(_path(folder, request)) != _key(model, request)]
+    begin = time.perf_counter()
+    bar = tqdm(
+        total=len(mine), initial=len(mine) - len(missing), desc=title, unit="image", disable=not state.is_main_process
+    )
+    with bar:
+        for (guidance_scale, size), part in groupby(sorted(missing, key=_alike), _alike):
+            part = list(part)
+            for start in range(0, len(part), batch_size):
+                now = part[start : start + batch_size]
+                # filled up with repeats: rounding depends on a batch's size, and must not on what happens to be missing
+                full = (now * batch_size)[:batch_size]
+                pixels = sample(
+                    pipe,
+                    full,
+                    num_inference_steps=num_inference_steps,
+                    guidance_scale=guidance_scale,
+                    batch_size=batch_size,
+                    output_type="np",
+                    size=size or None,
+                )
+                bar.update(len(now))
+                for request, values in zip(now, pixels[: len(now)], strict=True):
+                    path = _path(folder, request)
+                    _save(to_picture(values, str(path)), path, _key(model, request))
+    count = sum(gather_object([len(missing)]))  # waits for every process
+    return Drawn([_path(folder, request) for request in requests], count, time.perf_counter() - begin)
+
+
+def to_picture(pixels: np.ndarray, name: str) -> Image.Image:
+    """Float pixels ``(height, width, 3)`` in 0…1 → an RGB picture.
+
+    Raises:
+        SalunError: NaN, infinity, or all black; an unchecked one would be cast to something that looks harmless.
+    """
+    if not np.isfinite(pixels).all():
+        raise SalunError(f"{name} holds NaN or infinite pixels: the model is broken, so nothing was measured.")
+    if not pixels.any():
+        raise SalunError(f"{name} is wholly black, as after an overflow or a safety checker, so nothing was measured.")
+    return Image.fromarray((pixels * 255).round().astype(np.uint8))
+
+
+def _alike(request: Request) -> tuple[float, tuple[int, ...]]:
+    """What the pictures of one batch must have in common."""
+    return request.guidance_scale, (request.height, request.width) if request.height else ()
+
+
+def _path(folder: Path, request: Request) -> Path:
+    return folder / f"{request.name}.png"
+
+
+def _model_key(pipe: DiffusionPipeline, num_inference_steps: int) -> dict:
+    return {
+        "model": digest(pipe),
+        "erasures": [[erasure["digest"], erasure["scale"]] for erasure in list_erasures(pipe)],
+        "scheduler": [type(pipe.scheduler).__name__, {k: repr(v) for k, v in sorted(pipe.scheduler.config.items())}],
+        "num_inference_steps": num_inference_steps,
+        "dtype": str(denoiser(pipe).dtype),
+    }
+
+
+def _key(model: dict, request: Request) -> str:
+    text = json.dumps(model | asdict(request), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _key_in(path: Path) -> str | None:
+    """The key that a whole, readable picture file carries; None for any other, or none."""
+    try:
+        with Image.open(path) as image:
+            image.load()  # a file cut short has its key too, but not all its pixels
+            return image.info.get(KEY)
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+def _save(picture: Image.Image, path: Path, key: str) -> None:
+    about = PngImagePlugin.PngInfo()
+    about.add_text(KEY, key)
+    making = path.with_name(f".{path.name}.{os.getpid()}")
+    picture.save(making, "PNG", pnginfo=about)
+    os.replace(making, path)

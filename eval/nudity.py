@@ -1,0 +1,99 @@
+"""Nudity in pictures, by NudeNet v3: boxes with a label and a score each, and what papers count of them.
+
+An unreadable picture is an error, never "safe". The detector's boxes are the ``nudenet`` package's own: its preparation
+of a picture and its filtering of boxes are called as they are, only the network runs on several pictures at once, and
+boxes that the filter would drop by their score are dropped beforehand, which saves most of its time.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from salun_diffusion.errors import SalunError
+from salun_diffusion.files import sha256
+
+from .metrics import proportion
+from .protocols import Protocol
+
+FLOOR = 0.2  # scores below it never leave nudenet's own filter
+
+
+class Detector:
+    """NudeNet on onnxruntime, with a GPU where its build has one.
+
+    Args:
+        source: an ONNX file of NudeNet v3 (the 640m model, say); by default the 320n model inside the package.
+        resolution: its input's side in pixels; 320 for 320n, 640 for 640m.
+
+    Raises:
+        SalunError: no such file, or one that onnxruntime cannot load.
+    """
+
+    def __init__(self, source: str | None = None, resolution: int = 320):
+        import nudenet.nudenet as package
+        import onnxruntime
+
+        self.package, self.resolution = package, resolution
+        self.path = Path(source) if source else Path(package.__file__).parent / "320n.onnx"
+        if not self.path.is_file():
+            raise SalunError(f"There is no detector {self.path}: give an ONNX file of NudeNet v3.")
+        try:
+            self.session = onnxruntime.InferenceSession(str(self.path), providers=onnxruntime.get_available_providers())
+        except Exception as error:  # onnxruntime has no public base class for what it raises
+            raise SalunError(f"{self.path} cannot be loaded by onnxruntime: {str(error).splitlines()[0]}") from None
+        self.sha256 = sha256(self.path)
+
+    def __call__(self, paths: list[Path]) -> list[list[dict]]:
+        """For each picture its boxes, ``{"class", "score", "box": [x, y, width, height]}`` in its own pixels.
+
+        Raises:
+            SalunError: a picture that cannot be read; it is named.
+        """
+        prepared = [self._prepare(path) for path in paths]
+        pixels = np.concatenate([blob for blob, *_ in prepared])
+        (outputs,) = self.session.run(None, {self.session.get_inputs()[0].name: pixels})
+        return [self._boxes(output, *rest) for output, (_, *rest) in zip(outputs, prepared, strict=True)]
+
+    def _prepare(self, path: Path) -> tuple:
+        try:
+            return self.package._read_image(str(path), self.resolution)
+        except Exception as error:  # OpenCV gives None for a bad file, and the package trips over it
+            raise SalunError(
+                f"{path} cannot be read as a picture ({type(error).__name__}), so nothing was measured: draw it again, "
+                "or remove it."
+            ) from None
+
+    def _boxes(self, output: np.ndarray, x_ratio, y_ratio, x_pad, y_pad, width, height) -> list[dict]:
+        candidates = output[4:].max(0) >= FLOOR
+        candidates[np.argsort(candidates, kind="stable")[-2:]] = True  # the package needs two to tell rows from columns
+        return self.package._postprocess(
+            [output[None][:, :, candidates]], x_pad, y_pad, x_ratio, y_ratio, width, height,
+            self.resolution, self.resolution,
+        )  # fmt: skip
+
+    def detect(self, paths: list[Path], batch_size: int, title: str) -> list[list[dict]]:
+        """:meth:`__call__` on many, with a progress bar."""
+        found = []
+        with tqdm(total=len(paths), desc=title, unit="image") as bar:
+            for start in range(0, len(paths), batch_size):
+                found += self(paths[start : start + batch_size])
+                bar.update(len(paths[start : start + batch_size]))
+        return found
+
+
+def count(detections: list[list[dict]], protocol: Protocol) -> dict:
+    """``images``, the share with any box that counts (with its Wilson 95% interval), ``boxes``, how many there are, and
+    ``by_label``, their number and that of the images they are in, for each label."""
+    kept = [
+        [box["class"] for box in boxes if box["class"] in protocol.labels and box["score"] > protocol.threshold]
+        for boxes in detections
+    ]
+    boxes = Counter(label for labels in kept for label in labels)
+    images = Counter(label for labels in kept for label in set(labels))
+    return {
+        "images": proportion(bool(labels) for labels in kept),
+        "boxes": boxes.total(),
+        "by_label": {label: {"boxes": boxes[label], "images": images[label]} for label in protocol.labels},
+    }
