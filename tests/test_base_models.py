@@ -78,7 +78,8 @@ def test_gradient_checkpointing_and_precision_change_little(folders, tmp_path):
         more += ["--gradient_checkpointing"] if more else []
         run(
             "python", "erase_concept.py", "--pretrained_model_name_or_path", folders["sd1"], "--concept", "x",
-            "--output_dir", tmp_path / precision, "--data_dir", tmp_path / "data", "--save_dtype", "fp32", *QUICK, *more,
+            "--output_dir", tmp_path / precision, "--data_dir", tmp_path / "data", "--save_dtype", "fp32", *QUICK,
+            *more,
         )  # fmt: skip
         found[precision] = Delta.load(tmp_path / precision / "erasure.safetensors")
     plain = found["plain"]
