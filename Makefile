@@ -40,7 +40,7 @@ docs/results/%.json: | .venv/installed
 	$(RUN)/python -m eval accuracy --pretrained_model_name_or_path demo --concept $* \
 		--erasure runs/results/$* runs/results/$*-no-mask --output_dir runs/results/$*
 	$(RUN)/python -m eval report runs/results/$*
-	cp runs/results/$*/metrics.json $@
+	cp runs/results/$*/results.json $@
 
 clean:
 	rm -rf .venv runs build dist *.egg-info

@@ -7,7 +7,7 @@
         --output_dir runs/nudity/i2p
 
 `accuracy` draws the same prompts from the same noise with the base model and with each erasure, lets a classifier say
-what is in every picture, and writes metrics.json, samples.jsonl and pictures/. `report` turns a run folder into one
+what is in every picture, and writes results.json, samples.jsonl and pictures/. `report` turns a run folder into one
 self-contained page, report.html. `table` puts the scores of several runs side by side. `i2p` draws the I2P prompts and
 counts the nudity that NudeNet finds; `nudity` counts in pictures that exist already.
 """
@@ -84,7 +84,7 @@ model's. Both come with n and a Wilson 95% interval: around 96%, 432 prompts giv
         help="erasures to measure: run folders, .safetensors files or hub ids; the first is the one that matters, any "
              "others are controls beside it, such as a run with --density 1 (no mask)")
     add("--output_dir", metavar="DIR", type=Path, required=True,
-        help="where metrics.json, samples.jsonl and pictures/ go; the first erasure's run folder if `report` follows")
+        help="where results.json, samples.jsonl and pictures/ go; the first erasure's run folder if `report` follows")
     add("--num_forget_images", metavar="N", type=_positive, default=216,
         help="pictures that ask for the concept, a model (default: %(default)s)")
     add("--num_retain_images", metavar="N", type=_positive, default=432,
@@ -149,7 +149,7 @@ eval i2p ...` shares the drawing among processes. The safety checker is always o
     report = commands.add_parser(
         "report",
         help="one self-contained HTML page from a run folder",
-        description="Read what a run folder holds (config.json, metrics.json, samples.jsonl, pictures/; training.jsonl "
+        description="Read what a run folder holds (config.json, results.json, samples.jsonl, pictures/; training.jsonl "
         "and mask.safetensors if they are there) and write report.html: pictures before and after, scores with "
         "intervals, the loss curve, where the salient weights lie. The page needs no other file and no network.",
     )
@@ -161,11 +161,11 @@ eval i2p ...` shares the drawing among processes. The safety checker is always o
     )
     table = commands.add_parser(
         "table",
-        help="one Markdown table from the metrics.json of several runs",
-        description="Print UA and the retained accuracies of every model in the given metrics.json files as one "
+        help="one Markdown table from the results.json of several runs",
+        description="Print UA and the retained accuracies of every model in the given results.json files as one "
         "Markdown table, or put it between the lines <!-- results --> and <!-- end --> of a document.",
     )
-    table.add_argument("files", metavar="METRICS", type=Path, nargs="+", help="metrics.json files")
+    table.add_argument("files", metavar="METRICS", type=Path, nargs="+", help="results.json files")
     table.add_argument("--into", metavar="DOCUMENT", type=Path, help="the Markdown document to put the table into")
     return parser
 

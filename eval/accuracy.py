@@ -1,47 +1,40 @@
 """Unlearning accuracy and retained accuracy: the same prompts and noise for every model, judged by one classifier.
 
-``metrics.json`` (``format`` "salun-diffusion accuracy 1") holds:
+``results.json`` (``format`` "salun-diffusion accuracy 1"; what all have in common is in :mod:`eval.results`) holds:
 
-- ``protocol``: what the numbers mean, in one line; quote it wherever they are quoted.
 - ``concept``: ``name``, ``slot`` (its kind), ``value`` (the label that must not appear), ``anchor``.
 - ``base``: ``source`` and ``revision``; ``classifier``: ``source``, ``sha256`` of its weights file, ``questions``.
 - ``settings``: ``num_forget_images``, ``num_retain_images``, ``num_inference_steps``, ``guidance_scale``,
   ``batch_size``, ``seed``, ``scheduler`` (class name), ``dtype``, ``device``, ``safety_checker`` (always false).
-- ``versions``: python, torch, diffusers, transformers.
-- ``models``: the base model, the main erasure, then the controls, each with ``name``, ``role`` ("base", "erasure",
-  "control"), ``source``, ``digest`` (of the pipeline as measured), ``erasure`` (as ``list_erasures`` tells of it:
-  concept, method, density, weights, digest …; null for the base), ``ua``, ``retained`` (by question: object, style,
-  background, count, left_right), ``drawn_as`` (label → answers where the concept was asked for), ``retained_by_label``
-  (for each other word of the concept's kind), ``flipped`` (retain pictures whose objects were right with the base and
-  are not now, ``lost``, and the reverse, ``gained``), ``generation``: ``images``, ``seconds``, ``images_per_second``
-  (drawing alone).
+- ``models``: the base model, the main erasure, then the controls, each also with ``ua``, ``retained`` (by question:
+  object, style, background, count, left_right), ``ira`` and ``cra`` (in-domain and cross-domain retained accuracy: of
+  these, the concept's own kind, and the other one of object and style), ``drawn_as`` (label → answers where the concept
+  was asked for), ``retained_by_label`` (for each other word of the concept's kind), ``flipped`` (retain pictures whose
+  objects were right with the base and are not now, ``lost``, and the reverse, ``gained``), ``generation``: ``images``
+  drawn now (the others were there already), ``seconds``, ``images_per_second`` (drawing alone; null for none).
 
-A score is ``{"count", "n", "percent", "low", "high"}``, the last three in percent, ``low`` and ``high`` the Wilson 95%
-interval. ``samples.jsonl`` holds a line for each picture; its form is in the docstring of :mod:`eval.metrics`, and
+``samples.jsonl`` holds a line for each picture; its form is in the docstring of :mod:`eval.metrics`, and
 ``seed`` there is the one of the starting noise.
 """
 
-import json
-import platform
-import time
 from pathlib import Path
 
 import diffusers
-import numpy as np
-import torch
 import transformers
+from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from salun_diffusion import list_erasures, load_erasure, unload_erasure
+from salun_diffusion import load_erasure, unload_erasure
 from salun_diffusion.concepts import Row, find_concept
 from salun_diffusion.errors import SalunError
-from salun_diffusion.files import write_json
-from salun_diffusion.models import denoiser, digest, load_pipeline, resolve
-from salun_diffusion.sampling import sample
+from salun_diffusion.models import denoiser, load_pipeline, resolve
+from salun_diffusion.session import spread_threads
 
+from .generation import Request, draw
 from .judge import Judge
 from .metrics import FORMAT, asked, flipped, scores
+from .results import VERSIONS, begin, introduce, write
 
 PROTOCOL = (
     "accuracy/1: same prompts and starting noise for every model; the classifier's likeliest answer to each question; "
@@ -66,7 +59,7 @@ def accuracy(
     classifier: str | None = None,
     seed: int = 0,
 ) -> dict:
-    """Measure the base model and each erasure, write ``output_dir``'s files, print a table, return the metrics.
+    """Measure the base model and each erasure, write ``output_dir``'s files, print a table, return the results.
 
     Raises:
         SalunError: an unusable base, concept, erasure or classifier; an erasure that changes nothing; a picture that is
@@ -81,12 +74,10 @@ def accuracy(
     rows += [("retain", row) for row in found.retain_rows(num_retain_images, seed)]
     judge = Judge(classifier or _default_classifier(folder))
     _check_rows(rows, found.value, judge)
-    names = _names(erasure)
-
-    pipe = load_pipeline(pretrained_model_name_or_path, commit)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe.to(device)
-    judge.to(device)
+    state = PartialState()
+    spread_threads(state)
+    pipe = load_pipeline(pretrained_model_name_or_path, commit).to(state.device)
+    judge.to(state.device)
     preset = found.settings
     how = {
         "num_inference_steps": num_inference_steps or preset.get("num_inference_steps", 50),
@@ -94,29 +85,35 @@ def accuracy(
         "batch_size": batch_size or preset.get("sample_batch_size", 8),
     }
 
-    models = _models(pipe, pretrained_model_name_or_path, erasure, names)
-
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for stale in ("metrics.json", "samples.jsonl"):  # never beside pictures of another run
-        (output_dir / stale).unlink(missing_ok=True)
+    models = introduce(pipe, pretrained_model_name_or_path, erasure)
+    if state.is_main_process:
+        begin(output_dir, FORMAT)
     samples = []
     for model in models:
         if model["erasure"]:
             load_erasure(pipe, model["source"])
-        judged, seconds = _draw(pipe, judge, rows, model["name"], output_dir, how)
+        requests = [
+            Request(f"{kind}-{i:04d}", row.prompt, row.seed, how["guidance_scale"])
+            for i, (kind, row) in enumerate(rows)
+        ]
+        folder = output_dir / "pictures" / model["name"]
+        drawn = draw(pipe, requests, folder, how["num_inference_steps"], how["batch_size"], model["name"])
         unload_erasure(pipe)
+        if not state.is_main_process:
+            continue
+        judged = _judge(judge, rows, drawn.paths, model["name"], output_dir, how["batch_size"])
         samples += judged
         model |= scores(judged, found.value, found.slot) | {"flipped": flipped(samples[: len(rows)], judged)}
-        images = len(judged)
         model["generation"] = {
-            "images": images,
-            "seconds": round(seconds, 2),
-            "images_per_second": round(images / seconds, 3),
+            "images": drawn.count,
+            "seconds": round(drawn.seconds, 2),
+            "images_per_second": round(drawn.count / drawn.seconds, 3) if drawn.count else None,
         }
 
-    metrics = {
+    results = {
         "format": FORMAT,
         "protocol": PROTOCOL,
+        "n": len(rows),
         "concept": {"name": found.name, "slot": found.slot, "value": found.value, "anchor": found.anchor},
         "base": {"source": pretrained_model_name_or_path, "revision": commit},
         "classifier": {
@@ -131,21 +128,16 @@ def accuracy(
             "seed": seed,
             "scheduler": type(pipe.scheduler).__name__,
             "dtype": str(denoiser(pipe).dtype).removeprefix("torch."),
-            "device": device,
+            "device": str(state.device),
             "safety_checker": False,
         },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": VERSIONS,
         "models": models,
     }
-    (output_dir / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples), encoding="utf-8")
-    write_json(output_dir / "metrics.json", metrics)  # last: where it stands, everything that it counts does
-    print(table(metrics))
-    return metrics
+    if state.is_main_process:
+        write(output_dir, results, samples)
+        print(table(results))
+    return results
 
 
 def table(metrics: dict) -> str:
@@ -160,19 +152,6 @@ def table(metrics: dict) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
-
-
-def to_picture(pixels: np.ndarray, name: str) -> Image.Image:
-    """Float pixels ``(height, width, 3)`` in 0…1 → an RGB picture.
-
-    Raises:
-        SalunError: NaN, infinity, or all black; an unchecked one would be cast to something that looks harmless.
-    """
-    if not np.isfinite(pixels).all():
-        raise SalunError(f"{name} holds NaN or infinite pixels: the model is broken, so nothing was measured.")
-    if not pixels.any():
-        raise SalunError(f"{name} is wholly black, as after an overflow or a safety checker, so nothing was measured.")
-    return Image.fromarray((pixels * 255).round().astype(np.uint8))
 
 
 def _default_classifier(folder: Path | None) -> str:
@@ -192,55 +171,20 @@ def _check_rows(rows: list[tuple[str, Row]], value: str, judge: Judge) -> None:
     judge.check(pair for _, row in rows for pair in row.expect.items())
 
 
-def _names(erasures: list[str]) -> list[str]:
-    """A short name for each erasure, which also names its folder of pictures."""
-    names = []
-    for source in erasures:
-        path = Path(source)
-        name = (
-            (path.parent if path.name == "erasure.safetensors" else path).absolute().name.removesuffix(".safetensors")
-        )
-        if name in ("base", *names):
-            raise SalunError(f"Two of the models to compare are called '{name}': rename the folder or file {source}.")
-        names.append(name)
-    return names
-
-
-def _models(pipe, base: str, erasures: list[str], names: list[str]) -> list[dict]:
-    """The base model and the erasures as ``metrics.json`` introduces them. Each erasure is loaded and unloaded once, so
-    that a wrong path, a wrong base or a delta without effect is found out before the drawing and not after."""
-    models = [{"name": "base", "role": "base", "source": base, "digest": digest(pipe), "erasure": None}]
-    for name, source in zip(names, erasures, strict=True):
-        load_erasure(pipe, source)
-        role = "erasure" if len(models) == 1 else "control"
-        models.append(
-            {"name": name, "role": role, "source": source, "digest": digest(pipe), "erasure": list_erasures(pipe)[0]}
-        )
-        unload_erasure(pipe)
-        if models[-1]["digest"] == models[0]["digest"]:
-            raise SalunError(f"{source} leaves the base model as it is: there is nothing to measure in it.")
-    return models
-
-
-def _draw(
-    pipe, judge: Judge, rows: list[tuple[str, Row]], name: str, output_dir: Path, how: dict
-) -> tuple[list[dict], float]:
-    """Draw, keep and judge every row with one model: the samples, and the seconds that drawing took."""
-    (output_dir / "pictures" / name).mkdir(parents=True, exist_ok=True)
-    samples, seconds, step = [], 0.0, how["batch_size"]
-    with tqdm(total=len(rows), desc=name, unit="image") as bar:
-        for start in range(0, len(rows), step):
-            part = rows[start : start + step]
-            begin = time.perf_counter()
-            drawn = sample(pipe, [row for _, row in part], output_type="np", bar=bar, **how)
-            seconds += time.perf_counter() - begin
-            paths = [f"pictures/{name}/{kind}-{start + i:04d}.png" for i, (kind, _) in enumerate(part)]
-            pictures = [to_picture(pixels, path) for pixels, path in zip(drawn, paths, strict=True)]
-            for picture, path in zip(pictures, paths, strict=True):
-                picture.save(output_dir / path)
-            for (kind, row), path, answers in zip(part, paths, judge(pictures, paths), strict=True):
+def _judge(
+    judge: Judge, rows: list[tuple[str, Row]], paths: list[Path], name: str, output_dir: Path, batch_size: int
+) -> list[dict]:
+    """The lines of ``samples.jsonl`` for the pictures of one model."""
+    samples = []
+    with tqdm(total=len(rows), desc=f"{name}: judging", unit="image") as bar:
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            shown = [str(path.relative_to(output_dir)) for path in paths[start : start + batch_size]]
+            pictures = [Image.open(output_dir / path).convert("RGB") for path in shown]
+            for (kind, row), path, answers in zip(part, shown, judge(pictures, shown), strict=True):
                 samples.append({
                     "model": name, "set": kind, "prompt": row.prompt, "seed": row.seed, "picture": path,
                     "expect": row.expect, "predicted": answers,
                 })  # fmt: skip
-    return samples, seconds
+            bar.update(len(part))
+    return samples

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from salun_diffusion import load_erasure, unload_erasure
 from salun_diffusion.errors import SalunError
 from salun_diffusion.files import sha256
-from salun_diffusion.models import denoiser, load_pipeline
+from salun_diffusion.models import denoiser, load_pipeline, resolve
 from salun_diffusion.session import spread_threads
 
 from . import prompts
@@ -55,12 +55,13 @@ def i2p(
         SalunError: an unusable base, erasure, prompt file or detector; a picture that is not finite, wholly black or
             unreadable (named, and no results are written).
     """
+    commit = resolve(pretrained_model_name_or_path, revision)[1]
     rows = prompts.select(prompts.read(prompts_file) if prompts_file else prompts.from_hub(), selection)
     wanted = prompts.requests(rows, guidance_scale, size)
     finder = Detector(detector, resolution)
     state = PartialState()
     spread_threads(state)
-    pipe = load_pipeline(pretrained_model_name_or_path, revision, dtype).to(state.device)
+    pipe = load_pipeline(pretrained_model_name_or_path, commit, dtype).to(state.device)
     models = introduce(pipe, pretrained_model_name_or_path, list(erasure))
     long = prompts.truncated(pipe.tokenizer, wanted)
     if state.is_main_process:
@@ -91,7 +92,7 @@ def i2p(
         "protocol": _said(chosen),
         "protocols": {name: asdict(protocol) for name, protocol in chosen.items()},
         "n": len(wanted),
-        "base": {"source": pretrained_model_name_or_path, "revision": revision},
+        "base": {"source": pretrained_model_name_or_path, "revision": commit},
         "prompts": {
             "source": str(prompts_file or prompts.I2P),
             "sha256": sha256(prompts_file) if prompts_file else None,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 
 from scipy.stats import binomtest
 
-FORMAT = "salun-diffusion accuracy 1"  # of metrics.json; described in eval/accuracy.py
+FORMAT = "salun-diffusion accuracy 1"  # of results.json; described in eval/accuracy.py
 OBJECT_QUESTIONS = ("left", "right", "label")  # the questions that are answered with a thing in the picture
 
 
@@ -155,12 +155,16 @@ def flipped(before: list[dict], after: list[dict]) -> dict[str, int]:
 
 
 def scores(rows: list[dict], value: str, slot: str) -> dict:
-    """What ``metrics.json`` says about the pictures of one model taken alone."""
+    """What ``results.json`` says about the pictures of one model taken alone."""
     forget = [row for row in rows if row["set"] == "forget"]
     retain = [row for row in rows if row["set"] == "retain"]
+    kept = retained(retain)
     return {
         "ua": unlearning(forget, value),
-        "retained": retained(retain),
+        # UnlearnCanvas' names: the other words of the concept's own kind, and the other kind
+        "ira": kept.get("style" if slot == "style" else "object"),
+        "cra": kept.get("object" if slot == "style" else "style"),
+        "retained": kept,
         "drawn_as": drawn_as(forget, value),
         "retained_by_label": by_label(retain, slot),
     }

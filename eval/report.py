@@ -1,7 +1,7 @@
 """One self-contained page, ``report.html``, from what a run folder holds and from nothing else; and one picture of the
 same, ``before-after.png``, for where a page cannot go.
 
-It needs ``config.json`` (erase_concept.py), ``metrics.json``, ``samples.jsonl`` and the pictures these name
+It needs ``config.json`` (erase_concept.py), ``results.json``, ``samples.jsonl`` and the pictures these name
 (``python -m eval accuracy``); ``training.jsonl`` and ``mask.safetensors`` each add a chart.
 """
 
@@ -40,15 +40,15 @@ def report(run_dir: Path, output: Path | None = None) -> Path:
         SalunError: a file that is missing, damaged, or belongs to another run.
     """
     config = _json(run_dir / "config.json", "erase_concept.py")
-    metrics = _json(run_dir / "metrics.json", "python -m eval accuracy")
+    metrics = _json(run_dir / "results.json", "python -m eval accuracy")
     if metrics.get("format") != FORMAT:
         raise SalunError(
-            f"{run_dir / 'metrics.json'} is not of the form '{FORMAT}': run `python -m eval accuracy` again."
+            f"{run_dir / 'results.json'} is not of the form '{FORMAT}': run `python -m eval accuracy` again."
         )
     erased = [config.get("concept"), *config.get("settings", {}).get("concept", [])]
     if metrics["concept"]["name"] not in erased:
         raise SalunError(
-            f"{run_dir} erased '{config['concept']}' but its metrics.json is about '{metrics['concept']['name']}': "
+            f"{run_dir} erased '{config['concept']}' but its results.json is about '{metrics['concept']['name']}': "
             "run `python -m eval accuracy` for this run."
         )
     samples = by_model(_lines(run_dir / "samples.jsonl", "python -m eval accuracy"), metrics)
@@ -95,11 +95,8 @@ def by_model(lines: list[dict], metrics: dict) -> list[list[dict]]:
     """
     samples = [[line for line in lines if line["model"] == model["name"]] for model in metrics["models"]]
     rows = [[(line["set"], line["prompt"], line["seed"]) for line in part] for part in samples]
-    if any(
-        row != rows[0] or len(row) != model["generation"]["images"]
-        for row, model in zip(rows, metrics["models"], strict=True)
-    ):
-        raise SalunError("samples.jsonl and metrics.json are of different runs: run `python -m eval accuracy` again.")
+    if any(row != rows[0] or len(row) != metrics["n"] for row in rows):
+        raise SalunError("samples.jsonl and results.json are of different runs: run `python -m eval accuracy` again.")
     return samples
 
 

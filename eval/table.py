@@ -1,4 +1,4 @@
-"""One Markdown table from the ``metrics.json`` of several runs, printed or put between two markers of a document."""
+"""One Markdown table from the ``results.json`` of several runs, printed or put between two markers of a document."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ def table(files: list[Path], into: Path | None = None) -> str:
     """A line for each model of each file: UA and the retained accuracies in percent with 95% Wilson intervals.
 
     Raises:
-        SalunError: a file that is no ``metrics.json``, files that were measured differently, or a document without the
+        SalunError: a file that is no ``results.json``, files that were measured differently, or a document without the
             markers.
     """
     runs = [_read(path) for path in files]
@@ -64,7 +64,7 @@ def _read(path: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SalunError(f"{path} cannot be read as a metrics.json: {error}") from None
+        raise SalunError(f"{path} cannot be read as results.json: {error}") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise SalunError(f"{path} is not of the form '{FORMAT}': give the metrics.json that `eval accuracy` wrote.")
+        raise SalunError(f"{path} is not of the form '{FORMAT}': give the results.json that `eval accuracy` wrote.")
     return found

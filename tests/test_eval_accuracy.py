@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import tiny
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from test_eval_judge import classifier
 
-from eval import accuracy as module
-from eval import metrics
-from eval.accuracy import accuracy, to_picture
+from eval import generation, metrics
+from eval.accuracy import accuracy
+from eval.generation import to_picture
 from salun_diffusion.errors import SalunError
 
 OBJECTS = ["airplane", "cat", "dog", "house"]
@@ -64,7 +65,7 @@ def measured(base, tmp_path_factory):
 
 def test_metrics_follow_from_the_samples(measured):
     found, output = measured
-    assert json.loads((output / "metrics.json").read_text()) == found
+    assert json.loads((output / "results.json").read_text()) == found
     samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
     assert [model["role"] for model in found["models"]] == ["base", "erasure", "control"]
     for model in found["models"]:
@@ -74,7 +75,9 @@ def test_metrics_follow_from_the_samples(measured):
         assert again == {key: model[key] for key in again}
         assert model["generation"]["images"] == 11
     assert found["settings"]["num_inference_steps"] == 2 and found["settings"]["guidance_scale"] == 3.0
-    assert found["models"][1]["erasure"]["density"] == 0.5 and found["models"][0]["erasure"] is None
+    assert (
+        found["n"] == 11 and found["models"][1]["erasure"]["density"] == 0.5 and found["models"][0]["erasure"] is None
+    )
     assert len({model["digest"] for model in found["models"]}) == 3
 
 
@@ -95,7 +98,7 @@ def test_the_base_pictures_are_those_of_the_untouched_pipeline(base, measured):
     pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
     rows = find_concept("airplane", base).forget_rows(5, 0)
     for i, picture in enumerate(sample(pipe, rows[:4], num_inference_steps=2, guidance_scale=3.0, batch_size=4)):
-        kept = module.Image.open(measured[1] / f"pictures/base/forget-{i:04d}.png")
+        kept = Image.open(measured[1] / f"pictures/base/forget-{i:04d}.png")
         assert np.array_equal(np.asarray(kept), np.asarray(picture))
 
 
@@ -150,17 +153,18 @@ def test_prompts_that_a_classifier_cannot_check_are_refused(base, tmp_path):
 )
 def test_a_broken_picture_fails_the_run_by_name_and_leaves_no_scores(base, tmp_path, monkeypatch, pixels, sentence):
     measure(base, tmp_path, "forgets")
-    real = module.sample
+    real = generation.sample
 
     def broken(pipe, rows, **how):
         images = [image.copy() for image in real(pipe, rows, **how)]
         images[1][:] = pixels
         return images
 
-    monkeypatch.setattr(module, "sample", broken)
+    monkeypatch.setattr(generation, "sample", broken)
+    shutil.rmtree(tmp_path / "pictures")
     with pytest.raises(SalunError, match=f"pictures/base/forget-0001.png {sentence}"):
         measure(base, tmp_path, "forgets")
-    assert not (tmp_path / "metrics.json").exists(), "the old run's scores must not stand beside new pictures"
+    assert not (tmp_path / "results.json").exists(), "the old run's scores must not stand beside new pictures"
 
 
 def test_pixels_are_rounded_and_not_cut_off():

@@ -120,3 +120,14 @@ def test_flipped_counts_both_directions_and_retain_rows_only():
         row({"style": "ink"}, {"style": "noto"}),
     ]
     assert metrics.flipped(before, after) == {"lost": 1, "gained": 1}
+
+
+def test_in_domain_and_cross_domain():
+    """UnlearnCanvas: for a style, other styles are in its domain and objects across; for an object the reverse."""
+    rows = [
+        row({"left": "airplane", "style": "ink"}, {"left": "airplane", "style": "noto"}, "forget"),
+        row({"left": "cat", "style": "noto"}, {"left": "cat", "style": "pixel"}),
+    ]
+    style, thing = metrics.scores(rows, "ink", "style"), metrics.scores(rows, "airplane", "object")
+    assert (style["ira"]["percent"], style["cra"]["percent"]) == (0, 100)
+    assert (thing["ira"]["percent"], thing["cra"]["percent"]) == (100, 0)

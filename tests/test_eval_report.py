@@ -83,6 +83,7 @@ def make_run(folder, picture=noise, forget=30, retain=60, concept="airplane", si
         },
         "versions": {"python": "3.11", "torch": "2", "diffusers": "0.42"},
         "models": models,
+        "n": forget + retain,
     }  # fmt: skip
     settings = {"learning_rate": 1e-4, "alpha": 1.0, "concept": [concept["name"]], "density": 0.5}
     config = {"concept": concept["name"], "method": "salun", "settings": settings, "versions": {"torch": "2"}}
@@ -90,7 +91,7 @@ def make_run(folder, picture=noise, forget=30, retain=60, concept="airplane", si
         {"step": i + 1, "forget_loss": 0.1 * 0.97**i + 0.01 * rng.random(), "retain_loss": 0.1 + 0.05 * rng.random()}
         for i in range(120)
     ]
-    (folder / "metrics.json").write_text(json.dumps(found))
+    (folder / "results.json").write_text(json.dumps(found))
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
     (folder / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
@@ -118,7 +119,7 @@ def test_the_page_stands_alone(run):
 
 def test_the_page_says_what_was_measured(run):
     page = report.report(run, run / "elsewhere.html").read_text(encoding="utf-8")
-    main = json.loads((run / "metrics.json").read_text())["models"][1]
+    main = json.loads((run / "results.json").read_text())["models"][1]
     for text in (
         f"{main['ua']['percent']:.1f}%", f"{main['ua']['low']:.1f} to {main['ua']['high']:.1f}", "Base model", "SalUn",
         "No mask", "4.2 <small>MB", "Unlearning accuracy", "Retained accuracy", "Anchor", "learning_rate", "0.0001",
@@ -143,9 +144,9 @@ def test_charts_are_left_out_where_there_is_nothing_to_draw(tmp_path):
     "harm, sentence",
     [
         (lambda run: (run / "config.json").unlink(), "config.json is missing: .* erase_concept.py writes this file"),
-        (lambda run: (run / "metrics.json").unlink(), "metrics.json is missing: .* python -m eval accuracy writes"),
-        (lambda run: (run / "metrics.json").write_text("{"), "metrics.json is damaged"),
-        (lambda run: (run / "metrics.json").write_text("{}"), "is not of the form 'salun-diffusion accuracy 1'"),
+        (lambda run: (run / "results.json").unlink(), "results.json is missing: .* python -m eval accuracy writes"),
+        (lambda run: (run / "results.json").write_text("{"), "results.json is damaged"),
+        (lambda run: (run / "results.json").write_text("{}"), "is not of the form 'salun-diffusion accuracy 1'"),
         (lambda run: (run / "config.json").write_text('{"concept": "cat"}'), "erased 'cat' but .* is about 'airplane'"),
         (lambda run: (run / "samples.jsonl").write_text("{}\nx\n"), "samples.jsonl, line 2, is damaged"),
         (lambda run: (run / "samples.jsonl").write_text(""), "samples.jsonl is empty"),
@@ -238,7 +239,7 @@ def test_for_a_style_the_picture_is_captioned_with_its_style_first():
 
 
 def test_a_table_of_two_runs_goes_between_the_markers_and_nowhere_else(run, tmp_path):
-    files = [run / "metrics.json", make_run(tmp_path / "other", forget=30, retain=60) / "metrics.json"]
+    files = [run / "results.json", make_run(tmp_path / "other", forget=30, retain=60) / "results.json"]
     document = tmp_path / "README.md"
     document.write_text("before\n<!-- results -->\nold\n<!-- end -->\nafter <!-- end -->\n", encoding="utf-8")
     text = table.table(files, document)
@@ -253,15 +254,15 @@ def test_a_table_of_two_runs_goes_between_the_markers_and_nowhere_else(run, tmp_
 
 
 def test_a_table_refuses_what_cannot_be_compared(run, tmp_path):
-    other = make_run(tmp_path / "other", forget=3, retain=9) / "metrics.json"
+    other = make_run(tmp_path / "other", forget=3, retain=9) / "results.json"
     with pytest.raises(SalunError, match="cannot share a table: they differ in settings"):
-        table.table([run / "metrics.json", other])
+        table.table([run / "results.json", other])
     with pytest.raises(SalunError, match="is not of the form"):
         table.table([run / "config.json"])
     document = tmp_path / "README.md"
     document.write_text("no markers")
     with pytest.raises(SalunError, match="has no place for a table"):
-        table.table([run / "metrics.json"], document)
+        table.table([run / "results.json"], document)
     assert document.read_text() == "no markers"
 
 

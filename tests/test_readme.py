@@ -11,6 +11,7 @@ SMALL = {  # what a README command is shortened with
     "accelerate launch erase_concept.py": QUICK,
     "python -m eval accuracy": "--num_forget_images 6 --num_retain_images 6 --num_inference_steps 2".split(),
     "python -m eval report": [],
+    "python -m eval i2p": [],
 }
 
 
