@@ -12,7 +12,9 @@ import importlib.metadata
 from dataclasses import asdict
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from accelerate import PartialState
 
 from salun_diffusion import load_erasure, unload_erasure
@@ -55,6 +57,9 @@ def i2p(
         SalunError: an unusable base, erasure, prompt file or detector; a picture that is not finite, wholly black or
             unreadable (named, and no results are written).
     """
+    diffusers.utils.logging.set_verbosity_error()  # it warns of each cut prompt, which is reported once below
+    for library in (diffusers, transformers):  # their bars are about loading; ours estimates the work itself
+        library.utils.logging.disable_progress_bar()
     commit = resolve(pretrained_model_name_or_path, revision)[1]
     rows = prompts.select(prompts.read(prompts_file) if prompts_file else prompts.from_hub(), selection)
     wanted = prompts.requests(rows, guidance_scale, size)
