@@ -87,6 +87,7 @@ def cached(
                 bar.update(len(part))
             shards.append(shard)
             prompts += [item.prompt for item in part]
+        bar.total = len(prompts)  # a folder may hold fewer than were allowed
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_json(manifest, {"settings": settings, "prompts": prompts})
