@@ -28,13 +28,13 @@ from tqdm import tqdm
 from salun_diffusion import load_erasure, unload_erasure
 from salun_diffusion.concepts import Row, find_concept
 from salun_diffusion.errors import SalunError
-from salun_diffusion.models import denoiser, load_pipeline, resolve
+from salun_diffusion.models import load_pipeline, resolve
 from salun_diffusion.session import spread_threads
 
 from .generation import Request, draw
 from .judge import Judge
 from .metrics import FORMAT, asked, flipped, scores
-from .results import VERSIONS, begin, introduce, write
+from .results import VERSIONS, aligned, as_drawn, begin, introduce, write
 
 PROTOCOL = (
     "accuracy/1: same prompts and starting noise for every model; the classifier's likeliest answer to each question; "
@@ -122,14 +122,11 @@ def accuracy(
             "questions": {q: list(a) for q, a in judge.questions.items()},
         },
         "settings": how
+        | as_drawn(pipe)
         | {
             "num_forget_images": num_forget_images,
             "num_retain_images": num_retain_images,
             "seed": seed,
-            "scheduler": type(pipe.scheduler).__name__,
-            "dtype": str(denoiser(pipe).dtype).removeprefix("torch."),
-            "device": str(state.device),
-            "safety_checker": False,
         },
         "versions": VERSIONS,
         "models": models,
@@ -148,10 +145,7 @@ def table(metrics: dict) -> str:
         cells = [model["ua"], *(model["retained"].get(question) for question in questions)]
         shown = [f"{c['percent']:.1f} ({c['low']:.1f}-{c['high']:.1f})" if c else "-" for c in cells]
         lines.append([model["name"], *shown])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    return aligned(lines)
 
 
 def _default_classifier(folder: Path | None) -> str:

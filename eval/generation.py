@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from salun_diffusion import list_erasures
 from salun_diffusion.errors import SalunError
-from salun_diffusion.models import denoiser, digest
+from salun_diffusion.models import denoiser, digest, sampler
 from salun_diffusion.sampling import sample
 
 KEY = "salun-key"
@@ -125,7 +125,7 @@ def _model_key(pipe: DiffusionPipeline, num_inference_steps: int) -> dict:
     return {
         "model": digest(pipe),
         "erasures": [[erasure["digest"], erasure["scale"]] for erasure in list_erasures(pipe)],
-        "scheduler": [type(pipe.scheduler).__name__, {k: repr(v) for k, v in sorted(pipe.scheduler.config.items())}],
+        **sampler(pipe),
         "num_inference_steps": num_inference_steps,
         "dtype": str(denoiser(pipe).dtype),
     }

@@ -1,7 +1,7 @@
 """I2P: inappropriate prompts, each drawn from its own seed, guidance and size, and the nudity that NudeNet finds.
 
 ``results.json`` (``format`` "salun-diffusion i2p 1"; what all have in common is in :mod:`eval.results`) adds
-``detector`` (``file``, ``sha256``, ``nudenet`` version), ``prompts`` (``source``, ``sha256`` of the file, ``n``,
+``detector`` (``file``, ``sha256``, ``nudenet`` version), ``prompts`` (``source``, ``sha256`` of the file,
 ``selection``, ``truncated``: the names of those longer than the text encoder reads), ``protocols`` (name → ``labels``,
 ``threshold``, ``source``), and for each model ``counts`` (protocol → ``images``, ``boxes``, ``by_label``) and
 ``generation``. A line of ``samples.jsonl``: ``model``, ``case``, ``prompt``, ``seed``, ``guidance_scale``, ``picture``,
@@ -20,14 +20,14 @@ from accelerate import PartialState
 from salun_diffusion import load_erasure, unload_erasure
 from salun_diffusion.errors import SalunError
 from salun_diffusion.files import sha256
-from salun_diffusion.models import denoiser, load_pipeline, resolve
+from salun_diffusion.models import load_pipeline, resolve
 from salun_diffusion.session import spread_threads
 
 from . import prompts
 from .generation import draw
 from .nudity import Detector, count
 from .protocols import PROTOCOLS
-from .results import VERSIONS, begin, introduce, write
+from .results import VERSIONS, aligned, as_drawn, begin, introduce, write
 
 FORMAT = "salun-diffusion i2p 1"
 DEFAULT = ("exposed", "strict")
@@ -92,10 +92,7 @@ def i2p(
                 | {"guidance_scale": request.guidance_scale, "picture": str(path.relative_to(output_dir))}
                 | {"detections": boxes}
             )
-    results = {
-        "format": FORMAT,
-        "protocol": _said(chosen),
-        "protocols": {name: asdict(protocol) for name, protocol in chosen.items()},
+    results = _common(chosen, finder) | {
         "n": len(wanted),
         "base": {"source": pretrained_model_name_or_path, "revision": commit},
         "prompts": {
@@ -104,18 +101,13 @@ def i2p(
             "selection": asdict(selection),
             "truncated": long,
         },
-        "detector": _about(finder),
-        "settings": {
+        "settings": as_drawn(pipe)
+        | {
             "num_inference_steps": num_inference_steps,
             "size": list(size) if size else "each row's own",
             "guidance_scale": f"each row's own, or {guidance_scale:g}",
             "batch_size": batch_size,
-            "scheduler": type(pipe.scheduler).__name__,
-            "dtype": str(denoiser(pipe).dtype).removeprefix("torch."),
-            "device": str(state.device),
-            "safety_checker": False,
         },
-        "versions": VERSIONS,
         "models": models,
     }
     if state.is_main_process:
@@ -145,15 +137,7 @@ def nudity(folder: Path, output_dir: Path, *, protocol: str | None = None, expec
     detections = finder.detect(paths, batch_size, "looking")
     model = {"name": folder.name, "role": "pictures", "source": str(folder), "digest": None, "erasure": None}
     model["counts"] = {name: count(detections, protocol) for name, protocol in chosen.items()}
-    results = {
-        "format": FORMAT,
-        "protocol": _said(chosen),
-        "protocols": {name: asdict(protocol) for name, protocol in chosen.items()},
-        "n": len(paths),
-        "detector": _about(finder),
-        "versions": VERSIONS,
-        "models": [model],
-    }
+    results = _common(chosen, finder) | {"n": len(paths), "models": [model]}
     samples = [
         {"model": folder.name, "picture": str(path), "detections": boxes}
         for path, boxes in zip(paths, detections, strict=True)
@@ -173,21 +157,21 @@ def table(results: dict) -> str:
                 f"{found['count']} of {found['n']}, {found['percent']:.1f}% ({found['low']:.1f}-{found['high']:.1f})"
             )
             lines.append([model["name"], name, share, str(counts["boxes"])])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    return aligned(lines)
 
 
-def _said(chosen: dict) -> str:
+def _common(chosen: dict, finder: Detector) -> dict:
+    """What the results of both commands hold."""
     parts = [f"{name}: {len(p.labels)} labels above {p.threshold} ({p.source})" for name, p in chosen.items()]
-    return "i2p/1: NudeNet v3 boxes; " + "; ".join(parts) + "; Wilson 95% intervals; no safety checker"
-
-
-def _about(finder: Detector) -> dict:
     return {
-        "file": finder.path.name,
-        "sha256": finder.sha256,
-        "resolution": finder.resolution,
-        "nudenet": importlib.metadata.version("nudenet"),
+        "format": FORMAT,
+        "protocol": f"i2p/1: NudeNet v3 boxes; {'; '.join(parts)}; Wilson 95% intervals; no safety checker",
+        "protocols": {name: asdict(protocol) for name, protocol in chosen.items()},
+        "detector": {
+            "file": finder.path.name,
+            "sha256": finder.sha256,
+            "resolution": finder.resolution,
+            "nudenet": importlib.metadata.version("nudenet"),
+        },
+        "versions": VERSIONS,
     }

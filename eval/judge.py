@@ -4,7 +4,6 @@ Labels of the form ``question:answer`` ("left:cat", "style:ink", "left:nothing")
 softmax is taken among the answers of each. A classifier without a colon in its labels answers one question, "label".
 """
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.utils import cached_file
 
 from salun_diffusion.errors import SalunError
+from salun_diffusion.files import sha256
 
 from .metrics import same
 
@@ -81,7 +81,7 @@ class Judge:
                 source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
             self.processor = AutoImageProcessor.from_pretrained(source)
-            self.sha256 = _sha256(source)
+            self.sha256 = sha256(*_weights(source))
         except (OSError, ValueError) as error:
             raise SalunError(
                 f"{source} could not be loaded as an image classifier ({str(error).strip().splitlines()[0]}): give a "
@@ -125,17 +125,9 @@ class Judge:
         return answer(self.model(**inputs).logits.cpu(), self.questions, names)
 
 
-def _sha256(source: str) -> str:
-    """Of the weights file, as 64 hex digits; of all of them in name order where they are sharded."""
+def _weights(source: str) -> list[Path]:
+    """The weights file, or all of them in name order where they are sharded."""
     folder = Path(source)
-    files = (
-        sorted(folder.glob("model*.safetensors"))
-        if folder.is_dir()
-        else [Path(cached_file(source, "model.safetensors"))]
-    )
-    found = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                found.update(block)
-    return found.hexdigest()
+    if folder.is_dir():
+        return sorted(folder.glob("model*.safetensors"))
+    return [Path(cached_file(source, "model.safetensors"))]

@@ -18,7 +18,7 @@ import transformers
 from salun_diffusion import list_erasures, load_erasure, unload_erasure
 from salun_diffusion.errors import SalunError
 from salun_diffusion.files import write_json
-from salun_diffusion.models import digest
+from salun_diffusion.models import denoiser, digest
 
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
 VERSIONS = {
@@ -37,7 +37,10 @@ def begin(folder: Path, format: str) -> None:
     """
     path = folder / RESULTS
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8")).get("format")
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))["format"]
+        except (ValueError, KeyError, TypeError):
+            found = "unknown"
         if found != format:
             raise SalunError(f"{folder} holds results of the form '{found}': give another --output_dir.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,6 +52,24 @@ def write(folder: Path, results: dict, samples: list[dict]) -> None:
     """Write both files; ``results.json`` last: where it stands, everything that it counts does."""
     (folder / SAMPLES).write_text("".join(json.dumps(row) + "\n" for row in samples), encoding="utf-8")
     write_json(folder / RESULTS, results)
+
+
+def as_drawn(pipe) -> dict:
+    """What ``settings`` says of the pipeline itself."""
+    return {
+        "scheduler": type(pipe.scheduler).__name__,
+        "dtype": str(denoiser(pipe).dtype).removeprefix("torch."),
+        "device": str(pipe.device),
+        "safety_checker": False,
+    }
+
+
+def aligned(lines: list[list[str]]) -> str:
+    """A table for the terminal, its columns as wide as their widest cell."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 def introduce(pipe, base: str, erasures: list[str]) -> list[dict]:

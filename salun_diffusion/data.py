@@ -118,9 +118,7 @@ def _drawn(
     settings = how | {
         "model": models.digest(pipe),
         "pipeline": type(pipe).__name__,
-        "scheduler": type(pipe.scheduler).__name__,
-        # as text: some schedulers have an infinite setting, which JSON cannot hold
-        "scheduler_config": {k: repr(v) for k, v in sorted(pipe.scheduler.config.items()) if not k.startswith("_")},
+        **models.sampler(pipe),
         "dtype": str(pipe.dtype),
         "rows": [[row.prompt, row.seed] for row in rows],
     }

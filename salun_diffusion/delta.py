@@ -62,7 +62,9 @@ from .masks import (
 
 FORMAT, VERSION = "salun-delta", 1
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CHUNK = 1 << 20  # values merged at once: small buffers are used again, large ones are new memory from the system
+# Weights gathered or put back at once: buffers that fit a cache are used again, and several times faster than ones of a
+# whole parameter's size, whose memory the system makes anew each time.
+CHUNK = 1 << 20
 
 
 @dataclass(eq=False)

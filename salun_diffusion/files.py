@@ -116,12 +116,13 @@ def read_safetensors(path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, in hex."""
+def sha256(*paths: Path) -> str:
+    """The SHA-256 of a file's content, or of several files' one after the other, as 64 hex digits."""
     found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            found.update(block)
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                found.update(block)
     return found.hexdigest()
 
 

@@ -104,6 +104,14 @@ def move_others(pipe: "DiffusionPipeline", device: "torch.device | str") -> None
             module.to(device)
 
 
+def sampler(pipe: "DiffusionPipeline") -> dict:
+    """The scheduler's class and settings, for keys of what it draws: the same in every process, and as text, since some
+    have an infinite setting, which JSON cannot hold."""
+    # its private settings list which others are defaults, in an order that differs from process to process
+    settings = {name: repr(value) for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    return {"scheduler": type(pipe.scheduler).__name__, "scheduler_config": dict(sorted(settings.items()))}
+
+
 def digest(pipe: "DiffusionPipeline", *parts: str) -> str:
     """Twelve hex digits that change when any module of ``pipe`` (of those named, if any are) does: a hash over every
     tensor's name, shape and 64 evenly spaced fp32 values. It keys caches; it is no proof against forgery."""

@@ -12,11 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from .delta import CHUNK
 from .masks import pack, places
-
-# Weights at once, where weights are gathered or put back: on a CPU, buffers that fit a cache and are used again are
-# several times faster than ones of a whole parameter's size, whose pages the system makes anew each time.
-CHUNK = 1 << 20
 
 
 class MaskedDeltas:

@@ -169,6 +169,14 @@ def test_a_picture_depends_on_its_own_row_alone(pipe, tmp_path):
     assert np.abs(base[0] - base[2]).max() > 50  # another seed of the same prompt
 
 
+def test_keys_are_the_same_in_every_process():
+    """diffusers lists a scheduler's default settings in an order that the hash seed decides."""
+    code = """from types import SimpleNamespace; from diffusers import DDIMScheduler
+from salun_diffusion.models import sampler; print(sampler(SimpleNamespace(scheduler=DDIMScheduler())))"""
+    first, second = (run("python", "-c", code, PYTHONHASHSEED=seed).stdout for seed in "12")
+    assert first == second and "num_train_timesteps" in first
+
+
 def test_processes_share_the_prompts(tmp_path):
     path = prompts_file(tmp_path, *ROWS)
     i2p(tmp_path / "one", path, "--batch_size", "1")
@@ -222,6 +230,9 @@ def test_results_of_another_command_are_not_overwritten(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "results.json").write_text('{"format": "something else"}')
     with pytest.raises(SalunError, match="holds results of the form 'something else': give another"):
+        begin(tmp_path / "out", "salun-diffusion i2p 1")
+    (tmp_path / "out" / "results.json").write_text("[")
+    with pytest.raises(SalunError, match="holds results of the form 'unknown'"):
         begin(tmp_path / "out", "salun-diffusion i2p 1")
 
 
