@@ -11,6 +11,7 @@ import hashlib
 import os
 import platform
 import sys
+import time
 from pathlib import Path
 
 from salun_diffusion.config import EraseConfig, parse
@@ -97,6 +98,7 @@ def main(config: EraseConfig) -> None:
             contact_sheet(pipe, sets[kind].latents[:32], output / f"{kind}.png")
 
     # The weights that carry the concept.
+    begun = time.perf_counter()
     trainer = Trainer(accelerator, pipe, sets["forget"], sets["retain"], config)
     move_others(pipe, "cpu")
     if resumed:
@@ -136,6 +138,7 @@ def main(config: EraseConfig) -> None:
 
     deltas = MaskedDeltas(parameters, mask, config.learning_rate)
     trainer.train(deltas, output / "training.jsonl", checkpoints, resumed, validate)
+    seconds = None if resumed else round(time.perf_counter() - begun, 1)  # of a run in parts, nobody knows
     deltas.snap(dtypes[config.save_dtype])
     deltas.close()
     accelerator.end_training()
@@ -150,7 +153,7 @@ def main(config: EraseConfig) -> None:
     values = {name: value.detach().cpu() for name, value in deltas.values.items()}
     kept = {name: mask[name] for name in values}
     Delta(kept, values, base, about).save(output / "erasure.safetensors", dtypes[config.save_dtype])
-    write_json(output / "config.json", about | {"base_fingerprint": base.digest()})
+    write_json(output / "config.json", about | {"base_fingerprint": base.digest(), "seconds": seconds})
     say(f'Saved {output / "erasure.safetensors"}: load it with salun_diffusion.load_erasure(pipe, "{output}").')
 
 

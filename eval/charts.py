@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterable
 
 import matplotlib
+from PIL import Image
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
@@ -155,21 +156,31 @@ def _svg(figure: plt.Figure, salt: str) -> str:
     )
 
 
-def before_after(path, rows: list[str], columns: list[tuple[str, list]]) -> None:
-    """Write a PNG: a line of pictures for each model of ``rows``, a column for each ``(prompt, PIL pictures)``."""
-    figure, grid = plt.subplots(
-        len(rows), len(columns), figsize=(1.25 * len(columns) + 0.6, 1.25 * len(rows) + 0.5), dpi=120, squeeze=False
-    )
-    for across, (prompt, pictures) in enumerate(columns):
-        for down, picture in enumerate(pictures):
-            axis = grid[down][across]
-            axis.imshow(picture, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-            if down == 0:
-                axis.set_title("\n".join(textwrap.wrap(prompt, 21)), fontsize=6.5, verticalalignment="bottom")
-            if across == 0:
-                axis.set_ylabel(rows[down], fontsize=8)
-    figure.tight_layout(pad=0.4, h_pad=0.3, w_pad=0.3)
-    figure.savefig(path, format="png", bbox_inches="tight", pad_inches=0.05)  # whole titles, however many lines
-    plt.close(figure)
+def before_after(blocks: list[tuple[list[str], list[tuple[str, list]]]]) -> Image.Image:
+    """One picture of many: for each block a line of pictures for each model's title, a column for each ``(prompt, PIL
+    pictures)``; blocks stand below one another."""
+    sheets = []
+    for titles, columns in blocks:
+        figure, grid = plt.subplots(
+            len(titles), len(columns), figsize=(1.25 * len(columns) + 0.6, 1.25 * len(titles) + 0.5), dpi=120,
+            squeeze=False,
+        )  # fmt: skip
+        for across, (prompt, pictures) in enumerate(columns):
+            for down, picture in enumerate(pictures):
+                axis = grid[down][across]
+                axis.imshow(picture, interpolation="nearest")
+                axis.set(xticks=[], yticks=[])
+                axis.spines[:].set_visible(False)
+                if down == 0:
+                    axis.set_title("\n".join(textwrap.wrap(prompt, 21)), fontsize=6.5, verticalalignment="bottom")
+                if across == 0:
+                    axis.set_ylabel("\n".join(textwrap.wrap(titles[down], 16)), fontsize=8)
+        figure.tight_layout(pad=0.4, h_pad=0.3, w_pad=0.3)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.05)  # whole titles, however many lines
+        plt.close(figure)
+        sheets.append(Image.open(buffer).convert("RGB"))
+    sheet = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
+    for number, part in enumerate(sheets):
+        sheet.paste(part, (0, sum(s.height for s in sheets[:number])))
+    return sheet

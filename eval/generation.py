@@ -44,11 +44,18 @@ class Request:
 
 @dataclass(frozen=True)
 class Drawn:
-    """``paths`` in the order of the requests; ``count`` of them were drawn now, in ``seconds``."""
+    """``paths`` and ``keys`` in the order of the requests; ``count`` of them were drawn now, in ``seconds``."""
 
     paths: list[Path]
+    keys: list[str]
     count: int
     seconds: float
+
+    def told(self) -> dict:
+        """What ``results.json`` says of the drawing, as ``generation``: ``images`` drawn now (the others were there
+        already), ``seconds`` for them, and ``images_per_second`` (null for none)."""
+        rate = round(self.count / self.seconds, 3) if self.count else None
+        return {"images": self.count, "seconds": round(self.seconds, 2), "images_per_second": rate}
 
 
 def draw(
@@ -70,7 +77,7 @@ def draw(
     folder.mkdir(parents=True, exist_ok=True)
     state, model = PartialState(), _model_key(pipe, num_inference_steps)
     mine = requests[state.process_index :: state.num_processes]
-    missing = [request for request in mine if _key_in(_path(folder, request)) != _key(model, request)]
+    missing = [request for request in mine if key_in(_path(folder, request)) != _key(model, request)]
     begin = time.perf_counter()
     bar = tqdm(
         total=len(mine), initial=len(mine) - len(missing), desc=title, unit="image", disable=not state.is_main_process
@@ -96,7 +103,8 @@ def draw(
                     path = _path(folder, request)
                     _save(to_picture(values, str(path)), path, _key(model, request))
     count = sum(gather_object([len(missing)]))  # waits for every process
-    return Drawn([_path(folder, request) for request in requests], count, time.perf_counter() - begin)
+    paths = [_path(folder, request) for request in requests]
+    return Drawn(paths, [_key(model, request) for request in requests], count, time.perf_counter() - begin)
 
 
 def to_picture(pixels: np.ndarray, name: str) -> Image.Image:
@@ -136,7 +144,7 @@ def _key(model: dict, request: Request) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _key_in(path: Path) -> str | None:
+def key_in(path: Path) -> str | None:
     """The key that a whole, readable picture file carries; None for any other, or none."""
     try:
         with Image.open(path) as image:

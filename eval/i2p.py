@@ -1,119 +1,52 @@
 """I2P: inappropriate prompts, each drawn from its own seed, guidance and size, and the nudity that NudeNet finds.
 
-``results.json`` (``format`` "salun-diffusion i2p 1"; what all have in common is in :mod:`eval.results`) adds
-``detector`` (``file``, ``sha256``, ``nudenet`` version), ``prompts`` (``source``, ``sha256`` of the file,
-``selection``, ``truncated``: the names of those longer than the text encoder reads), ``protocols`` (name → ``labels``,
-``threshold``, ``source``), and for each model ``counts`` (protocol → ``images``, ``boxes``, ``by_label``) and
-``generation``. A line of ``samples.jsonl``: ``model``, ``case``, ``prompt``, ``seed``, ``guidance_scale``, ``picture``,
-``detections``.
+``results.json`` (``format`` "salun-diffusion i2p 1") is that of :mod:`eval.draw` with ``detector`` (``file``,
+``sha256``, ``resolution``, ``nudenet`` version), ``protocols`` (name → ``labels``, ``threshold``, ``source``), and for
+each model ``counts`` (protocol → ``images``, ``boxes``, ``by_label``). A line of ``samples.jsonl`` has ``detections``.
 """
 
 import importlib.metadata
 from dataclasses import asdict
 from pathlib import Path
 
-import diffusers
-import torch
-import transformers
-from accelerate import PartialState
-
-from salun_diffusion import load_erasure, unload_erasure
 from salun_diffusion.errors import SalunError
-from salun_diffusion.files import sha256
-from salun_diffusion.models import load_pipeline, resolve
-from salun_diffusion.session import spread_threads
 
-from . import prompts
-from .generation import draw
+from .draw import draw_prompts
 from .nudity import Detector, count
 from .protocols import PROTOCOLS
-from .results import VERSIONS, aligned, as_drawn, begin, introduce, write
+from .results import VERSIONS, aligned, begin, in_folder, write
 
 FORMAT = "salun-diffusion i2p 1"
 DEFAULT = ("exposed", "strict")
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
-def i2p(
-    pretrained_model_name_or_path: str,
-    output_dir: Path,
-    *,
-    erasure: list[str] = (),
-    revision: str | None = None,
-    prompts_file: Path | None = None,
-    selection: prompts.Selection = prompts.ALL,
-    protocol: str | None = None,
-    num_inference_steps: int = 50,
-    guidance_scale: float = 7.5,
-    size: tuple[int, int] | None = None,
-    batch_size: int = 8,
-    dtype: torch.dtype = torch.float32,
-    detector: str | None = None,
-    resolution: int = 320,
-) -> dict:
+def i2p(*, protocol: str | None = None, detector: str | None = None, resolution: int = 320, **options) -> dict:
     """Draw the prompts with the base model and each erasure, count, write ``output_dir``'s files, return the results.
 
+    Args:
+        protocol: a name of :data:`eval.protocols.PROTOCOLS`; all exposed labels and the strict ones without it.
+        detector, resolution: as :class:`eval.nudity.Detector` takes them.
+        options: those of :func:`eval.draw.draw_prompts`.
+
     Raises:
-        SalunError: an unusable base, erasure, prompt file or detector; a picture that is not finite, wholly black or
-            unreadable (named, and no results are written).
+        SalunError: also for an unusable detector or an unreadable picture (named, and no results are written).
     """
-    diffusers.utils.logging.set_verbosity_error()  # it warns of each cut prompt, which is reported once below
-    for library in (diffusers, transformers):  # their bars are about loading; ours estimates the work itself
-        library.utils.logging.disable_progress_bar()
-    commit = resolve(pretrained_model_name_or_path, revision)[1]
-    rows = prompts.select(prompts.read(prompts_file) if prompts_file else prompts.from_hub(), selection)
-    wanted = prompts.requests(rows, guidance_scale, size)
-    finder = Detector(detector, resolution)
-    state = PartialState()
-    spread_threads(state)
-    pipe = load_pipeline(pretrained_model_name_or_path, commit, dtype).to(state.device)
-    models = introduce(pipe, pretrained_model_name_or_path, list(erasure))
-    long = prompts.truncated(pipe.tokenizer, wanted)
-    if state.is_main_process:
-        begin(output_dir, FORMAT)
-        if long:
-            print(f"{len(long)} of {len(wanted)} prompts are longer than the text encoder reads; their ends are cut.")
-    chosen = {name: PROTOCOLS[name] for name in ([protocol] if protocol else DEFAULT)}
-    samples = []
-    for model in models:
-        if model["erasure"]:
-            load_erasure(pipe, model["source"])
-        folder = output_dir / "pictures" / model["name"]
-        drawn = draw(pipe, wanted, folder, num_inference_steps, batch_size, model["name"])
-        unload_erasure(pipe)
-        model["generation"] = {"images": drawn.count, "seconds": round(drawn.seconds, 2)}
-        if not state.is_main_process:
-            continue
-        detections = finder.detect(drawn.paths, batch_size, f"{model['name']}: looking")
+    finder, folder = Detector(detector, resolution), options["output_dir"]
+    found, samples, state = draw_prompts(format=FORMAT, **options)
+    chosen = _chosen(protocol)
+    found = found | _common(chosen, finder)
+    if not state.is_main_process:
+        return found
+    for model in found["models"]:
+        mine = [sample for sample in samples if sample["model"] == model["name"]]
+        paths = [folder / sample["picture"] for sample in mine]
+        detections = finder.detect(paths, options.get("batch_size", 8), f"{model['name']}: looking")
         model["counts"] = {name: count(detections, protocol) for name, protocol in chosen.items()}
-        for request, path, boxes in zip(wanted, drawn.paths, detections, strict=True):
-            samples.append(
-                {"model": model["name"], "case": request.name, "prompt": request.prompt, "seed": request.seed}
-                | {"guidance_scale": request.guidance_scale, "picture": str(path.relative_to(output_dir))}
-                | {"detections": boxes}
-            )
-    results = _common(chosen, finder) | {
-        "n": len(wanted),
-        "base": {"source": pretrained_model_name_or_path, "revision": commit},
-        "prompts": {
-            "source": str(prompts_file or prompts.I2P),
-            "sha256": sha256(prompts_file) if prompts_file else None,
-            "selection": asdict(selection),
-            "truncated": long,
-        },
-        "settings": as_drawn(pipe)
-        | {
-            "num_inference_steps": num_inference_steps,
-            "size": list(size) if size else "each row's own",
-            "guidance_scale": f"each row's own, or {guidance_scale:g}",
-            "batch_size": batch_size,
-        },
-        "models": models,
-    }
-    if state.is_main_process:
-        write(output_dir, results, samples)
-        print(table(results))
-    return results
+        for sample, boxes in zip(mine, detections, strict=True):
+            sample["detections"] = boxes
+    write(folder, found, samples)
+    print(table(found))
+    return found
 
 
 def nudity(folder: Path, output_dir: Path, *, protocol: str | None = None, expected: int | None = None,
@@ -123,17 +56,12 @@ def nudity(folder: Path, output_dir: Path, *, protocol: str | None = None, expec
     Raises:
         SalunError: no such folder, none or another number of pictures in it than ``expected``, or an unreadable one.
     """
-    if not folder.is_dir():
-        raise SalunError(f"There is no folder {folder}: give the folder that holds the pictures.")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
-    if not paths or expected is not None and len(paths) != expected:
-        raise SalunError(
-            f"{folder} holds {len(paths)} pictures"
-            + (f" where {expected} belong." if expected else "; give one with some.")
-        )
+    paths = in_folder(folder)
+    if expected is not None and len(paths) != expected:
+        raise SalunError(f"{folder} holds {len(paths)} pictures where {expected} belong: draw what is missing.")
     finder = Detector(detector, resolution)
     begin(output_dir, FORMAT)
-    chosen = {name: PROTOCOLS[name] for name in ([protocol] if protocol else DEFAULT)}
+    chosen = _chosen(protocol)
     detections = finder.detect(paths, batch_size, "looking")
     model = {"name": folder.name, "role": "pictures", "source": str(folder), "digest": None, "erasure": None}
     model["counts"] = {name: count(detections, protocol) for name, protocol in chosen.items()}
@@ -158,6 +86,10 @@ def table(results: dict) -> str:
             )
             lines.append([model["name"], name, share, str(counts["boxes"])])
     return aligned(lines)
+
+
+def _chosen(protocol: str | None) -> dict:
+    return {name: PROTOCOLS[name] for name in ([protocol] if protocol else DEFAULT)}
 
 
 def _common(chosen: dict, finder: Detector) -> dict:

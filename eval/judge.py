@@ -1,7 +1,8 @@
-"""The classifier that looks at the pictures: any ``transformers`` image classifier, on its own or grouped by question.
+"""The classifier that looks at the pictures: any ``transformers`` image classifier, or torchvision's ResNet-50.
 
 Labels of the form ``question:answer`` ("left:cat", "style:ink", "left:nothing") are answers to several questions: the
 softmax is taken among the answers of each. A classifier without a colon in its labels answers one question, "label".
+The ResNet-50 is the one that published Imagenette figures were judged by (its second weights, IMAGENET1K_V2).
 """
 
 from collections.abc import Iterable
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.utils import cached_file
 
@@ -18,6 +20,8 @@ from salun_diffusion.files import sha256
 from .metrics import same
 
 Answers = dict[str, dict]  # question → {"label": str, "probability": float}
+RESNET = "resnet50"
+RESNET_WEIGHTS = "timm/resnet50.tv2_in1k"  # torchvision's IMAGENET1K_V2 as safetensors, on the hub
 
 
 def group(labels: list[str]) -> dict[str, dict[str, int]]:
@@ -28,7 +32,10 @@ def group(labels: list[str]) -> dict[str, dict[str, int]]:
     """
     marked = [":" in label for label in labels]
     if not any(marked):
-        return {"label": {label: index for index, label in enumerate(labels)}}
+        named: dict[str, int] = {}
+        for index, label in enumerate(labels):  # ImageNet has two cranes
+            named[label if label not in named else f"{label} ({labels[: index + 1].count(label)})"] = index
+        return {"label": named}
     if not all(marked):
         plain = labels[marked.index(False)]
         raise SalunError(
@@ -68,7 +75,8 @@ class Judge:
     """A loaded classifier.
 
     Args:
-        source: a folder or a hub id of an image classifier with safetensors weights.
+        source: a folder or a hub id of a transformers image classifier with safetensors weights; "resnet50" for
+            torchvision's ResNet-50 with weights from the hub, or their .safetensors file.
 
     Raises:
         SalunError: no such classifier, or one whose file lacks weights (they would be random).
@@ -76,24 +84,20 @@ class Judge:
 
     def __init__(self, source: str):
         self.source = source
+        load = _resnet50 if source == RESNET or source.endswith(".safetensors") else _transformers
         try:
-            self.model, loading = AutoModelForImageClassification.from_pretrained(
-                source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-            )
-            self.processor = AutoImageProcessor.from_pretrained(source)
-            self.sha256 = sha256(*_weights(source))
-        except (OSError, ValueError) as error:
+            self.model, self.prepare, labels, files = load(source)
+            self.sha256 = sha256(*files)
+        except SalunError:
+            raise
+        except Exception as error:  # each library has its own classes for a missing or unfit file, or no network
             raise SalunError(
-                f"{source} could not be loaded as an image classifier ({str(error).strip().splitlines()[0]}): give a "
-                "folder or hub id with config.json, preprocessor_config.json and model.safetensors."
+                f"{source} could not be loaded as an image classifier ({str(error).strip().splitlines()[0]}): give the "
+                "folder or hub id of one of transformers, with config.json, preprocessor_config.json and "
+                "model.safetensors, or 'resnet50', or the .safetensors file of its weights."
             ) from None
-        if loading["missing_keys"]:
-            raise SalunError(
-                f"{source} lacks {len(loading['missing_keys'])} of the classifier's weights "
-                f"({min(loading['missing_keys'])} …): answers would be random; give a trained classifier."
-            )
         self.model.eval()
-        self.questions = group([self.model.config.id2label[i] for i in range(self.model.config.num_labels)])
+        self.questions = group(labels)
 
     def to(self, device: torch.device | str) -> "Judge":
         self.model.to(device)
@@ -121,8 +125,41 @@ class Judge:
         Raises:
             SalunError: a picture that cannot be classified.
         """
-        inputs = self.processor(images=pictures, return_tensors="pt").to(self.model.device)
-        return answer(self.model(**inputs).logits.cpu(), self.questions, names)
+        pixels = self.prepare(pictures).to(next(self.model.parameters()).device)
+        found = self.model(pixels)
+        return answer(getattr(found, "logits", found).cpu(), self.questions, names)
+
+
+def _transformers(source: str) -> tuple:
+    """The network, what makes its input ``(n, 3, height, width)`` from pictures, its labels, its weights' files."""
+    model, loading = AutoModelForImageClassification.from_pretrained(
+        source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+    )
+    if loading["missing_keys"]:
+        raise SalunError(
+            f"{source} lacks {len(loading['missing_keys'])} of the classifier's weights "
+            f"({min(loading['missing_keys'])} …): answers would be random; give a trained classifier."
+        )
+    # named, since which one is the default depends on what else is installed, and the two resize differently
+    processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+
+    def prepare(pictures: list[Image.Image]) -> torch.Tensor:
+        return processor(images=pictures, return_tensors="pt")["pixel_values"]
+
+    labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    return model, prepare, labels, _weights(source)
+
+
+def _resnet50(source: str) -> tuple:
+    """As :func:`_transformers`, of torchvision's ResNet-50."""
+    from torchvision.models import ResNet50_Weights, resnet50
+
+    weights = ResNet50_Weights.IMAGENET1K_V2
+    file = Path(cached_file(RESNET_WEIGHTS, "model.safetensors") if source == RESNET else source)
+    model = resnet50()
+    model.load_state_dict(load_file(file))
+    resize = weights.transforms()
+    return model, lambda pictures: torch.stack([resize(p) for p in pictures]), weights.meta["categories"], [file]
 
 
 def _weights(source: str) -> list[Path]:

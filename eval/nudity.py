@@ -49,7 +49,7 @@ class Detector:
         """For each picture its boxes, ``{"class", "score", "box": [x, y, width, height]}`` in its own pixels.
 
         Raises:
-            SalunError: a picture that cannot be read; it is named.
+            SalunError: a picture that cannot be read or is wholly black; it is named.
         """
         prepared = [self._prepare(path) for path in paths]
         pixels = np.concatenate([blob for blob, *_ in prepared])
@@ -58,12 +58,15 @@ class Detector:
 
     def _prepare(self, path: Path) -> tuple:
         try:
-            return self.package._read_image(str(path), self.resolution)
+            prepared = self.package._read_image(str(path), self.resolution)
         except Exception as error:  # OpenCV gives None for a bad file, and the package trips over it
             raise SalunError(
                 f"{path} cannot be read as a picture ({type(error).__name__}), so nothing was measured: draw it again, "
                 "or remove it."
             ) from None
+        if not prepared[0].any():
+            raise SalunError(f"{path} is wholly black, so nothing was measured: draw it again, or remove it.")
+        return prepared
 
     def _boxes(self, output: np.ndarray, x_ratio, y_ratio, x_pad, y_pad, width, height) -> list[dict]:
         candidates = output[4:].max(0) >= FLOOR

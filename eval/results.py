@@ -1,26 +1,38 @@
-"""What every command of this room writes: ``results.json`` and ``samples.jsonl``, a line for each picture.
+"""What every command of this room writes and reads: ``results.json`` and ``samples.jsonl``, a line for each picture.
 
 ``results.json`` always holds ``format`` ("salun-diffusion COMMAND N"), ``protocol`` (what the numbers mean, in words to
-quote), ``settings``, ``versions`` (python, torch, diffusers, transformers), ``n``, and ``models``: the base model and
-the erasures, each with ``name``, ``role`` ("base", "erasure", "control"), ``source``, ``digest`` (of the pipeline as
-measured) and ``erasure`` (as ``list_erasures`` tells of it; null for the base). What a command adds is described in its
-own file. A proportion is ``{"count", "n", "percent", "low", "high"}``, the last two its Wilson 95% interval.
+quote), ``settings``, ``versions`` (of python and the libraries that took part), ``n`` (pictures of each model), and
+``models``: the base model and the erasures, each with ``name``, ``role`` ("base", "erasure", "control", "pictures"),
+``source``, ``digest`` (of the pipeline as measured) and ``erasure`` (as ``list_erasures`` tells of it, ``seconds`` that
+its mask and training took, where its run folder tells, and ``bytes`` of its file; null for the base). What a command
+adds is described in its own file. A proportion is ``{"count", "n", "percent", "low", "high"}``, the last two its Wilson
+95% interval.
+
+A line of ``samples.jsonl`` holds at least ``model``, ``prompt``, ``seed``, ``picture`` (the file, relative to the
+folder) and ``key`` (the hash of all that made the picture, which its file carries too).
 """
 
 import json
 import platform
+from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
+from PIL import Image
 
 from salun_diffusion import list_erasures, load_erasure, unload_erasure
 from salun_diffusion.errors import SalunError
 from salun_diffusion.files import write_json
 from salun_diffusion.models import denoiser, digest
 
+from .generation import KEY
+
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
+FORMAT = "salun-diffusion "
+ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 VERSIONS = {
     "python": platform.python_version(),
     "torch": torch.__version__,
@@ -54,6 +66,100 @@ def write(folder: Path, results: dict, samples: list[dict]) -> None:
     write_json(folder / RESULTS, results)
 
 
+def read(path: Path) -> dict:
+    """A ``results.json`` of any command, given as the file or as its folder.
+
+    Raises:
+        SalunError: there is none, or it is damaged or something else.
+    """
+    file = path / RESULTS if path.is_dir() else path
+    if not file.is_file():
+        raise SalunError(f"There is no {file}: give a folder that a command of `python -m eval` wrote results into.")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found["format"].startswith(FORMAT) and found["models"]:
+            return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise SalunError(
+        f"{file} is damaged, or holds no results of `python -m eval`: run the command that wrote it again."
+    )
+
+
+def read_samples(folder: Path, results: dict) -> dict[str, list[dict]]:
+    """The lines of ``folder``'s ``samples.jsonl`` by model, in the order of the prompts.
+
+    Raises:
+        SalunError: the file is missing or damaged, or does not hold the same prompts and seeds for every model, and as
+            many as ``results`` counted.
+    """
+    path, lines = folder / SAMPLES, []
+    if not path.is_file():
+        raise SalunError(f"{path} is missing: the command that wrote {RESULTS} beside it writes it too; run it again.")
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            raise SalunError(f"{path}, line {number}, is damaged: run the command that wrote it again.") from None
+    samples = {model["name"]: [] for model in results["models"]}
+    for line in lines:
+        samples.setdefault(line["model"], []).append(line)
+    rows = [[(line["prompt"], line["seed"]) for line in part] for part in samples.values()]
+    if len(rows) != len(results["models"]) or any(row != rows[0] or len(row) != results["n"] for row in rows):
+        raise SalunError(f"{path} and {RESULTS} beside it are of different runs: run the command again.")
+    return samples
+
+
+def read_sets(where: Path) -> tuple[list[dict], dict[str, list[dict]]]:
+    """The models of a results folder and the samples of each; of a plain folder of pictures, one model of that name.
+
+    Raises:
+        SalunError: no such folder, no pictures in it, or damaged results.
+    """
+    if (where / RESULTS).exists():
+        found = read(where)
+        return found["models"], read_samples(where, found)
+    model = {"name": where.name, "role": "pictures", "source": str(where), "digest": None, "erasure": None}
+    lines = [{"model": where.name, "picture": str(path.relative_to(where))} for path in in_folder(where)]
+    return [model], {where.name: lines}
+
+
+def in_folder(folder: Path) -> list[Path]:
+    """The picture files of a folder and its subfolders, in the order of their names.
+
+    Raises:
+        SalunError: no such folder, or no picture in it.
+    """
+    if not folder.is_dir():
+        raise SalunError(f"There is no folder {folder}: give the folder that holds the pictures.")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
+    if not paths:
+        raise SalunError(f"{folder} holds no pictures ({', '.join(sorted(ENDINGS))}): give a folder with some.")
+    return paths
+
+
+def picture(folder: Path, sample: dict) -> Image.Image:
+    """The RGB picture of a line of ``samples.jsonl``.
+
+    Raises:
+        SalunError: it is missing, unreadable, wholly black, or not the one that was measured (its key is another).
+    """
+    path = folder / sample["picture"]
+    try:
+        with Image.open(path) as opened:
+            found, key = opened.convert("RGB"), opened.info.get(KEY)
+    except (OSError, SyntaxError, ValueError):
+        raise SalunError(
+            f"The picture {path} is missing or cannot be read, so nothing was measured: draw it again, or remove it "
+            "with its prompt."
+        ) from None
+    if found.getbbox() is None:
+        raise SalunError(f"The picture {path} is wholly black, so nothing was measured: draw it again.")
+    if key != sample.get("key", key):
+        raise SalunError(f"The picture {path} is not the one that was measured: run the command that drew it again.")
+    return found
+
+
 def as_drawn(pipe) -> dict:
     """What ``settings`` says of the pipeline itself."""
     return {
@@ -72,35 +178,62 @@ def aligned(lines: list[list[str]]) -> str:
     )
 
 
-def introduce(pipe, base: str, erasures: list[str]) -> list[dict]:
+def introduce(pipe, base: str, erasures: list[str], scales: list[float] | None = None) -> list[dict]:
     """The base model and the erasures, as ``results.json`` introduces them. Each erasure is loaded and unloaded once,
     so that a wrong path, a wrong base or a delta without effect is found out before the drawing and not after.
 
+    Args:
+        scales: how much of each erasure to apply: one for all, or one each; 1 by default.
+
     Raises:
-        SalunError: any of these, or two erasures of one name.
+        SalunError: any of these, two erasures of one name, or neither one scale nor one each.
     """
-    models = [{"name": "base", "role": "base", "source": base, "digest": digest(pipe), "erasure": None}]
-    for name, source in zip(_names(erasures), erasures, strict=True):
-        load_erasure(pipe, source)
-        role = "erasure" if len(models) == 1 else "control"
-        models.append(
-            {"name": name, "role": role, "source": source, "digest": digest(pipe), "erasure": list_erasures(pipe)[0]}
+    scales = (scales or [1.0]) * (len(erasures) if len(scales or [1]) == 1 else 1)
+    if len(scales) != len(erasures):
+        raise SalunError(
+            f"{len(erasures)} erasures and {len(scales)} values of --scale: give one for all, or one each."
         )
+    names = [
+        _name(source) + (f"-x{scale:g}" if scale != 1 else "") for source, scale in zip(erasures, scales, strict=True)
+    ]
+    if twice := [name for name, count in Counter(["base", *names]).items() if count > 1]:
+        raise SalunError(f"Two of the models to compare are called '{twice[0]}': rename the folder or file of one.")
+    models = [{"name": "base", "role": "base", "source": base, "digest": digest(pipe), "erasure": None}]
+    for name, source, scale in zip(names, erasures, scales, strict=True):
+        model = {"name": name, "role": "erasure" if len(models) == 1 else "control", "source": source}
+        load_erasure(pipe, source, scale=scale)
+        model |= {"digest": digest(pipe), "erasure": list_erasures(pipe)[0] | _cost(Path(source))}
         unload_erasure(pipe)
-        if models[-1]["digest"] == models[0]["digest"]:
+        if model["digest"] == models[0]["digest"]:
             raise SalunError(f"{source} leaves the base model as it is: there is nothing to measure in it.")
+        models.append(model)
     return models
 
 
-def _names(erasures: list[str]) -> list[str]:
-    """A short name for each erasure, which also names its folder of pictures."""
-    names = []
-    for source in erasures:
-        path = Path(source)
-        name = (
-            (path.parent if path.name == "erasure.safetensors" else path).absolute().name.removesuffix(".safetensors")
-        )
-        if name in ("base", *names):
-            raise SalunError(f"Two of the models to compare are called '{name}': rename the folder or file {source}.")
-        names.append(name)
-    return names
+@contextmanager
+def applied(pipe, model: dict):
+    """``pipe`` as the ``model`` that :func:`introduce` described, and as before afterwards."""
+    if model["erasure"]:
+        load_erasure(pipe, model["source"], scale=model["erasure"]["scale"])
+    try:
+        yield pipe
+    finally:
+        unload_erasure(pipe)
+
+
+def _name(source: str) -> str:
+    """A short name for an erasure, which also names its folder of pictures."""
+    path = Path(source)
+    return (path.parent if path.name == "erasure.safetensors" else path).absolute().name.removesuffix(".safetensors")
+
+
+def _cost(source: Path) -> dict:
+    """What the erasure took, as far as its run folder tells: ``seconds`` of its mask and training, ``bytes`` of its
+    file."""
+    folder = source.parent if source.suffix == ".safetensors" else source
+    file = source if source.suffix == ".safetensors" else folder / "erasure.safetensors"
+    try:
+        seconds = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("seconds")
+    except (OSError, ValueError, AttributeError):  # a file alone, or one on the hub: it tells nothing, and need not
+        seconds = None
+    return {"seconds": seconds, "bytes": file.stat().st_size if file.is_file() else None}

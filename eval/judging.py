@@ -1,0 +1,154 @@
+"""Labelled prompts drawn by the base model and by each erasure, every picture judged by one classifier: what
+``accuracy`` and ``composition`` have in common.
+
+Their ``results.json`` adds ``concept`` (``name``, ``slot``: its kind, ``value``: the label that must not appear,
+``anchor``), ``base`` (``source``, ``revision``), ``classifier`` (``source``, ``sha256`` of its weights, ``questions``),
+``settings`` (``num_inference_steps``, ``guidance_scale``, ``batch_size``, ``seed``, ``scheduler``, ``dtype``,
+``device``, ``safety_checker``: always false), and for each model ``generation``. A line of ``samples.jsonl`` is as the
+docstring of :mod:`eval.metrics` has it; ``set`` is the kind of prompt, ``seed`` that of the starting noise.
+"""
+
+from pathlib import Path
+
+import diffusers
+import transformers
+from accelerate import PartialState
+from PIL import Image
+from tqdm import tqdm
+
+from salun_diffusion.concepts import Concept, Row, find_concept
+from salun_diffusion.errors import SalunError
+from salun_diffusion.models import load_pipeline, resolve
+from salun_diffusion.session import spread_threads
+
+from . import results
+from .generation import Drawn, Request, draw
+from .judge import Judge
+from .metrics import asked
+
+Rows = list[tuple[str, Row]]  # the kind of each prompt, and the prompt
+
+
+class Judging:
+    """The concept and the classifier, found before anything large is loaded.
+
+    Args:
+        name, anchor: the concept, as given to erase_concept.py.
+        base, revision: the base model.
+        classifier: as :class:`eval.judge.Judge` takes it; the folder ``judge/`` of the base model without it.
+
+    Raises:
+        SalunError: an unusable base, concept or classifier.
+    """
+
+    def __init__(self, name: str, anchor: str | None, base: str, revision: str | None, classifier: str | None):
+        for library in (diffusers, transformers):  # their bars are about loading; ours estimates the work itself
+            library.utils.logging.disable_progress_bar()
+        where, self.commit = resolve(base, revision)
+        folder = Path(where) if self.commit is None else None
+        self.base = base
+        self.concept: Concept = find_concept(name, folder, anchor)
+        self.classifier = classifier or f"{base}/judge"
+        self.judge = Judge(classifier or _default_classifier(folder))
+        self.state = PartialState()
+
+    def run(
+        self,
+        format: str,
+        rows: Rows,
+        output_dir: Path,
+        *,
+        erasure: list[str],
+        scale: list[float] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        batch_size: int | None = None,
+        seed: int = 0,
+    ) -> tuple[dict, list[dict]]:
+        """Draw and judge ``rows`` with every model; steps, guidance and batch size are the concept's preset's where
+        they are not given.
+
+        Returns:
+            What both results have in common, and the samples (in the main process alone; none in others).
+
+        Raises:
+            SalunError: prompts that cannot be judged, an unusable erasure, or a picture that is not finite, wholly
+                black, or cannot be classified (named, and no results are written).
+        """
+        self._check(rows)
+        state, preset = self.state, self.concept.settings
+        spread_threads(state)
+        pipe = load_pipeline(self.base, self.commit).to(state.device)
+        self.judge.to(state.device)
+        how = {
+            "num_inference_steps": num_inference_steps or preset.get("num_inference_steps", 50),
+            "guidance_scale": preset.get("guidance_scale", 7.5) if guidance_scale is None else guidance_scale,
+            "batch_size": batch_size or preset.get("sample_batch_size", 8),
+        }
+        models = results.introduce(pipe, self.base, erasure, scale)
+        if state.is_main_process:
+            results.begin(output_dir, format)
+        samples = []
+        requests = [
+            Request(f"{kind}-{i:04d}", row.prompt, row.seed, how["guidance_scale"])
+            for i, (kind, row) in enumerate(rows)
+        ]
+        for model in models:
+            folder = output_dir / "pictures" / model["name"]
+            with results.applied(pipe, model):
+                drawn = draw(pipe, requests, folder, how["num_inference_steps"], how["batch_size"], model["name"])
+            model["generation"] = drawn.told()
+            if state.is_main_process:
+                samples += self._judged(rows, drawn, model["name"], output_dir, how["batch_size"])
+        concept = self.concept
+        return {
+            "format": format,
+            "n": len(rows),
+            "concept": {
+                "name": concept.name, "slot": concept.slot, "value": concept.value, "anchor": concept.anchor,
+            },
+            "base": {"source": self.base, "revision": self.commit},
+            "classifier": {
+                "source": self.classifier,
+                "sha256": self.judge.sha256,
+                "questions": {question: list(answers) for question, answers in self.judge.questions.items()},
+            },
+            "settings": how | results.as_drawn(pipe) | {"seed": seed},
+            "versions": results.VERSIONS,
+            "models": models,
+        }, samples  # fmt: skip
+
+    def _check(self, rows: Rows) -> None:
+        """Everything that would only show after the drawing: prompts that cannot be judged, labels that the classifier
+        lacks."""
+        value = self.concept.value
+        for kind, row in rows:
+            if not row.expect or kind == "forget" and not asked({"expect": row.expect}, value):
+                raise SalunError(f"The prompt '{row.prompt}' says nothing that a classifier could check '{value}' by.")
+        self.judge.check(pair for _, row in rows for pair in row.expect.items())
+
+    def _judged(self, rows: Rows, drawn: Drawn, name: str, output_dir: Path, batch_size: int) -> list[dict]:
+        """The lines of ``samples.jsonl`` for the pictures of one model."""
+        samples = []
+        with tqdm(total=len(rows), desc=f"{name}: judging", unit="image") as bar:
+            for start in range(0, len(rows), batch_size):
+                now = slice(start, start + batch_size)
+                shown = [str(path.relative_to(output_dir)) for path in drawn.paths[now]]
+                pictures = [Image.open(path).convert("RGB") for path in drawn.paths[now]]
+                answers = self.judge(pictures, shown)
+                for (kind, row), path, key, answer in zip(rows[now], shown, drawn.keys[now], answers, strict=True):
+                    samples.append({
+                        "model": name, "set": kind, "prompt": row.prompt, "seed": row.seed, "picture": path,
+                        "key": key, "expect": row.expect, "predicted": answer,
+                    })  # fmt: skip
+                bar.update(len(rows[now]))
+        return samples
+
+
+def _default_classifier(folder: Path | None) -> str:
+    if folder and (folder / "judge").is_dir():
+        return str(folder / "judge")
+    raise SalunError(
+        "This base model brings no classifier (no judge/ in its folder): name one with --classifier: resnet50, or the "
+        "folder or hub id of a transformers image classifier that knows the concept."
+    )

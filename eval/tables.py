@@ -1,0 +1,174 @@
+"""A comparison's cells, and its table as Markdown, LaTeX, CSV, and for the terminal."""
+
+from pathlib import Path
+
+from salun_diffusion.errors import SalunError
+
+from . import accuracy, clip_score, composition, fid, i2p
+from .results import aligned
+
+START, END = "<!-- results -->", "<!-- end -->"
+# the columns in their order: key → (title, which way is better)
+ORDER = {
+    "ua": ("UA", "↑"),
+    "ira": ("IRA", "↑"),
+    "cra": ("CRA", "↑"),
+    "counting": ("counting", "↑"),
+    "object_style": ("object + style", "↑"),
+    "object_background": ("object + background", "↑"),
+    "left_right": ("left / right", "↑"),
+    "images": ("images with nudity", "↓"),
+    "boxes": ("boxes", "↓"),
+    "clip_score": ("CLIP score", "↑"),
+    "fid": ("FID", "↓"),
+    "seconds": ("mask + training, s", ""),
+    "megabytes": ("file, MB", ""),
+}
+
+
+def scores(run: dict, model: dict) -> dict[str, tuple[str, object]]:
+    """Column key → (title, score) of one model in one ``results.json``. A key may name a variant after a colon."""
+    found = {}
+    if run["format"] == accuracy.FORMAT:
+        found = {key: model[key] for key in ("ua", "ira", "cra")}
+    elif run["format"] == composition.FORMAT:
+        found = model["composition"]
+    elif run["format"] == i2p.FORMAT:
+        for name, counts in model["counts"].items():
+            found |= {f"images:{name}": counts["images"], f"boxes:{name}": counts["boxes"]}
+    elif run["format"] == clip_score.FORMAT:
+        found = {"clip_score": model["clip_score"]}
+    elif run["format"] == fid.FORMAT:
+        found = {"fid": model["fid"]["value"]}
+    erasure = model["erasure"] or {}
+    if erasure.get("seconds") is not None:
+        found = found | {"seconds": erasure["seconds"]}
+    if erasure.get("bytes") is not None:
+        found = found | {"megabytes": round(erasure["bytes"] / 1e6, 2)}
+    return {key: (_title(key), score) for key, score in found.items() if score is not None}
+
+
+def _title(key: str) -> str:
+    kind, _, variant = key.partition(":")
+    title, better = ORDER[kind]
+    return " ".join(part for part in (title, f"({variant})" if variant else "", better) if part)
+
+
+def numbers(score) -> tuple[float, float | None, float | None]:
+    """``(value, low, high)`` of a score as a command wrote it."""
+    if isinstance(score, dict):
+        return score.get("percent", score.get("mean")), score["low"], score["high"]
+    return score, None, None
+
+
+def text(score, dash: str = "–") -> str:
+    """A score for people: with its interval where it has one."""
+    if score is None:
+        return dash
+    value, low, high = numbers(score)
+    shown = str(value) if isinstance(value, int) else f"{value:.1f}"
+    return shown if low is None else f"{shown} ({low:.1f}{dash}{high:.1f})"
+
+
+def cells(line, columns: dict[str, str]) -> list[dict]:
+    """For the page: value and interval of each cell as text, and the share to draw as a bar where it is one."""
+    found = []
+    for key in columns:
+        score = line.scores.get(key)
+        value, _, interval = text(score).partition(" ")
+        share = score if isinstance(score, dict) and "percent" in score else None
+        found.append({"value": value, "interval": interval.strip("()"), "share": share})
+    return found
+
+
+def _rows(lines: list, columns: dict[str, str], dash: str = "–") -> list[list[str]]:
+    several = any(line.concept for line in lines)
+    rows = [[*(["erased"] if several else []), "model", *columns.values()]]
+    for line in lines:
+        name = [line.concept["name"] if line.concept else ""] if several else []
+        rows.append([*name, line.title, *(text(line.scores.get(key), dash) for key in columns)])
+    return rows
+
+
+def markdown(lines: list, columns: dict[str, str]) -> str:
+    head, *rest = _rows(lines, columns)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rest))
+
+
+def terminal(lines: list, columns: dict[str, str]) -> str:
+    return aligned(_rows(lines, columns, "-"))
+
+
+def latex(lines: list, columns: dict[str, str], notes: str) -> str:
+    """A table for the packages booktabs and graphicx, the best value of no column marked: intervals decide that."""
+
+    def escape(cell: str) -> str:
+        for sign in "&%_#$":
+            cell = cell.replace(sign, "\\" + sign)
+        return cell.replace("↑", "$\\uparrow$").replace("↓", "$\\downarrow$").replace("–", "--").replace("±", "$\\pm$")
+
+    head, *rest = ([escape(cell) for cell in row] for row in _rows(lines, columns))
+    body = "\n".join("  " + " & ".join(row) + r" \\" for row in rest)
+    return (
+        "% needs \\usepackage{booktabs,graphicx}\n\\begin{table}\n\\centering\n\\resizebox{\\linewidth}{!}{%\n"
+        f"\\begin{{tabular}}{{{'l' * len(head)}}}\n\\toprule\n  {' & '.join(head)} \\\\\n\\midrule\n{body}\n"
+        f"\\bottomrule\n\\end{{tabular}}}}\n\\caption{{{escape(notes).replace('`', '')}}}\n\\end{{table}}\n"
+    )
+
+
+def flat(lines: list, columns: dict[str, str]) -> list[list]:
+    """The rows of the CSV file: value, low and high of each score in columns of their own."""
+    head = ["concept", "model", "name", "digest"]
+    for key in columns:
+        head += [key, f"{key}_low", f"{key}_high", f"{key}_n"]
+    rows = [head]
+    for line in lines:
+        row = [line.concept["name"] if line.concept else "", line.title, line.model["name"], line.model["digest"]]
+        for key in columns:
+            score = line.scores.get(key)
+            count = score.get("n") if isinstance(score, dict) else None
+            row += [*(numbers(score) if score is not None else (None, None, None)), count]
+        rows.append(row)
+    used = [i for i in range(len(head)) if any(row[i] is not None for row in rows[1:])]
+    return [[row[i] for i in used] for row in rows]
+
+
+def notes(runs: list[dict]) -> str:
+    """What the numbers mean and how they were measured, in a few sentences."""
+    told = ["Intervals: 95%."]
+    for run in {run["format"]: run for run in runs}.values():
+        settings, versions = run["settings"], run["versions"]
+        images = " and ".join(
+            f"{settings[key]} {what}"
+            for key, what in (
+                ("num_forget_images", "pictures of the concept"), ("num_retain_images", "of all else"),
+                ("num_images", "pictures for each task"),
+            )
+            if key in settings
+        )  # fmt: skip
+        parts = [images or f"{run['n']} pictures"]
+        if "num_inference_steps" in settings:
+            guidance = settings["guidance_scale"]
+            guidance = guidance if isinstance(guidance, str) else f"{guidance:g}"
+            parts.append(f"{settings['scheduler']}, {settings['num_inference_steps']} steps, guidance {guidance}")
+        if "seed" in settings:
+            parts.append(f"seed {settings['seed']}")
+        parts.append(f"torch {versions['torch']}, diffusers {versions['diffusers']}")
+        told.append(f"`{run['protocol'].split(':')[0]}`: {', '.join(parts)}.")
+    return " ".join(told)
+
+
+def put_into(document: Path, table: str) -> None:
+    """Put ``table`` between the two marked lines of a Markdown document.
+
+    Raises:
+        SalunError: it cannot be read, or lacks the lines.
+    """
+    try:
+        found = document.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SalunError(f"{document} cannot be read: {error}.") from None
+    if START not in found or END not in found.split(START)[1]:
+        raise SalunError(f"{document} has no place for a table: it needs the lines '{START}' and '{END}'.")
+    before, rest = found.split(START, 1)
+    document.write_text(f"{before}{START}\n{table}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
