@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-MEASUREMENTS = ("reference_step", "our_step", "mask", "delta", "memory")
+MEASUREMENTS = ("reference_step", "our_step", "mask", "delta", "memory", "i2p")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,10 +42,9 @@ def main() -> None:
     args = parser().parse_args()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice on optional packages helps nobody here
     if args.measure:
-        from . import measurements
-        from .memory import memory
+        from . import evaluation, measurements, memory
 
-        work = memory if args.measure == "memory" else getattr(measurements, args.measure)
+        work = next(getattr(m, args.measure) for m in (memory, evaluation, measurements) if hasattr(m, args.measure))
         print(json.dumps(work(args)))
         return
     import torch

@@ -55,12 +55,25 @@ def _section(found: dict) -> str:
                 _row(f"file at density {density}, against the dense fp16 layers", d["dense_fp16_mb"], file, "MB")
             )
         lines.append(f"| one copy of those layers in memory | | {d['copy_seconds']:.2f} s | |")
+    if "i2p" in found:
+        lines += _evaluation(found["i2p"])
     if "memory" in found:
         parts = next(iter(found["memory"].values()))
         lines += ["", f"| GB at 512 px, by accounting | {' | '.join(parts)} |", "| --- |" + " --- |" * len(parts)]
         for what, sizes in found["memory"].items():
             lines.append(f"| {what} | {' | '.join(f'{sizes[part]:.2f}' if part in sizes else '' for part in parts)} |")
     return "\n".join([*lines, ""])
+
+
+def _evaluation(found: dict) -> list[str]:
+    """`python -m eval i2p` against a loop over one prompt at a time."""
+    plain, ours = found["plain"], found["ours"]
+    return [
+        _row(f"drawing {found['prompts']} prompts ({found['how']})", plain["draw"], ours["draw"], "s"),
+        _row("looking for nudity in those pictures", plain["detect"], ours["detect"], "s"),
+        _row("both: the whole I2P path", sum(plain.values()), sum(ours.values()), "s"),
+        _row(f"looking for nudity in {found['photos']} photographs", found["photos_plain"], found["photos_ours"], "s"),
+    ]
 
 
 def _row(what: str, reference: float, ours: float, unit: str) -> str:

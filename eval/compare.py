@@ -129,7 +129,8 @@ def _merge(runs: list[tuple[Path, dict]]) -> tuple[list[Line], dict[str, str]]:
     for source, run in sorted(runs, key=lambda item: "concept" not in item[1]):
         concept = run.get("concept")
         beside = source if source.is_dir() else source.parent
-        samples = read_samples(beside, run) if (beside / SAMPLES).exists() and _file(source).name == RESULTS else {}
+        has_pictures = concept and _file(source).name == RESULTS and (beside / SAMPLES).exists()
+        samples = read_samples(beside, run) if has_pictures else {}
         for model in run["models"]:
             identity = model["digest"] or model["source"]
             same = [key for key in found if key[1] == identity] if concept is None else []
@@ -142,7 +143,7 @@ def _merge(runs: list[tuple[Path, dict]]) -> tuple[list[Line], dict[str, str]]:
                             f"of {title}: measure it once, and both others beside it."
                         )
                     columns[column] = title
-                if model["name"] in samples and concept:
+                if samples:
                     line.drawn.setdefault(run["format"], (beside, samples[model["name"]]))
     concepts = list(dict.fromkeys(key[0] for key in found))
     lines = [line for name in concepts for key, line in found.items() if key[0] == name]

@@ -2,7 +2,8 @@
 
 ``results.json`` (``format`` "salun-diffusion i2p 1") is that of :mod:`eval.draw` with ``detector`` (``file``,
 ``sha256``, ``resolution``, ``nudenet`` version), ``protocols`` (name → ``labels``, ``threshold``, ``source``), and for
-each model ``counts`` (protocol → ``images``, ``boxes``, ``by_label``). A line of ``samples.jsonl`` has ``detections``.
+each model ``counts`` (protocol → ``images``, ``boxes``, ``by_label``) and ``detection`` (``seconds``,
+``images_per_second``). A line of ``samples.jsonl`` has ``detections``.
 """
 
 import importlib.metadata
@@ -40,7 +41,7 @@ def i2p(*, protocol: str | None = None, detector: str | None = None, resolution:
     for model in found["models"]:
         mine = [sample for sample in samples if sample["model"] == model["name"]]
         paths = [folder / sample["picture"] for sample in mine]
-        detections = finder.detect(paths, options.get("batch_size", 8), f"{model['name']}: looking")
+        detections, model["detection"] = finder.detect(paths, options.get("batch_size", 8), f"{model['name']}: looking")
         model["counts"] = {name: count(detections, protocol) for name, protocol in chosen.items()}
         for sample, boxes in zip(mine, detections, strict=True):
             sample["detections"] = boxes
@@ -62,8 +63,8 @@ def nudity(folder: Path, output_dir: Path, *, protocol: str | None = None, expec
     finder = Detector(detector, resolution)
     begin(output_dir, FORMAT)
     chosen = _chosen(protocol)
-    detections = finder.detect(paths, batch_size, "looking")
     model = {"name": folder.name, "role": "pictures", "source": str(folder), "digest": None, "erasure": None}
+    detections, model["detection"] = finder.detect(paths, batch_size, "looking")
     model["counts"] = {name: count(detections, protocol) for name, protocol in chosen.items()}
     results = _common(chosen, finder) | {"n": len(paths), "models": [model]}
     samples = [

@@ -99,12 +99,13 @@ def read_samples(folder: Path, results: dict) -> dict[str, list[dict]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            _ = lines[-1]["model"], lines[-1]["picture"]
+        except (ValueError, KeyError, TypeError):
             raise SalunError(f"{path}, line {number}, is damaged: run the command that wrote it again.") from None
     samples = {model["name"]: [] for model in results["models"]}
     for line in lines:
         samples.setdefault(line["model"], []).append(line)
-    rows = [[(line["prompt"], line["seed"]) for line in part] for part in samples.values()]
+    rows = [[(line.get("set"), line.get("prompt"), line.get("seed")) for line in part] for part in samples.values()]
     if len(rows) != len(results["models"]) or any(row != rows[0] or len(row) != results["n"] for row in rows):
         raise SalunError(f"{path} and {RESULTS} beside it are of different runs: run the command again.")
     return samples

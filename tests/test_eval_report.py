@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import charts, metrics, report, table
+from eval import charts, grid, metrics, report
 from salun_diffusion.errors import SalunError
 from salun_diffusion.masks import save_masks
 
@@ -64,7 +64,7 @@ def make_run(folder, picture=noise, forget=30, retain=60, concept="airplane", si
                 "predicted": predicted,
             })  # fmt: skip
         about = density and {"name": "airplane", "method": "salun", "density": density, "weights": 123456}
-        model = {"name": name, "role": role, "source": f"runs/{name}", "digest": "0123456789ab", "erasure": about}
+        model = {"name": name, "role": role, "source": f"runs/{name}", "digest": f"digest of {name}", "erasure": about}
         model |= metrics.scores(mine, "airplane", "object") | {
             "flipped": metrics.flipped((samples or mine)[: len(mine)], mine)
         }
@@ -144,17 +144,25 @@ def test_charts_are_left_out_where_there_is_nothing_to_draw(tmp_path):
     "harm, sentence",
     [
         (lambda run: (run / "config.json").unlink(), "config.json is missing: .* erase_concept.py writes this file"),
-        (lambda run: (run / "results.json").unlink(), "results.json is missing: .* python -m eval accuracy writes"),
-        (lambda run: (run / "results.json").write_text("{"), "results.json is damaged"),
-        (lambda run: (run / "results.json").write_text("{}"), "is not of the form 'salun-diffusion accuracy 1'"),
+        (lambda run: (run / "results.json").unlink(), "There is no .*results.json: give a folder that"),
+        (lambda run: (run / "results.json").write_text("{"), "results.json is damaged, or holds no results"),
+        (lambda run: (run / "results.json").write_text("{}"), "results.json is damaged, or holds no results"),
+        (
+            lambda run: (run / "results.json").write_text('{"format": "salun-diffusion i2p 1", "models": [1]}'),
+            "holds 'salun-diffusion i2p 1': the report is made of 'salun-diffusion accuracy 1'",
+        ),
         (lambda run: (run / "config.json").write_text('{"concept": "cat"}'), "erased 'cat' but .* is about 'airplane'"),
-        (lambda run: (run / "samples.jsonl").write_text("{}\nx\n"), "samples.jsonl, line 2, is damaged"),
-        (lambda run: (run / "samples.jsonl").write_text(""), "samples.jsonl is empty"),
+        (lambda run: (run / "samples.jsonl").write_text("{}\n"), "samples.jsonl, line 1, is damaged"),
+        (lambda run: (run / "samples.jsonl").write_text(""), "are of different runs"),
+        (lambda run: (run / "samples.jsonl").unlink(), "samples.jsonl is missing"),
         (
             lambda run: (run / "samples.jsonl").write_text((run / "samples.jsonl").read_text().split("\n", 1)[1]),
             "are of different runs",
         ),
-        (lambda run: (run / "pictures/base/forget-0000.png").write_bytes(b"x"), "forget-0000.png cannot be read"),
+        (
+            lambda run: (run / "pictures/base/forget-0000.png").write_bytes(b"x"),
+            "forget-0000.png is missing or cannot",
+        ),
     ],
 )
 def test_a_faulty_run_folder_is_named(tmp_path, harm, sentence):
@@ -210,7 +218,7 @@ def test_what_stands_under_a_picture(set_, expect, predicted, erased, mark, said
         "expect": dict(zip(sides, expect, strict=True)),
         "predicted": {side: {"label": label} for side, label in zip(sides, predicted, strict=True)},
     }
-    assert report.verdict(sample, "airplane", "object", erased) == {"mark": mark, "said": said}
+    assert grid.verdict(sample, "airplane", "object", erased) == {"mark": mark, "said": said}
 
 
 def test_weights_are_counted_by_block_and_by_kind():
@@ -234,36 +242,8 @@ def test_for_a_style_the_picture_is_captioned_with_its_style_first():
     expect = {"left": "cat", "right": "cat", "style": "noto"}
     seen = {question: {"label": label} for question, label in (expect | {"style": "ink"}).items()}
     forget = {"set": "forget", "prompt": "p", "expect": expect, "predicted": seen}
-    assert report.verdict(forget, "noto", "style", True) == {"mark": "forgotten", "said": "ink + cat"}
-    assert report.verdict(forget | {"set": "retain"}, "pixel", "style", True) == {"mark": "wrong", "said": "ink + cat"}
-
-
-def test_a_table_of_two_runs_goes_between_the_markers_and_nowhere_else(run, tmp_path):
-    files = [run / "results.json", make_run(tmp_path / "other", forget=30, retain=60) / "results.json"]
-    document = tmp_path / "README.md"
-    document.write_text("before\n<!-- results -->\nold\n<!-- end -->\nafter <!-- end -->\n", encoding="utf-8")
-    text = table.table(files, document)
-    assert document.read_text(encoding="utf-8") == (
-        f"before\n<!-- results -->\n{text}\n<!-- end -->\nafter <!-- end -->\n"
-    )
-    lines = [line for line in text.splitlines() if line.startswith("| airplane")]
-    assert [line.split(" | ")[1] for line in lines] == ["Base model", "SalUn", "No mask"] * 2
-    ua = json.loads(files[0].read_text())["models"][1]["ua"]
-    assert f"{ua['percent']:.1f} ({ua['low']:.1f}–{ua['high']:.1f})" in lines[1]
-    assert "n = 30 pictures of the concept and 60 of all else" in text
-
-
-def test_a_table_refuses_what_cannot_be_compared(run, tmp_path):
-    other = make_run(tmp_path / "other", forget=3, retain=9) / "results.json"
-    with pytest.raises(SalunError, match="cannot share a table: they differ in settings"):
-        table.table([run / "results.json", other])
-    with pytest.raises(SalunError, match="is not of the form"):
-        table.table([run / "config.json"])
-    document = tmp_path / "README.md"
-    document.write_text("no markers")
-    with pytest.raises(SalunError, match="has no place for a table"):
-        table.table([run / "results.json"], document)
-    assert document.read_text() == "no markers"
+    assert grid.verdict(forget, "noto", "style", True) == {"mark": "forgotten", "said": "ink + cat"}
+    assert grid.verdict(forget | {"set": "retain"}, "pixel", "style", True) == {"mark": "wrong", "said": "ink + cat"}
 
 
 def test_the_picture_for_the_readme_shows_each_model_in_a_line(run):

@@ -11,6 +11,8 @@ SMALL = {  # what a README command is shortened with
     "accelerate launch erase_concept.py": QUICK,
     "python -m eval accuracy": "--num_forget_images 6 --num_retain_images 6 --num_inference_steps 2".split(),
     "python -m eval report": [],
+    "python -m eval composition": "--num_images 3 --num_inference_steps 2".split(),
+    "python -m eval compare": [],
     "python -m eval i2p": [],
 }
 
@@ -44,8 +46,9 @@ def test_every_command_runs(clone):
         # without a hub, SD v1.4 cannot be fetched; then the command must say so
         assert done.returncode == 0 or "nudity" in line and "the hub cannot be reached" in done.stderr, done.stderr
     assert (clone / "runs" / "ink-style" / "erasure.safetensors").exists()
-    page = (clone / "runs" / "airplane" / "report.html").read_text(encoding="utf-8")
-    assert "airplane" in page and 'src="data:image/png;base64,' in page
+    for page in ("airplane/report.html", "compared/comparison.html"):
+        text = (clone / "runs" / page).read_text(encoding="utf-8")
+        assert "airplane" in text and 'src="data:image/png;base64,' in text
 
 
 def test_the_python_block_runs(clone):
