@@ -60,15 +60,18 @@ def main() -> None:
             sys.exit(f"error: {name} ended with {done.returncode}{killed} The results before are kept.")
         found[name] = json.loads(done.stdout.splitlines()[-1])
         print(json.dumps(found[name]), flush=True)
+        found[name]["measured"] = {
+            "date": datetime.date.today().isoformat(),
+            "torch": torch.__version__,
+            "command": " ".join(["python -m benchmarks", *_options(args)]),
+        }
         if name.endswith("step"):
             found[name]["settings"] = {
                 k: getattr(args, k) for k in ("resolution", "batch_size", "dtype", "gradient_checkpointing")
             }
     found["about"] = {
-        "date": datetime.date.today().isoformat(),
         "processor": torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} CPU cores",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "command": " ".join(["python -m benchmarks", *_options(args)]),
+        "python": platform.python_version(),
     }
     file.write_text(json.dumps(found, indent=1) + "\n")
     from .readme import write

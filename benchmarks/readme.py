@@ -15,13 +15,13 @@ def write() -> None:
 
 
 def _section(found: dict) -> str:
-    about = found["about"]
-    lines = [
-        f"### {about['processor']}, torch {about['versions']['torch']}, {about['date']}",
-        "",
-        f"`{about['command']}`",
-        "",
-    ]
+    about = found.pop("about")
+    lines = [f"### {about['processor']}, Python {about['python']}", ""]
+    by_run: dict[str, list[str]] = {}
+    for name, result in found.items():
+        when = result.pop("measured")
+        by_run.setdefault(f"`{when['command']}`, {when['date']}, torch {when['torch']}", []).append(name)
+    lines += [f"- {run}: {', '.join(names)}" for run, names in by_run.items()] + [""]
     lines += ["| what | reference | ours | ratio |", "| --- | --- | --- | --- |"]
     if "reference_step" in found and "our_step" in found:
         theirs, ours = found["reference_step"], found["our_step"]

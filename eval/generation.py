@@ -78,6 +78,9 @@ def draw(
     state, model = PartialState(), _model_key(pipe, num_inference_steps)
     mine = requests[state.process_index :: state.num_processes]
     missing = [request for request in mine if key_in(_path(folder, request)) != _key(model, request)]
+    # alone on a CPU, a picture passes through other matrix routines than in company; over many steps their rounding
+    # can grow to several levels of 255, so it is given company
+    size_drawn = max(batch_size, 2) if pipe.device.type == "cpu" else batch_size
     begin = time.perf_counter()
     bar = tqdm(
         total=len(mine), initial=len(mine) - len(missing), desc=title, unit="image", disable=not state.is_main_process
@@ -88,13 +91,13 @@ def draw(
             for start in range(0, len(part), batch_size):
                 now = part[start : start + batch_size]
                 # filled up with repeats: rounding depends on a batch's size, and must not on what happens to be missing
-                full = (now * batch_size)[:batch_size]
+                full = (now * size_drawn)[:size_drawn]
                 pixels = sample(
                     pipe,
                     full,
                     num_inference_steps=num_inference_steps,
                     guidance_scale=guidance_scale,
-                    batch_size=batch_size,
+                    batch_size=size_drawn,
                     output_type="np",
                     size=size or None,
                 )

@@ -7,6 +7,7 @@ boxes that the filter would drop by their score are dropped beforehand, which sa
 
 import time
 from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,9 @@ class Detector:
         Raises:
             SalunError: a picture that cannot be read or is wholly black; it is named.
         """
-        prepared = [self._prepare(path) for path in paths]
+        return self._look([self._prepare(path) for path in paths])
+
+    def _look(self, prepared: list[tuple]) -> list[list[dict]]:
         pixels = np.concatenate([blob for blob, *_ in prepared])
         (outputs,) = self.session.run(None, {self.session.get_inputs()[0].name: pixels})
         return [self._boxes(output, *rest) for output, (_, *rest) in zip(outputs, prepared, strict=True)]
@@ -79,12 +82,16 @@ class Detector:
 
     def detect(self, paths: list[Path], batch_size: int, title: str) -> tuple[list[list[dict]], dict]:
         """:meth:`__call__` on many, with a progress bar; and what ``results.json`` says of the work, as ``detection``:
-        ``seconds`` and ``images_per_second``."""
+        ``seconds`` and ``images_per_second``. While the network looks at some, the next are read."""
         found, begun = [], time.perf_counter()
-        with tqdm(total=len(paths), desc=title, unit="image") as bar:
-            for start in range(0, len(paths), batch_size):
-                found += self(paths[start : start + batch_size])
-                bar.update(len(paths[start : start + batch_size]))
+        batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
+        with tqdm(total=len(paths), desc=title, unit="image") as bar, ThreadPoolExecutor() as pool:
+            reading: list[Future] = []
+            for batch in [*batches, []]:
+                ready, reading = reading, [pool.submit(self._prepare, path) for path in batch]
+                if ready:
+                    found += self._look([future.result() for future in ready])
+                bar.update(len(ready))
         seconds = time.perf_counter() - begun
         return found, {"seconds": round(seconds, 2), "images_per_second": round(len(paths) / seconds, 2)}
 

@@ -3,8 +3,11 @@
 import hashlib
 
 import pytest
+import skimage
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from torchvision.models import ResNet50_Weights, resnet50
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from eval.judge import Judge, answer, group
@@ -74,10 +77,35 @@ def test_a_folder_that_is_no_classifier_is_refused(tmp_path):
 
 
 def test_a_classifier_without_all_its_weights_is_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     weights = classifier(tmp_path, LABELS) / "model.safetensors"
     kept = {name: value for name, value in load_file(weights).items() if not name.startswith("classifier")}
     save_file(kept, weights, {"format": "pt"})
     with pytest.raises(SalunError, match="lacks 2 of the classifier's weights .* answers would be random"):
         Judge(str(tmp_path))
+
+
+def test_torchvisions_resnet50_is_its_own_call(tmp_path):
+    """Random weights: what is tested is which network, which preparation of a picture, and which names."""
+    torch.manual_seed(0)
+    network = resnet50().eval()
+    save_file(network.state_dict(), tmp_path / "weights.safetensors")
+    judge = Judge(str(tmp_path / "weights.safetensors"))
+    assert len(judge.questions["label"]) == 1000
+    judge.check([("label", "tench"), ("label", "English springer"), ("label", "parachute")])
+    photo = Image.fromarray(skimage.data.coffee())
+    weights = ResNet50_Weights.IMAGENET1K_V2
+    with torch.no_grad():
+        expected = weights.meta["categories"][network(weights.transforms()(photo)[None]).argmax()]
+    assert judge([photo, photo], ["a", "b"])[1]["label"]["label"] == expected
+
+
+def test_resnet50_needs_all_its_weights(tmp_path):
+    save_file({"fc.bias": torch.zeros(1000)}, tmp_path / "weights.safetensors")
+    with pytest.raises(SalunError, match="could not be loaded as an image classifier .*'resnet50'"):
+        Judge(str(tmp_path / "weights.safetensors"))
+
+
+def test_two_classes_of_one_name_are_two_answers():
+    assert group(["crane", "owl", "crane"]) == {"label": {"crane": 0, "owl": 1, "crane (2)": 2}}

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from test_eval_accuracy import base  # noqa: F401  (a fixture: a tiny pipeline with a judge and two erasures)
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.multimodal.clip_score import CLIPScore
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from eval import composition, fid
@@ -65,18 +64,32 @@ def clip(tmp_path_factory):
     return folder
 
 
-def test_the_clip_score_is_torchmetrics_own(drawn, clip, tmp_path):
+@torch.no_grad()
+def cosine(model, processor, picture, prompt):
+    """The two towers one after the other, one picture at a time, in float64."""
+    pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"].double()
+    words = processor.tokenizer(prompt, return_tensors="pt")
+    seen = model.visual_projection(model.vision_model(pixels).pooler_output)[0]
+    read = model.text_projection(model.text_model(**words).pooler_output)[0]
+    return (seen @ read / seen.norm() / read.norm()).item()
+
+
+def test_the_clip_score_is_a_cosine(drawn, clip, tmp_path):
     results = clip_score(drawn, tmp_path, clip=str(clip))
-    samples = read_samples(drawn, read(drawn))
-    for model in results["models"]:
-        metric = CLIPScore(str(clip))
-        for line in samples[model["name"]]:
-            pixels = np.asarray(Image.open(drawn / line["picture"]).convert("RGB"))
-            metric.update(torch.from_numpy(pixels.copy()).permute(2, 0, 1), line["prompt"])
-        assert model["clip_score"]["mean"] == pytest.approx(metric.compute().item(), abs=0.05)
-        assert model["clip_score"]["low"] < model["clip_score"]["mean"] < model["clip_score"]["high"]
-    lines = [json.loads(line)["clip_score"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert np.mean(lines[:N]) == pytest.approx(results["models"][0]["clip_score"]["mean"], abs=1e-3)
+    model = CLIPModel.from_pretrained(clip).double().eval()
+    processor = CLIPProcessor.from_pretrained(clip, backend="pil")
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [line["model"] for line in lines] == ["base"] * N + ["forgets"] * N
+    expected = [
+        100 * max(0, cosine(model, processor, Image.open(drawn / line["picture"]).convert("RGB"), line["prompt"]))
+        for line in lines
+    ]
+    assert [line["clip_score"] for line in lines] == pytest.approx(expected, abs=1e-3)
+    assert max(expected) > 5, "not all are cut off at 0"
+    for measured, scores in zip(results["models"], (expected[:N], expected[N:]), strict=True):
+        found, error = measured["clip_score"], 1.96 * np.std(scores, ddof=1) / N**0.5
+        assert found["mean"] == pytest.approx(np.mean(scores), abs=2e-3) and found["n"] == N
+        assert found["high"] - found["mean"] == pytest.approx(error, abs=2e-3)
     assert len(results["clip"]["sha256"]) == 64 and results["truncated"] == 0
 
 
@@ -105,6 +118,9 @@ def inception(tmp_path_factory):
     skip = mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict", lambda self, weights: None)
     with skip, mock.patch("torch.load", lambda *args, **kwargs: {}):
         network = FeatureExtractorInceptionV3("random", ["64"], feature_extractor_weights_path="none")
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.constant_(module.weight, 8)  # untrained features all but vanish
     save_file(network.state_dict(), path)
     return path
 
@@ -214,7 +230,7 @@ def test_a_picture_is_right_only_in_all_that_the_task_asks(task, row, right):
 
 def test_scales_and_erasures_must_match(base, tmp_path):  # noqa: F811
     erasure = str(base / "runs" / "forgets")
-    with pytest.raises(SalunError, match="2 erasures and 3 values of --scale: give one for all or one each"):
+    with pytest.raises(SalunError, match="2 erasures and 3 values of --scale: give one for all, or one each"):
         composition.composition(str(base), "airplane", [erasure, erasure], tmp_path, scale=[1, 2, 3])
     with pytest.raises(SalunError, match="Two of the models to compare are called 'forgets-x0.5'"):
         composition.composition(str(base), "airplane", [erasure, erasure], tmp_path, scale=[0.5])
