@@ -96,7 +96,7 @@ def compare(sources: list[Path], output_dir: Path, into: Path | None = None) -> 
     }
     write_json(output_dir / RESULTS, results)
     print(tables.terminal(lines, columns))
-    pictures = "grid.png" if blocks else "no grid: no source has its pictures beside it"
+    pictures = "grid.png" if blocks else "no grid, for want of accuracy's or composition's pictures beside the results"
     print(f"In {output_dir}: comparison.html, .md, .tex, .csv; {pictures}.")
     return results
 
