@@ -1,15 +1,11 @@
 """The options of ``erase_concept.py``: one dataclass from which the command line and ``--config FILE`` are derived."""
 
 import argparse
-import difflib
-import json
 import re
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from pathlib import Path
-from types import UnionType
-from typing import get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass
 
 from .errors import SalunError
+from .options import add_options, option, settings_of
 
 THRESHOLDS = ("global", "layer")
 RETAIN_TARGETS = ("noise", "base")
@@ -20,11 +16,6 @@ FREE = (  # what may differ between a run and its checkpoint
     "validation_steps",
 )  # fmt: skip
 LR_SCHEDULERS = ("constant", "linear", "cosine")
-
-
-def option(default, text: str, choices: tuple = ()):
-    """A dataclass field with its help text; ``None`` as default means: decided later, as the text says."""
-    return field(default=default, metadata={"help": text, "choices": choices})
 
 
 @dataclass
@@ -171,78 +162,13 @@ def parse(arguments: list[str] | None, description: str) -> EraseConfig:
     Raises:
         SalunError: an unknown key or a wrong type in the file, or no concept.
     """
-    hints = get_type_hints(EraseConfig)
     parser = argparse.ArgumentParser(
         prog="erase_concept.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--config", metavar="FILE", help="read settings from this JSON or YAML file; options on the command line win"
-    )
-    for item in fields(EraseConfig):
-        kind = _plain(hints[item.name])
-        if get_origin(kind) is list:
-            parser.add_argument(
-                f"--{item.name}", action="append", metavar="TEXT", default=argparse.SUPPRESS, help=item.metadata["help"]
-            )
-            continue
-        if kind is bool:
-            parser.add_argument(
-                f"--{item.name}", action="store_true", default=argparse.SUPPRESS, help=item.metadata["help"]
-            )
-            continue
-        shown = "" if item.default in (None, "") or item.default is MISSING else f" (default: {item.default})"
-        parser.add_argument(
-            f"--{item.name}",
-            type=kind,
-            choices=item.metadata["choices"] or None,
-            metavar=None if item.metadata["choices"] else kind.__name__.upper(),
-            default=argparse.SUPPRESS,
-            help=item.metadata["help"].replace("%", "%%") + shown,
-        )
-    given = vars(parser.parse_args(arguments))
-    path = given.pop("config", None)
-    settings = (_read(path, hints) if path else {}) | given
+    add_options(parser, EraseConfig)
+    settings = settings_of(vars(parser.parse_args(arguments)), EraseConfig)
     if not settings.get("concept"):
         raise SalunError("No concept was given: say what to forget with --concept, for example --concept nudity.")
     config = EraseConfig(**settings)
     config.check()
     return config
-
-
-def _plain(hint: type) -> type:
-    """``float | None`` → ``float``."""
-    return next(p for p in get_args(hint) if p is not type(None)) if isinstance(hint, UnionType) else hint
-
-
-def _read(path: str, hints: dict[str, type]) -> dict:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        if path.endswith(".json"):
-            found = json.loads(text)
-        else:
-            import yaml
-
-            found = yaml.safe_load(text)
-    except Exception as error:  # the file system's, json's and yaml's own errors all mean the same to the user
-        raise SalunError(f"--config {path} cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(found, dict):
-        raise SalunError(f"--config {path} must hold one mapping of option names to values.")
-    choices = {item.name: item.metadata["choices"] for item in fields(EraseConfig)}
-    for name, value in found.items():
-        if name not in hints:
-            close = difflib.get_close_matches(name, hints, 1)
-            raise SalunError(
-                f"--config {path} has an unknown setting '{name}'." + (f" Did you mean '{close[0]}'?" if close else "")
-            )
-        kind = _plain(hints[name])
-        if get_origin(kind) is list:
-            found[name] = [value] if isinstance(value, str) else value
-            if not (isinstance(found[name], list) and all(isinstance(text, str) for text in found[name])):
-                raise SalunError(f"--config {path}: '{name}' is {value!r}, but must be text or a list of texts.")
-            continue
-        right = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
-        if not (right or value is None and kind is not hints[name]):
-            raise SalunError(f"--config {path}: '{name}' is {value!r}, but must be of type {kind.__name__}.")
-        if choices[name] and value not in choices[name]:
-            raise SalunError(f"--config {path}: '{name}' is {value!r}; choose one of {', '.join(choices[name])}.")
-    return found

@@ -1,0 +1,31 @@
+"""GA: climb the loss of the forget set (Thudi et al. 2022); NegGrad+: climb it while descending that of the retain set
+(Kurmanji et al. 2023, section 4.1)."""
+
+from itertools import cycle
+
+import torch
+import torch.nn.functional as F
+
+from .task import Task
+
+
+def gradient_ascent(task: Task) -> None:
+    task.optimise(
+        lambda epoch: task.batches(task.forget), lambda *pair: -F.cross_entropy(*pair), task.count(task.forget)
+    )
+
+
+def neggrad_plus(task: Task) -> None:
+    """α · CE(retain) − (1 − α) · CE(forget), a batch of each together, over the retain set."""
+    alpha = task.settings.alpha
+
+    def passes(epoch: int):
+        forget = cycle(list(task.batches(task.forget)))
+        for (kept, labels), (lost, others) in zip(task.batches(task.retain), forget, strict=False):
+            yield torch.cat([kept, lost]), (labels, others)
+
+    def loss(logits: torch.Tensor, labels: tuple) -> torch.Tensor:
+        kept, lost = logits.split([len(part) for part in labels])
+        return alpha * F.cross_entropy(kept, labels[0]) - (1 - alpha) * F.cross_entropy(lost, labels[1])
+
+    task.optimise(passes, loss, task.count(task.retain))

@@ -1,0 +1,117 @@
+"""Image classifiers: torchvision's, with a stem for small pictures where they need one, and normalisation inside."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torchvision import models as vision
+from torchvision.models.resnet import BasicBlock
+
+from salun_diffusion.errors import SalunError
+
+from .data import Data
+
+
+class Normalised(nn.Module):
+    """A network behind its normalisation: it takes pictures in 0…1, ``(n, channels, height, width)``, fp32.
+
+    So a mask, a checkpoint and an attack all speak of one model, whatever the data were normalised with.
+    """
+
+    def __init__(self, network: nn.Module, mean: torch.Tensor, std: torch.Tensor):
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", mean.view(1, -1, 1, 1))
+        self.register_buffer("std", std.view(1, -1, 1, 1))
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return self.network((pictures - self.mean) / self.std)
+
+
+def _resnet18(channels: int, classes: int, size: int) -> nn.Module:
+    """With CIFAR's stem: a 3×3 convolution of stride 1, and no pooling after it."""
+    network = vision.resnet18(num_classes=classes)
+    network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+    network.maxpool = nn.Identity()
+    return network
+
+
+def _small_resnet(blocks: int, widths: tuple[int, ...] = (16, 32, 64)) -> Callable[[int, int, int], nn.Module]:
+    """The thin ResNets of He et al. 2016, section 4.2: three stages of ``blocks`` basic blocks."""
+
+    def build(channels: int, classes: int, size: int) -> nn.Module:
+        layers = [nn.Conv2d(channels, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
+        inside = widths[0]
+        for width in widths:
+            for number in range(blocks):
+                stride = 2 if width != widths[0] and number == 0 else 1
+                shortcut = None
+                if stride != 1 or inside != width:
+                    shortcut = nn.Sequential(nn.Conv2d(inside, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+                layers.append(BasicBlock(inside, width, stride, shortcut))
+                inside = width
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inside, classes))
+
+    return build
+
+
+def _vgg16_bn(channels: int, classes: int, size: int) -> nn.Module:
+    network = vision.vgg16_bn(num_classes=classes)
+    network.features[0] = nn.Conv2d(channels, 64, 3, padding=1)
+    if size < 64:  # the three large layers at its end are made for 224 pixels
+        network.avgpool, network.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(512, classes)
+    return network
+
+
+def _swin_t(channels: int, classes: int, size: int) -> nn.Module:
+    if size >= 128:
+        return vision.swin_t(num_classes=classes)
+    return vision.SwinTransformer(
+        patch_size=[2, 2], embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], window_size=[4, 4],
+        stochastic_depth_prob=0.2, num_classes=classes,
+    )  # fmt: skip
+
+
+def _vit_s(channels: int, classes: int, size: int) -> nn.Module:
+    return vision.VisionTransformer(
+        image_size=size, patch_size=max(size // 8, 1), num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536,
+        num_classes=classes,
+    )  # fmt: skip
+
+
+MODELS: dict[str, Callable[[int, int, int], nn.Module]] = {
+    "resnet8": _small_resnet(1),
+    "resnet20": _small_resnet(3),
+    "resnet18": _resnet18,
+    "vgg16_bn": _vgg16_bn,
+    "swin_t": _swin_t,
+    "vit_s": _vit_s,
+}
+
+
+def build(name: str, data: Data, seed: int) -> Normalised:
+    """A fresh model for ``data``, its weights drawn from ``seed`` alone, its normalisation from the training pictures.
+
+    Args:
+        name: of ``MODELS``.
+
+    Raises:
+        SalunError: a model for colour on grey pictures.
+    """
+    channels, size = data.train.images.shape[1], data.train.images.shape[-1]
+    if channels != 3 and name in ("swin_t", "vit_s"):
+        raise SalunError(f"The model {name} takes colour pictures, and {data.name} has grey ones: choose another.")
+    mean, std = _moments(data.train.images)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = MODELS[name](channels, len(data.classes), size)
+    return Normalised(network, mean, std)
+
+
+def _moments(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each channel, pictures in 0…1, without a float copy of them all."""
+    counts = torch.stack([torch.bincount(images[:, c].flatten().int(), minlength=256) for c in range(images.shape[1])])
+    values = torch.arange(256, dtype=torch.float64) / 255
+    share = counts.double() / counts.sum(1, keepdim=True)
+    mean = share @ values
+    return mean.float(), ((share @ values**2) - mean**2).sqrt().float()

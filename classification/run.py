@@ -1,0 +1,195 @@
+"""The commands: each works on a scenario's folder, cell by cell, and goes on where it was stopped.
+
+::
+
+    config.json                       what all cells share
+    source/model.safetensors          the source model; results.json: its accuracy
+    seed-S/METHOD/model.safetensors   an unlearned model; unlearned.json: settings, minutes
+    seed-S/METHOD/results.json        the cell: the same, and metrics
+    results.json, table.md …          the whole (tables.py)
+
+A cell's ``results.json`` (``format`` "salun-diffusion unlearning 1") holds ``method``, ``seed``, ``settings``,
+``minutes`` (RTE), ``metrics`` (:func:`classification.metrics.evaluate`), ``n`` (pictures of each set), ``scenario``
+(what config.json says), ``versions``.
+"""
+
+import json
+import math
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+import sklearn
+import torch
+import torchvision
+from tqdm import tqdm
+
+from salun_diffusion.errors import SalunError
+from salun_diffusion.files import write_json
+
+from . import tables
+from .config import Config
+from .methods import DEFAULTS, TITLES
+from .metrics import COMPARED, gap
+from .scenario import Scenario
+
+FORMAT = "salun-diffusion unlearning 1"
+UNLEARNED, RESULTS = "unlearned.json", "results.json"
+MASKED = ("salun",)  # methods that take a mask
+VERSIONS = {
+    "python": platform.python_version(),
+    "torch": torch.__version__,
+    "torchvision": torchvision.__version__,
+    "scikit-learn": sklearn.__version__,
+}
+TUNE_SEED = 1_000_000  # draws a forget set that no reported seed draws
+FACTORS = (0.1, 0.3, 1, 3, 10)  # what the one setting that each method is tuned in is multiplied by
+TUNED = {"iu": "alpha", "l1_sparse": "alpha"}  # the learning rate for all others
+
+
+def run(config: Config) -> dict:
+    """Source, every method with every seed, metrics, and the table."""
+    scenario = Scenario(config)
+    scenario.source()
+    cells = [(seed, method) for seed in config.seeds for method in config.methods]
+    missing = [(seed, method) for seed, method in cells if _read(scenario, method, seed, RESULTS) is None]
+    with tqdm(total=len(cells), initial=len(cells) - len(missing), desc="cells", unit="cell") as bar:
+        for seed, method in missing:
+            bar.set_postfix_str(f"{TITLES[method]}, seed {seed}")
+            _unlearn(scenario, method, seed)
+            _evaluate(scenario, method, seed)
+            bar.update()
+    return tables.write(scenario.folder, config.methods, config.seeds)
+
+
+def train(config: Config) -> None:
+    """The source model."""
+    scenario = Scenario(config)
+    scenario.source()
+    told = json.loads((scenario.folder / "source" / RESULTS).read_text(encoding="utf-8"))["accuracy"]
+    print(f"{scenario.folder}/source: {', '.join(f'{name} {value:.2f}%' for name, value in told.items())}")
+
+
+def unlearn(config: Config, mask: str | None = None) -> None:
+    """The methods with every seed, without measuring.
+
+    Raises:
+        SalunError: also for a mask for methods that have none.
+    """
+    scenario = Scenario(config)
+    if mask and not set(config.methods) <= {"retrain", *MASKED}:
+        raise SalunError(f"--mask is for {' and '.join(MASKED)} alone: choose one of these with --methods.")
+    for seed in config.seeds:
+        for method in config.methods:
+            if mask and method == "retrain":
+                continue
+            minutes = _unlearn(scenario, method, seed, mask)
+            print(f"{_folder(scenario, method, seed)}: {minutes:.2f} min")
+
+
+def evaluate(config: Config) -> None:
+    """The metrics of every unlearned model that is there.
+
+    Raises:
+        SalunError: there is none.
+    """
+    scenario = Scenario(config)
+    cells = [(seed, method) for seed in config.seeds for method in config.methods]
+    found = [(seed, method) for seed, method in cells if _read(scenario, method, seed, UNLEARNED)]
+    if not found:
+        raise SalunError(
+            f"{scenario.folder} holds no unlearned model of these: run `python -m classification unlearn`."
+        )
+    for seed, method in found:
+        metrics = _evaluate(scenario, method, seed)
+        told = ", ".join(f"{name.upper()} {metrics[name]:.2f}" for name in COMPARED)
+        print(f"{_folder(scenario, method, seed)}: {told}")
+
+
+def table(config: Config) -> dict:
+    """The table and the plots of what was measured."""
+    return tables.write(Path(config.output_dir), config.methods, config.seeds)
+
+
+def tune(config: Config, output: Path) -> dict:
+    """Choose each method's learning rate (alpha for those that have their own): five trials each, on a forget set that
+    no reported seed draws and with validation pictures in place of the test's; the smallest gap to Retrain wins. Writes
+    a file for ``--config``. Trials that are there already are not run again."""
+    scenario = Scenario(config, on_validation=True)
+    scenario.source()
+    path = scenario.folder / "tuning.json"
+    trials = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def trial(method: str, over: dict) -> dict:
+        settings = asdict(scenario.settings(method, over))
+        key = f"{method} {json.dumps(settings, sort_keys=True)}"
+        if key not in trials:
+            try:
+                model, minutes, _ = scenario.unlearn(method, TUNE_SEED, over)
+                trials[key] = {"metrics": scenario.measure(model, TUNE_SEED), "minutes": minutes}
+            except SalunError as error:  # too high a rate: the loss or the answers are no numbers
+                trials[key] = {"failed": str(error)}
+            write_json(path, trials)
+        return trials[key]
+
+    reference = trial("retrain", {})["metrics"]
+    chosen: dict[str, dict] = {}
+    methods = [method for method in config.methods if method != "retrain"]
+    with tqdm(total=len(methods) * len(FACTORS), desc="trials", unit="trial") as bar:
+        for method in methods:
+            name = TUNED.get(method, "learning_rate")
+            gaps = {}
+            for factor in FACTORS:
+                value = float(f"{getattr(scenario.settings(method), name) * factor:.3g}")
+                found = trial(method, {name: value})
+                gaps[value] = gap(found["metrics"], reference) if "metrics" in found else math.inf
+                bar.update()
+            best = min(gaps, key=gaps.get)
+            chosen[method] = DEFAULTS.get(method, {}) | config.method_settings.get(method, {}) | {name: best}
+            print(f"{TITLES[method]}: {name} {best:g}, gap {gaps[best]:.2f} (of {_told(gaps)})")
+    settings = {name: value for name, value in config.shared().items() if value is not None}
+    write_json(output, settings | {"method_settings": chosen})
+    print(f"Written to {output}: python -m classification run --config {output}")
+    return chosen
+
+
+def _told(gaps: dict[float, float]) -> str:
+    return ", ".join(f"{value:g}: {gap:.2f}" for value, gap in gaps.items())
+
+
+def _folder(scenario: Scenario, method: str, seed: int) -> Path:
+    return scenario.folder / f"seed-{seed}" / method
+
+
+def _read(scenario: Scenario, method: str, seed: int, name: str) -> dict | None:
+    """The cell's file, if it is of the settings of now."""
+    try:
+        found = json.loads((_folder(scenario, method, seed) / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if found["settings"] == asdict(scenario.settings(method)) else None
+
+
+def _unlearn(scenario: Scenario, method: str, seed: int, mask: str | None = None) -> float:
+    """Unlearn, and keep the model; minutes."""
+    folder = _folder(scenario, method, seed)
+    found = _read(scenario, method, seed, UNLEARNED)
+    if found and found["mask"] == mask:
+        return found["minutes"]
+    model, minutes, settings = scenario.unlearn(method, seed, mask=mask)
+    (folder / UNLEARNED).unlink(missing_ok=True)
+    (folder / RESULTS).unlink(missing_ok=True)
+    scenario.write_model(folder / "model.safetensors", model)
+    about = {"method": method, "seed": seed, "settings": asdict(settings), "mask": mask, "minutes": round(minutes, 4)}
+    write_json(folder / UNLEARNED, about)
+    return minutes
+
+
+def _evaluate(scenario: Scenario, method: str, seed: int) -> dict:
+    folder = _folder(scenario, method, seed)
+    about = json.loads((folder / UNLEARNED).read_text(encoding="utf-8"))
+    metrics = scenario.measure(scenario.read_model(folder / "model.safetensors"), seed)
+    sizes = {name: len(part) for name, part in scenario.sets(seed).items()}
+    results = {"format": FORMAT} | about | {"metrics": metrics, "n": sizes, "scenario": scenario.config.shared()}
+    write_json(folder / RESULTS, results | {"versions": VERSIONS})
+    return metrics

@@ -1,0 +1,179 @@
+"""A scenario: data, source model and forget set, made from the settings, and the steps that commands are made of."""
+
+import json
+import time
+from dataclasses import asdict, fields, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from salun_diffusion.errors import SalunError
+from salun_diffusion.files import read_safetensors, write_json, write_safetensors
+from salun_diffusion.masks import load_masks
+from salun_diffusion.saliency import check_reused
+
+from . import memorisation, models
+from .config import Config
+from .data import Data, Pictures, forget_rows, load, others
+from .methods import DEFAULTS, METHODS, TITLES, Settings, Task
+from .metrics import evaluate
+from .training import logits, train
+
+FORMAT = "salun-diffusion classifier 1"
+
+
+class Scenario:
+    """What the settings name. Heavy parts are made when they are first asked for.
+
+    Raises:
+        SalunError: settings that do not fit together, or an output folder of other settings.
+    """
+
+    def __init__(self, config: Config, on_validation: bool = False):
+        self.config, self.on_validation = config, on_validation
+        self.folder = Path(config.output_dir)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.recipe = config.recipe()
+        self._check_folder()
+
+    def _check_folder(self) -> None:
+        path, mine = self.folder / "config.json", self.config.shared()
+        if path.exists():
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                raise SalunError(
+                    f"{path} is damaged: remove it if {self.folder} may go on with these settings."
+                ) from None
+            if differing := [name for name in mine if found.get(name) != mine[name]]:
+                told = ", ".join(f"{name} is {found.get(name)!r} there and {mine[name]!r} here" for name in differing)
+                raise SalunError(f"{self.folder} holds another scenario ({told}): give another --output_dir.")
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, mine)
+
+    @cached_property
+    def data(self) -> Data:
+        found = load(self.config.dataset, self.config.split_seed, self.config.image_size, self.config.limit)
+        parts = {name: getattr(found, name).to(self.device) for name in ("train", "validation", "test")}
+        return replace(found, **parts)
+
+    def model(self, seed: int) -> models.Normalised:
+        """An untrained model."""
+        return models.build(self.config.model, self.data, seed).to(self.device)
+
+    def source(self, say=print) -> models.Normalised:
+        """The model that knows everything, trained if it is not there yet; the same for all seeds."""
+        path = self.folder / "source" / "model.safetensors"
+        if path.exists():
+            return self.read_model(path)
+        say(f"Training the source model: {self.config.model} on {len(self.data.train):,} pictures of {self.data.name}.")
+        model, begun = self.model(self.config.source_seed), time.perf_counter()
+        generator = torch.Generator().manual_seed(self.config.source_seed)
+        train(model, self.data.train, self.recipe, generator, "source")
+        accuracy = {name: self.accuracy(model, getattr(self.data, name)) for name in ("train", "validation", "test")}
+        self.write_model(path, model)
+        about = {"accuracy": accuracy, "minutes": round((time.perf_counter() - begun) / 60, 3)}
+        write_json(path.with_name("results.json"), about | {"recipe": asdict(self.recipe)})
+        return model
+
+    def accuracy(self, model: torch.nn.Module, pictures: Pictures) -> float:
+        """Percent."""
+        right = logits(model, pictures).argmax(1) == pictures.labels.cpu()
+        return round(100 * right.float().mean().item(), 3)
+
+    def write_model(self, path: Path, model: torch.nn.Module) -> None:
+        about = {"format": FORMAT, "model": self.config.model, "dataset": self.config.dataset}
+        about |= {"classes": json.dumps(self.data.classes), "split_seed": str(self.config.split_seed)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_safetensors(path, {name: value.cpu() for name, value in model.state_dict().items()}, about)
+
+    def read_model(self, path: Path) -> models.Normalised:
+        """A model that :meth:`write_model` wrote.
+
+        Raises:
+            SalunError: none is there, or one of another architecture, data set or split.
+        """
+        tensors, about = read_safetensors(path)
+        mine = {"format": FORMAT, "model": self.config.model, "dataset": self.config.dataset,
+                "split_seed": str(self.config.split_seed)}  # fmt: skip
+        if differing := [key for key in mine if about.get(key) != mine[key]]:
+            told = ", ".join(f"{key} is {about.get(key)!r} there and {mine[key]!r} here" for key in differing)
+            raise SalunError(f"{path} is not this scenario's model: {told}.")
+        model = self.model(0)
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise SalunError(f"{path} does not fit {self.config.model}: {str(error).splitlines()[1].strip()}") from None
+        return model.eval()
+
+    def rows(self, seed: int) -> torch.Tensor:
+        """Which training pictures are to be forgotten."""
+        worst = self.memorisation() if self.config.forget.startswith("memorised") else None
+        found = forget_rows(self.config.forget, self.data, seed, worst)
+        return found.to(self.device)
+
+    def memorisation(self) -> torch.Tensor:
+        """The score of each training picture, kept in the folder."""
+        path = self.folder / "memorisation.safetensors"
+        if not path.exists():
+            found = memorisation.scores(
+                lambda number: self.model(2000 + number), self.data.train, self.recipe, self.config.source_seed
+            )
+            write_safetensors(path, {"memorisation": found}, {})
+        return read_safetensors(path)[0]["memorisation"]
+
+    def sets(self, seed: int) -> dict[str, Pictures]:
+        """The forget and retain set, and what they are measured on: ``test`` without a forgotten class, ``unseen``
+        pictures like the forget set. On validation, its pictures stand for the test's."""
+        rows, held_out = self.rows(seed), self.data.validation if self.on_validation else self.data.test
+        forget, retain = (
+            self.data.train[rows],
+            self.data.train[others(rows.cpu(), len(self.data.train)).to(self.device)],
+        )
+        classes = forget.labels.unique()
+        if self.config.forget.startswith("class:"):
+            gone = torch.isin(held_out.labels, classes)
+            return {"forget": forget, "retain": retain, "test": held_out[~gone], "unseen": held_out[gone]}
+        return {"forget": forget, "retain": retain, "test": held_out, "unseen": held_out}
+
+    def settings(self, method: str, over: dict | None = None) -> Settings:
+        """The method's settings: its defaults, the scenario's, then ``over``.
+
+        Raises:
+            SalunError: one that there is not.
+        """
+        given = DEFAULTS.get(method, {}) | self.config.method_settings.get(method, {}) | (over or {})
+        known = {item.name for item in fields(Settings)}
+        if wrong := [name for name in given if name not in known]:
+            raise SalunError(f"The method {method} has no setting '{wrong[0]}'; there are: {', '.join(sorted(known))}.")
+        return Settings(**({"augment": self.recipe.augment, "batch_size": self.recipe.batch_size} | given))
+
+    def unlearn(self, method: str, seed: int, over: dict | None = None, mask: str | None = None) -> tuple:
+        """Run a method on the source.
+
+        Returns:
+            The unlearned model, minutes that it took, and its settings.
+
+        Raises:
+            SalunError: an unknown method or setting, or a mask of another model.
+        """
+        settings, sets, model = self.settings(method, over), self.sets(seed), self.source()
+        task = Task(
+            model=model, forget=sets["forget"], retain=sets["retain"], classes=len(self.data.classes),
+            settings=settings, generator=torch.Generator().manual_seed(seed),
+            fresh=lambda: self.model(1000 + seed), recipe=self.recipe, title=f"{TITLES[method]}, seed {seed}",
+        )  # fmt: skip
+        if mask:
+            task.masks = load_masks(mask)[0]
+            check_reused(task.masks, dict(model.named_parameters()), mask)
+        begun = time.perf_counter()
+        METHODS[method](task)
+        return model.eval(), (time.perf_counter() - begun) / 60, settings
+
+    def measure(self, model: torch.nn.Module, seed: int) -> dict:
+        """Every metric of an unlearned model."""
+        sets = self.sets(seed)
+        goal = self.accuracy(self.source(), sets["forget"])
+        return evaluate(model, **sets, seed=seed, goal=goal)

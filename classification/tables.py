@@ -1,0 +1,203 @@
+"""The paper's table from a folder's cells, as Markdown, LaTeX, CSV and for the terminal, and its plots.
+
+``results.json`` (``format`` "salun-diffusion unlearning table 1") holds ``scenario``, ``versions``, ``n``, ``source``
+(its accuracy), ``seeds``, and ``methods``: for each ``title``, ``settings``, and metric → ``mean``, ``std`` (over
+seeds, n − 1), ``gap`` (|mean − Retrain's mean|, for UA, RA, TA and MIA), ``values`` (by seed); ``avg_gap`` is the mean
+of the four gaps, as published, with ``avg_gap_by_seed`` beside it; ``minutes`` is RTE.
+"""
+
+import csv
+import json
+import statistics
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
+
+from salun_diffusion.errors import SalunError  # noqa: E402
+from salun_diffusion.files import write_json  # noqa: E402
+
+from .methods import TITLES  # noqa: E402
+from .metrics import COMPARED, gap  # noqa: E402
+
+FORMAT = "salun-diffusion unlearning table 1"
+METRICS = {  # key → (heading, digits)
+    "ua": ("UA", 2), "ra": ("RA", 2), "ta": ("TA", 2), "mia": ("MIA", 2),
+    "mia_auc": ("MIA, AUC", 3), "mia_tpr_at_1_fpr": ("TPR at 1% FPR", 2), "relearn_steps": ("relearn steps", 1),
+    "minutes": ("RTE, min", 2),
+}  # fmt: skip
+BLUE, ORANGE, GREY = "#3b7dd8", "#e08a1e", "#8a8f98"
+
+
+def write(folder: Path, methods: list[str], seeds: list[int]) -> dict:
+    """Gather the cells, write all files, print the table, return the results.
+
+    Raises:
+        SalunError: a seed without Retrain or without one of the methods, or cells of several settings.
+    """
+    found = gather(folder, methods, seeds)
+    write_json(folder / "results.json", found)
+    (folder / "table.md").write_text(markdown(found) + "\n", encoding="utf-8")
+    (folder / "table.tex").write_text(latex(found), encoding="utf-8")
+    with (folder / "table.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(_flat(found))
+    _plot_gaps(found, folder / "gap-time.png")
+    _plot_metrics(found, folder / "metrics.png")
+    rows = _rows(found, "±", "-")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print("\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows))
+    print(f"In {folder}: table.md, .tex, .csv; gap-time.png, metrics.png; results.json.")
+    return found
+
+
+def gather(folder: Path, methods: list[str], seeds: list[int]) -> dict:
+    """The cells of a folder, put together as the module's docstring says."""
+    cells: dict[str, list[dict]] = {}
+    for method in methods:
+        cells[method] = []
+        for seed in seeds:
+            path = folder / f"seed-{seed}" / method / "results.json"
+            try:
+                cells[method].append(json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError):
+                raise SalunError(f"{path} is missing or damaged: `python -m classification run` makes it.") from None
+        if any(cell["settings"] != cells[method][0]["settings"] for cell in cells[method]):
+            raise SalunError(f"The cells of {method} have several settings: run `python -m classification run` again.")
+    first = cells["retrain"][0]
+    reference = {key: statistics.fmean(cell["metrics"][key] for cell in cells["retrain"]) for key in COMPARED}
+    source = folder / "source" / "results.json"
+    found = {
+        "format": FORMAT,
+        "scenario": first["scenario"],
+        "versions": first["versions"],
+        "n": first["n"],
+        "source": json.loads(source.read_text(encoding="utf-8")) if source.exists() else None,
+        "seeds": seeds,
+        "methods": {},
+    }
+    for method, mine in cells.items():
+        told = {"title": TITLES[method], "settings": mine[0]["settings"]}
+        for key in METRICS:
+            values = [cell["minutes"] if key == "minutes" else cell["metrics"][key] for cell in mine]
+            mean = statistics.fmean(values)
+            std = statistics.stdev(values) if len(values) > 1 else 0.0
+            told[key] = {"mean": round(mean, 4), "std": round(std, 4), "values": values}
+            if key in COMPARED:
+                told[key]["gap"] = round(abs(mean - reference[key]), 4)
+        told["avg_gap"] = round(statistics.fmean(told[key]["gap"] for key in COMPARED), 4)
+        told["avg_gap_by_seed"] = [
+            round(gap(cell["metrics"], exact["metrics"]), 4) for cell, exact in zip(mine, cells["retrain"], strict=True)
+        ]
+        found["methods"][method] = told
+    return found
+
+
+def _rows(found: dict, sign: str, dash: str) -> list[list[str]]:
+    rows = [["", *(heading for heading, _ in METRICS.values())]]
+    rows[0].insert(5, "Avg. Gap")
+    for told in found["methods"].values():
+        row = [told["title"]]
+        for key, (_, digits) in METRICS.items():
+            score = told[key]
+            text = f"{score['mean']:.{digits}f}"
+            if key != "minutes" and len(found["seeds"]) > 1:
+                text += f" {sign} {score['std']:.{digits}f}"
+            if key in COMPARED and told["title"] != "Retrain":
+                text += f" ({score['gap']:.{digits}f})"
+            row.append(text)
+        row.insert(5, dash if told["title"] == "Retrain" else f"{told['avg_gap']:.2f}")
+        rows.append(row)
+    return rows
+
+
+def notes(found: dict) -> str:
+    """What was done, in a few sentences."""
+    scenario, n, versions = found["scenario"], found["n"], found["versions"]
+    accuracy = found["source"]["accuracy"] if found["source"] else {}
+    told = f"; the source answers {accuracy['test']:.2f}% of the test pictures" if accuracy else ""
+    return (
+        f"{scenario['model']} on {scenario['dataset']}, {scenario['forget']} forgotten ({n['forget']:,} of "
+        f"{n['forget'] + n['retain']:,} training pictures; {n['test']:,} to test), {scenario['epochs']} epochs of "
+        f"{scenario['schedule']} training{told}. Mean ± standard deviation over {len(found['seeds'])} seeds, in "
+        "percent; in brackets the distance of the mean to Retrain's. UA: forget pictures answered wrong; RA, TA: "
+        "retain and test pictures answered right; MIA: forget pictures that the published attack calls unseen; Avg. "
+        "Gap: the mean of the four distances. AUC 0.5 and TPR 1: forgotten pictures cannot be told from unseen ones. "
+        f"Relearn: steps until the forget set is known again. torch {versions['torch']}, scikit-learn "
+        f"{versions['scikit-learn']}."
+    )
+
+
+def markdown(found: dict) -> str:
+    head, *rest = _rows(found, "±", "–")
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rest)]
+    return "\n".join([*lines, "", notes(found)])
+
+
+def latex(found: dict) -> str:
+    """For the packages booktabs and graphicx."""
+    head, *rest = _rows(found, "$\\pm$", "--")
+    escaped = [[cell.replace("%", "\\%") for cell in row] for row in (head, *rest)]
+    body = " \\\\\n".join("  " + " & ".join(row) for row in escaped[1:])
+    caption = notes(found).replace("%", "\\%").replace("±", "$\\pm$").replace("_", "\\_")
+    return (
+        "% needs \\usepackage{booktabs,graphicx}\n\\begin{table}\n\\centering\n\\resizebox{\\linewidth}{!}{%\n"
+        f"\\begin{{tabular}}{{{'l' * len(head)}}}\n\\toprule\n  {' & '.join(escaped[0])} \\\\\n\\midrule\n{body} \\\\\n"
+        f"\\bottomrule\n\\end{{tabular}}}}\n\\caption{{{caption}}}\n\\end{{table}}\n"
+    )
+
+
+def _flat(found: dict) -> list[list]:
+    rows = [["method", "seed", *METRICS, "avg_gap"]]
+    for method, told in found["methods"].items():
+        for number, seed in enumerate(found["seeds"]):
+            values = [told[key]["values"][number] for key in METRICS]
+            rows.append([method, seed, *values, told["avg_gap_by_seed"][number]])
+    return rows
+
+
+def _plot_gaps(found: dict, path: Path) -> None:
+    """Avg. Gap against run time: low and left is good."""
+    figure, axis = plt.subplots(figsize=(6.4, 4), dpi=130, layout="constrained")
+    for method, told in found["methods"].items():
+        if method == "retrain":
+            continue
+        colour = ORANGE if method.startswith("salun") else BLUE
+        seconds = 60 * told["minutes"]["mean"]
+        axis.plot(seconds, told["avg_gap"], "o", color=colour)
+        axis.annotate(told["title"], (seconds, told["avg_gap"]), (5, 4), textcoords="offset points", fontsize=8)
+    retrain = 60 * found["methods"]["retrain"]["minutes"]["mean"]
+    axis.axvline(retrain, color=GREY, linestyle="--", linewidth=1)
+    axis.annotate("Retrain", (retrain, 1), (-4, -4), xycoords=("data", "axes fraction"), textcoords="offset points",
+                  ha="right", va="top", fontsize=8, color=GREY)  # fmt: skip
+    axis.set_xscale("log")
+    axis.set_ylim(bottom=0)
+    axis.margins(x=0.12)
+    axis.set(xlabel="run time, seconds", ylabel="Avg. Gap to Retrain, points")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _plot_metrics(found: dict, path: Path) -> None:
+    """UA, RA, TA and MIA by method, with Retrain's as a line: close to it is good."""
+    methods = found["methods"]
+    figure, axes = plt.subplots(
+        1, 4, figsize=(11, 0.5 + 0.3 * len(methods)), dpi=130, sharey=True, layout="constrained"
+    )
+    for axis, key in zip(axes, COMPARED, strict=True):
+        for place, (method, told) in enumerate(methods.items()):
+            colour = GREY if method == "retrain" else ORANGE if method.startswith("salun") else BLUE
+            axis.errorbar(
+                told[key]["mean"], place, xerr=told[key]["std"], fmt="o", color=colour, capsize=2, markersize=4
+            )
+        axis.axvline(methods["retrain"][key]["mean"], color=GREY, linestyle="--", linewidth=1)
+        axis.set_title(f"{METRICS[key][0]}, %", fontsize=9, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="y", color=GREY, alpha=0.15)
+    axes[0].set_yticks(range(len(methods)), [told["title"] for told in methods.values()])
+    axes[0].set_ylim(len(methods) - 0.5, -0.5)
+    figure.savefig(path)
+    plt.close(figure)

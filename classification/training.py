@@ -1,0 +1,160 @@
+"""Batches from pictures that lie in memory, augmented together, and the one SGD loop that everything trains with."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from salun_diffusion.errors import SalunError
+
+from .data import Pictures
+
+AUGMENTATIONS = ("none", "crop", "crop+flip")
+EVALUATION_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained from nothing: the source model, and Retrain with the same."""
+
+    epochs: int
+    learning_rate: float
+    batch_size: int = 256
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: str = (
+        "steps"  # "steps": a tenth at 1/2 and 3/4 of the epochs; "one-cycle": up for a third, then down to 0
+    )
+    augment: str = "crop+flip"
+
+
+def inputs(images: torch.Tensor) -> torch.Tensor:
+    """uint8 → fp32 in 0…1."""
+    return images.float().div_(255)
+
+
+def batches(pictures: Pictures, size: int, generator: torch.Generator, augment: str) -> Iterator[tuple]:
+    """One shuffled pass: ``(inputs, labels)``, the last batch as small as it is. ``generator``, on the CPU, fixes order
+    and augmentation."""
+    order = torch.randperm(len(pictures), generator=generator).to(pictures.labels.device)
+    for rows in order.split(size):
+        images = pictures.images[rows]
+        if augment != "none":
+            images = crop(images, generator)
+        if augment == "crop+flip":
+            flip = (torch.rand(len(rows), generator=generator) < 0.5).to(images.device)
+            images = torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
+        yield inputs(images), pictures.labels[rows]
+
+
+def crop(images: torch.Tensor, generator: torch.Generator, share: int = 8) -> torch.Tensor:
+    """Each picture moved by up to an eighth of its side (4 of CIFAR's 32 pixels) either way, black beyond its edge."""
+    count, _, height, width = images.shape
+    pad = max(height // share, 1)
+    padded = F.pad(images, (pad,) * 4)
+    top, left = torch.randint(2 * pad + 1, (2, count), generator=generator).to(images.device)
+    rows = top[:, None] + torch.arange(height, device=images.device)
+    columns = left[:, None] + torch.arange(width, device=images.device)
+    picture = torch.arange(count, device=images.device)
+    # advanced indices around a slice put the channels last
+    return padded[picture[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+class Held:
+    """Keeps every weight outside a mask at its value of now, bit for bit: masking gradients alone would let weight
+    decay and momentum move it.
+
+    Batch-norm's running statistics are no weights and are not held: they follow the features, as they do in the
+    published code, since frozen ones would not fit the weights that did move.
+    """
+
+    def __init__(self, model: nn.Module, masks: dict[str, torch.Tensor]):
+        parameters = dict(model.named_parameters())
+        self.held = [
+            (parameters[n], ~m.to(parameters[n].device), parameters[n].detach().clone()) for n, m in masks.items()
+        ]
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        for parameter, outside, base in self.held:
+            parameter.copy_(torch.where(outside, base, parameter))
+
+
+def optimise(
+    model: nn.Module,
+    epochs: int,
+    passes: Callable[[int], Iterator[tuple]],
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    *,
+    learning_rate: float,
+    momentum: float,
+    weight_decay: float,
+    title: str,
+    rate: Callable[[float], float] = lambda done: 1.0,
+    batches_each: int = 1,
+    after_step: Callable[[], None] = lambda: None,
+) -> None:
+    """SGD on ``loss(logits, labels)`` over the batches of ``passes(epoch)``, in train mode; it ends in eval mode.
+
+    Args:
+        rate: factor of the learning rate by the share of the training that is done, 0…1.
+        batches_each: batches of an epoch, for that share and the progress bar.
+        after_step: called after every step.
+
+    Raises:
+        SalunError: a loss that is not finite; the model is of no use then.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), learning_rate, momentum, weight_decay=weight_decay)
+    total, done = epochs * batches_each, 0
+    model.train()
+    with tqdm(total=total, desc=title, unit="batch", leave=False) as bar:
+        for epoch in range(epochs):
+            for pixels, labels in passes(epoch):
+                optimizer.param_groups[0]["lr"] = learning_rate * rate(done / total)
+                value = loss(model(pixels), labels)
+                optimizer.zero_grad()
+                value.backward()
+                optimizer.step()
+                after_step()
+                done += 1
+                bar.update()
+            if not torch.isfinite(value):
+                raise SalunError(f"{title}: the loss is {value.item()}; give a lower learning rate.")
+    model.eval()
+
+
+def train(model: nn.Module, pictures: Pictures, recipe: Recipe, generator: torch.Generator, title: str) -> None:
+    """Cross-entropy by ``recipe``, in place.
+
+    Raises:
+        SalunError: as :func:`optimise`.
+    """
+    shapes = {"steps": lambda done: 0.1 ** ((done >= 0.5) + (done >= 0.75)), "one-cycle": _one_cycle}
+    optimise(
+        model, recipe.epochs, lambda epoch: batches(pictures, recipe.batch_size, generator, recipe.augment),
+        F.cross_entropy, learning_rate=recipe.learning_rate, momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay, title=title, rate=shapes[recipe.schedule],
+        batches_each=-(-len(pictures) // recipe.batch_size),
+    )  # fmt: skip
+
+
+def _one_cycle(done: float) -> float:
+    return 3 * done if done < 1 / 3 else 1.5 * (1 - done)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, pictures: Pictures) -> torch.Tensor:
+    """fp32 ``(n, classes)`` on the CPU, in eval mode.
+
+    Raises:
+        SalunError: one is not finite.
+    """
+    model.eval()
+    found = [model(inputs(part)).float().cpu() for part in pictures.images.split(EVALUATION_BATCH)]
+    whole = torch.cat(found)
+    if not torch.isfinite(whole).all():
+        raise SalunError("The model answers NaN or infinity: it is broken, so nothing was measured.")
+    return whole
