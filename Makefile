@@ -31,7 +31,7 @@ bench: .venv/installed
 CONCEPTS := airplane cat ink
 MEASURED := $(CONCEPTS:%=runs/results/%) $(CONCEPTS:%=runs/results/%/composition)
 
-results: $(MEASURED:%=%/results.json)
+results: $(MEASURED:%=%/results.json) runs/classification/digits/results.json
 	mkdir -p docs/results
 	$(foreach concept,$(CONCEPTS),cp runs/results/$(concept)/results.json docs/results/$(concept).json;)
 	$(foreach concept,$(CONCEPTS),cp runs/results/$(concept)/composition/results.json docs/results/$(concept)-composition.json;)
@@ -42,6 +42,9 @@ results: $(MEASURED:%=%/results.json)
 	$(RUN)/python -m eval report runs/results/airplane
 	cp runs/results/airplane/before-after.png docs/airplane.png
 	cp runs/compared/pictures/grid.png docs/grid.png
+	cp runs/classification/digits/results.json docs/results/digits.json
+	$(RUN)/python -m classification table --results docs/results/digits.json --into README.md
+	cp runs/classification/digits/gap-time.png docs/digits.png
 
 runs/results/%/results.json: | .venv/installed
 	$(RUN)/accelerate launch erase_concept.py --pretrained_model_name_or_path demo --concept $* \
@@ -50,6 +53,9 @@ runs/results/%/results.json: | .venv/installed
 		--density 1 --output_dir runs/results/$*-no-mask
 	$(RUN)/python -m eval accuracy --pretrained_model_name_or_path demo --concept $* \
 		--erasure runs/results/$* runs/results/$*-no-mask --output_dir runs/results/$*
+
+runs/classification/digits/results.json: | .venv/installed
+	$(RUN)/python -m classification run --output_dir runs/classification/digits
 
 runs/results/%/composition/results.json: runs/results/%/results.json
 	$(RUN)/python -m eval composition --pretrained_model_name_or_path demo --concept $* \
@@ -60,5 +66,5 @@ clean:
 
 .venv/installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
-	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[data,eval,test]'
+	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[classification,data,eval,test]'
 	touch $@

@@ -3,15 +3,14 @@
 import json
 from pathlib import Path
 
+from salun_diffusion.documents import put_into
+
 HERE = Path(__file__).parent
-START, END = "<!-- results -->", "<!-- end -->"
 
 
 def write() -> None:
     text = "\n".join(_section(json.loads(file.read_text())) for file in sorted(HERE.glob("results-*.json")))
-    page = HERE / "README.md"
-    before, rest = page.read_text(encoding="utf-8").split(START)
-    page.write_text(f"{before}{START}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    put_into(HERE / "README.md", "results", text)
 
 
 def _section(found: dict) -> str:

@@ -18,6 +18,7 @@ from salun_diffusion.options import add_options, settings_of
 
 from .config import Config
 
+DIGITS = Path(__file__).parent / "configs" / "digits.json"  # what `tune` chose for it
 COMMANDS = {
     "run": "source model, every method with every seed, metrics, table",
     "train": "the source model",
@@ -37,6 +38,12 @@ def _parser() -> argparse.ArgumentParser:
         add_options(command, Config)
         if name == "unlearn":
             command.add_argument("--mask", metavar="FILE", help="a mask file in place of the one that SalUn would make")
+        if name == "table":
+            command.add_argument("--results", metavar="FILE.json", type=Path,
+                                 help="a results.json that `run` wrote, in place of the folder's cells")  # fmt: skip
+            command.add_argument("--into", metavar="DOCUMENT", type=Path,
+                                 help="also put the table into this Markdown document, between its lines "
+                                      "<!-- DATASET --> and <!-- end -->")  # fmt: skip
         if name == "tune":
             command.add_argument("--output", metavar="FILE.json", type=Path, required=True,
                                  help="where the chosen settings go, for --config")  # fmt: skip
@@ -46,8 +53,10 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> None:
     given = vars(_parser().parse_args())
     command = given.pop("command")
-    more = {name: given.pop(name) for name in ("mask", "output") if name in given}
+    more = {name: given.pop(name) for name in ("mask", "output", "results", "into") if name in given}
     try:
+        if given.get("dataset", "digits") == "digits" and not given["config"] and command != "tune":
+            given["config"] = str(DIGITS)
         config = Config(**settings_of(given, Config))
         config.check()
         from . import run  # only now: the libraries behind it take seconds, and --help should not

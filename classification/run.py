@@ -24,6 +24,7 @@ import torch
 import torchvision
 from tqdm import tqdm
 
+from salun_diffusion.documents import put_into
 from salun_diffusion.errors import SalunError
 from salun_diffusion.files import write_json
 
@@ -59,7 +60,7 @@ def run(config: Config) -> dict:
             _unlearn(scenario, method, seed)
             _evaluate(scenario, method, seed)
             bar.update()
-    return tables.write(scenario.folder, config.methods, config.seeds)
+    return tables.write(scenario.folder, tables.gather(scenario.folder, config.methods, config.seeds))
 
 
 def train(config: Config) -> None:
@@ -106,9 +107,20 @@ def evaluate(config: Config) -> None:
         print(f"{_folder(scenario, method, seed)}: {told}")
 
 
-def table(config: Config) -> dict:
-    """The table and the plots of what was measured."""
-    return tables.write(Path(config.output_dir), config.methods, config.seeds)
+def table(config: Config, results: Path | None = None, into: Path | None = None) -> dict:
+    """The table and the plots of what was measured.
+
+    Args:
+        results: a ``results.json`` that this command wrote, in place of the folder's cells.
+        into: a Markdown document whose part between ``<!-- DATASET -->`` and ``<!-- end -->`` becomes the table.
+    """
+    found = tables.read(results) if results else tables.gather(Path(config.output_dir), config.methods, config.seeds)
+    if into:
+        name = Path(found["scenario"]["dataset"]).name
+        source = f" --results {results.as_posix()}" if results else f" --output_dir {config.output_dir}"
+        made = f"Made by `python -m classification table{source} --into {into.as_posix()}`."
+        put_into(into, name, f"{tables.markdown(found)} {made}")
+    return found if results else tables.write(Path(config.output_dir), found)
 
 
 def tune(config: Config, output: Path) -> dict:
@@ -146,7 +158,7 @@ def tune(config: Config, output: Path) -> dict:
                 bar.update()
             best = min(gaps, key=gaps.get)
             chosen[method] = DEFAULTS.get(method, {}) | config.method_settings.get(method, {}) | {name: best}
-            print(f"{TITLES[method]}: {name} {best:g}, gap {gaps[best]:.2f} (of {_told(gaps)})")
+            bar.write(f"{TITLES[method]}: {name} {best:g}, gap {gaps[best]:.2f} (of {_told(gaps)})")
     settings = {name: value for name, value in config.shared().items() if value is not None}
     write_json(output, settings | {"method_settings": chosen})
     print(f"Written to {output}: python -m classification run --config {output}")

@@ -18,7 +18,7 @@ from .config import Config
 from .data import Data, Pictures, forget_rows, load, others
 from .methods import DEFAULTS, METHODS, TITLES, Settings, Task
 from .metrics import evaluate
-from .training import logits, train
+from .training import batches, logits, train
 
 FORMAT = "salun-diffusion classifier 1"
 
@@ -60,8 +60,8 @@ class Scenario:
         return replace(found, **parts)
 
     def model(self, seed: int) -> models.Normalised:
-        """An untrained model."""
-        return models.build(self.config.model, self.data, seed).to(self.device)
+        """An untrained model, its weights laid out channels last: ResNets train 1.6 times as fast so on a CPU."""
+        return models.build(self.config.model, self.data, seed).to(self.device, memory_format=torch.channels_last)
 
     def source(self, say=print) -> models.Normalised:
         """The model that knows everything, trained if it is not there yet; the same for all seeds."""
@@ -72,11 +72,19 @@ class Scenario:
         model, begun = self.model(self.config.source_seed), time.perf_counter()
         generator = torch.Generator().manual_seed(self.config.source_seed)
         train(model, self.data.train, self.recipe, generator, "source")
+        seconds = time.perf_counter() - begun
         accuracy = {name: self.accuracy(model, getattr(self.data, name)) for name in ("train", "validation", "test")}
         self.write_model(path, model)
-        about = {"accuracy": accuracy, "minutes": round((time.perf_counter() - begun) / 60, 3)}
+        about = {"accuracy": accuracy, "minutes": round(seconds / 60, 3), "loader_share": self._loader_share(seconds)}
         write_json(path.with_name("results.json"), about | {"recipe": asdict(self.recipe)})
         return model
+
+    def _loader_share(self, seconds: float) -> float:
+        """The part of an epoch that goes into making its batches, 0…1."""
+        begun = time.perf_counter()
+        for _ in batches(self.data.train, self.recipe.batch_size, torch.Generator(), self.recipe.augment):
+            pass
+        return round((time.perf_counter() - begun) * self.recipe.epochs / seconds, 4)
 
     def accuracy(self, model: torch.nn.Module, pictures: Pictures) -> float:
         """Percent."""
@@ -87,7 +95,7 @@ class Scenario:
         about = {"format": FORMAT, "model": self.config.model, "dataset": self.config.dataset}
         about |= {"classes": json.dumps(self.data.classes), "split_seed": str(self.config.split_seed)}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_safetensors(path, {name: value.cpu() for name, value in model.state_dict().items()}, about)
+        write_safetensors(path, {name: value.cpu().contiguous() for name, value in model.state_dict().items()}, about)
 
     def read_model(self, path: Path) -> models.Normalised:
         """A model that :meth:`write_model` wrote.

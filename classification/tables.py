@@ -31,13 +31,8 @@ METRICS = {  # key → (heading, digits)
 BLUE, ORANGE, GREY = "#3b7dd8", "#e08a1e", "#8a8f98"
 
 
-def write(folder: Path, methods: list[str], seeds: list[int]) -> dict:
-    """Gather the cells, write all files, print the table, return the results.
-
-    Raises:
-        SalunError: a seed without Retrain or without one of the methods, or cells of several settings.
-    """
-    found = gather(folder, methods, seeds)
+def write(folder: Path, found: dict) -> dict:
+    """Write all files of what :func:`gather` found, print the table, return it."""
     write_json(folder / "results.json", found)
     (folder / "table.md").write_text(markdown(found) + "\n", encoding="utf-8")
     (folder / "table.tex").write_text(latex(found), encoding="utf-8")
@@ -53,7 +48,11 @@ def write(folder: Path, methods: list[str], seeds: list[int]) -> dict:
 
 
 def gather(folder: Path, methods: list[str], seeds: list[int]) -> dict:
-    """The cells of a folder, put together as the module's docstring says."""
+    """The cells of a folder, put together as the module's docstring says.
+
+    Raises:
+        SalunError: a seed without Retrain or without one of the methods, or cells of several settings.
+    """
     cells: dict[str, list[dict]] = {}
     for method in methods:
         cells[method] = []
@@ -94,6 +93,21 @@ def gather(folder: Path, methods: list[str], seeds: list[int]) -> dict:
     return found
 
 
+def read(path: Path) -> dict:
+    """A ``results.json`` that :func:`write` wrote.
+
+    Raises:
+        SalunError: it is something else, or damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["format"] == FORMAT:
+            return found
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise SalunError(f"{path} is damaged, or not of the form '{FORMAT}': `python -m classification run` writes it.")
+
+
 def _rows(found: dict, sign: str, dash: str) -> list[list[str]]:
     rows = [["", *(heading for heading, _ in METRICS.values())]]
     rows[0].insert(5, "Avg. Gap")
@@ -131,8 +145,21 @@ def notes(found: dict) -> str:
 
 def markdown(found: dict) -> str:
     head, *rest = _rows(found, "±", "–")
-    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rest)]
-    return "\n".join([*lines, "", notes(found)])
+    return "\n".join([*_table([head, *rest]), *_published(found["scenario"]), "", notes(found)])
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+
+
+def _published(scenario: dict) -> list[str]:
+    """The paper's own figures for the scenario, where it has any."""
+    known = json.loads((Path(__file__).parent / "published.json").read_text(encoding="utf-8"))
+    figures = known["scenarios"].get(f"{Path(scenario['dataset']).name} {scenario['model']} {scenario['forget']}")
+    if not figures:
+        return []
+    rows = [["", *known["columns"]], *([method, *(f"{value:g}" for value in row)] for method, row in figures.items())]
+    return ["", f"As published ({known['source']}):", "", *_table(rows)]
 
 
 def latex(found: dict) -> str:
@@ -158,22 +185,30 @@ def _flat(found: dict) -> list[list]:
 
 
 def _plot_gaps(found: dict, path: Path) -> None:
-    """Avg. Gap against run time: low and left is good."""
-    figure, axis = plt.subplots(figsize=(6.4, 4), dpi=130, layout="constrained")
-    for method, told in found["methods"].items():
-        if method == "retrain":
-            continue
-        colour = ORANGE if method.startswith("salun") else BLUE
-        seconds = 60 * told["minutes"]["mean"]
-        axis.plot(seconds, told["avg_gap"], "o", color=colour)
-        axis.annotate(told["title"], (seconds, told["avg_gap"]), (5, 4), textcoords="offset points", fontsize=8)
+    """Avg. Gap against run time: low and left is good. The names stand in a column of their own, where none hides
+    another."""
+    figure, axis = plt.subplots(figsize=(7, 4.2), dpi=130, layout="constrained")
+    methods = {method: told for method, told in found["methods"].items() if method != "retrain"}
+    places = {method: (60 * told["minutes"]["mean"], told["avg_gap"]) for method, told in methods.items()}
+    colours = {method: ORANGE if method.startswith("salun") else BLUE for method in methods}
+    for method, place in places.items():
+        axis.plot(*place, "o", color=colours[method])
     retrain = 60 * found["methods"]["retrain"]["minutes"]["mean"]
     axis.axvline(retrain, color=GREY, linestyle="--", linewidth=1)
     axis.annotate("Retrain", (retrain, 1), (-4, -4), xycoords=("data", "axes fraction"), textcoords="offset points",
                   ha="right", va="top", fontsize=8, color=GREY)  # fmt: skip
     axis.set_xscale("log")
-    axis.set_ylim(bottom=0)
-    axis.margins(x=0.12)
+    gaps = sorted(gap for _, gap in places.values())
+    if gaps and gaps[0] > 0 and gaps[-1] > 20 * gaps[0]:
+        axis.set_yscale("log")
+    else:
+        axis.set_ylim(bottom=0)
+    ordered = sorted(methods, key=lambda method: places[method][1])
+    for number, method in enumerate(ordered):
+        height = (number + 0.5) / len(ordered)
+        axis.annotate(f"{methods[method]['title']}  {places[method][1]:.2f}", places[method], (1.05, height),
+                      textcoords="axes fraction", va="center", fontsize=8, color=colours[method],
+                      arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.4, "alpha": 0.7})  # fmt: skip
     axis.set(xlabel="run time, seconds", ylabel="Avg. Gap to Retrain, points")
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)

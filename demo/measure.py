@@ -16,7 +16,6 @@ from pathlib import Path
 from .scenes import BACKGROUNDS, NUMBERS, OBJECTS, STYLES, a
 
 HERE = Path(__file__).parent
-START, END = "<!-- measured by python -m demo.measure -->", "<!-- end -->"
 
 
 def prompts() -> list[tuple[str, dict[str, str]]]:
@@ -173,6 +172,8 @@ def main() -> None:
 
 def write_readme(result: dict) -> None:
     """Put the tables of ``result`` between the two markers of demo/README.md."""
+    from salun_diffusion.documents import put_into
+
     judged, model = result["judge on held-out scenes"], result["model by the judge"]
     lines = ["| question | judge on held-out scenes | shipped model, by the judge |", "| --- | --- | --- |"]
     for question in judged:
@@ -187,9 +188,7 @@ def write_readme(result: dict) -> None:
     lines += [f"The judge saw nothing recognisable in {nothing['percent']:.1f}% of {nothing['n']} drawn pictures."]
     mistakes = ", ".join(f"{pair} ({n})" for pair, n in result["judge's mistakes on held-out scenes"].items()) or "none"
     lines += [f"The judge's mistakes on {judged['object']['n']} held-out scenes (two answers each): {mistakes}."]
-    path = HERE / "README.md"
-    before, rest = path.read_text(encoding="utf-8").split(START)
-    path.write_text(before + START + "\n" + "\n".join(lines) + "\n" + END + rest.split(END)[1], encoding="utf-8")
+    put_into(HERE / "README.md", "measured by python -m demo.measure", "\n".join(lines))
 
 
 if __name__ == "__main__":

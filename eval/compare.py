@@ -14,6 +14,7 @@ import csv
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from salun_diffusion.documents import put_into
 from salun_diffusion.errors import SalunError
 from salun_diffusion.files import sha256, write_json
 
@@ -66,7 +67,7 @@ def compare(sources: list[Path], output_dir: Path, into: Path | None = None) -> 
     notes = tables.notes([run for _, run in runs])
     text = tables.markdown(lines, columns)
     if into is not None:
-        tables.put_into(into, f"{text}\n\n{notes} Made by `{command} --into {into.as_posix()}`.")
+        put_into(into, "results", f"{text}\n\n{notes} Made by `{command} --into {into.as_posix()}`.")
     begin(output_dir, FORMAT)
     blocks, sections = _pictures(lines)
     (output_dir / "comparison.md").write_text(f"{text}\n\n{notes} Made by `{command}`.\n", encoding="utf-8")

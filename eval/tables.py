@@ -1,13 +1,8 @@
 """A comparison's cells, and its table as Markdown, LaTeX, CSV, and for the terminal."""
 
-from pathlib import Path
-
-from salun_diffusion.errors import SalunError
-
 from . import accuracy, clip_score, composition, fid, i2p
 from .results import aligned
 
-START, END = "<!-- results -->", "<!-- end -->"
 # the columns in their order: key → (title, which way is better)
 ORDER = {
     "ua": ("UA", "↑"),
@@ -156,19 +151,3 @@ def notes(runs: list[dict]) -> str:
         parts.append(f"torch {versions['torch']}, diffusers {versions['diffusers']}")
         told.append(f"`{run['protocol'].split(':')[0]}`: {', '.join(parts)}.")
     return " ".join(told)
-
-
-def put_into(document: Path, table: str) -> None:
-    """Put ``table`` between the two marked lines of a Markdown document.
-
-    Raises:
-        SalunError: it cannot be read, or lacks the lines.
-    """
-    try:
-        found = document.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SalunError(f"{document} cannot be read: {error}.") from None
-    if START not in found or END not in found.split(START)[1]:
-        raise SalunError(f"{document} has no place for a table: it needs the lines '{START}' and '{END}'.")
-    before, rest = found.split(START, 1)
-    document.write_text(f"{before}{START}\n{table}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")

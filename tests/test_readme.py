@@ -14,6 +14,7 @@ SMALL = {  # what a README command is shortened with
     "python -m eval composition": "--num_images 3 --num_inference_steps 2".split(),
     "python -m eval compare": [],
     "python -m eval i2p": [],
+    "python -m classification run": "--limit 400 --epochs 1 --seeds 0 --methods salun".split(),
 }
 
 
@@ -25,7 +26,7 @@ def blocks(language):
 def clone(tmp_path_factory):
     """A folder like a clone's root, whose runs/ is its own, with the run that the README speaks of."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("erase_concept.py", "eval", "demo", "pipelines", "salun_diffusion", "docs"):
+    for name in ("erase_concept.py", "classification", "eval", "demo", "pipelines", "salun_diffusion", "docs"):
         (folder / name).symlink_to(ROOT / name)
     words = "accelerate launch erase_concept.py --pretrained_model_name_or_path demo --concept airplane"
     run(*words.split(), *QUICK, cwd=folder)
