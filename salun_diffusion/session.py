@@ -37,7 +37,8 @@ def spread_threads(state: Accelerator | PartialState) -> None:
     """Share the processor's cores among the processes: accelerate launch and torchrun leave each one thread unless told
     otherwise."""
     if state.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(max(1, os.cpu_count() // state.num_processes))
+        mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, mine // state.num_processes))
 
 
 class Stopped(KeyboardInterrupt):

@@ -12,12 +12,15 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PIL
 
 from classification import run as commands
+from classification import tables
+from classification.__main__ import DIGITS
 from classification.config import Config
 from classification.data import load
 from classification.methods import METHODS
 from classification.scenario import Scenario
 from salun_diffusion.errors import SalunError
 from salun_diffusion.masks import save_masks
+from salun_diffusion.options import settings_of
 
 QUICK = ["--limit", "400", "--epochs", "2", "--methods", "ft", "salun", "--seeds", "0", "1"]
 
@@ -98,7 +101,8 @@ def test_killed_in_the_middle_it_goes_on(folder, tmp_path):
 
 
 def test_the_steps_one_by_one(tmp_path, folder, capsys):
-    config = Config(limit=400, epochs=2, methods=["ft"], seeds=[0], output_dir=str(tmp_path))
+    given = {"config": str(DIGITS), "limit": 400, "epochs": 2, "methods": ["ft"], "seeds": [0]}
+    config = Config(**settings_of(given | {"output_dir": str(tmp_path)}, Config))
     config.check()
     commands.train(config)
     assert "test " in capsys.readouterr().out and not cells(tmp_path)
@@ -125,12 +129,29 @@ def test_a_class_is_dropped_from_the_test_set_too(tmp_path):
 
 
 def test_a_fault_is_one_sentence_and_exit_code_1(tmp_path):
-    done = classification("run", tmp_path / "out", "--model", "resnet", "--limit", "400", check=False)
-    assert done.returncode == 1 and done.stdout == ""
-    assert (
-        done.stderr
-        == "error: There is no model 'resnet': choose one of resnet8, resnet20, resnet18, vgg16_bn, swin_t, vit_s.\n"
-    )
+    done = classification("run", tmp_path / "out", "--methods", "magic", check=False)
+    assert done.returncode == 1 and done.stdout == "" and not (tmp_path / "out").exists()
+    assert done.stderr == f"error: There is no method 'magic': choose some of {', '.join(METHODS)}, or all.\n"
+
+
+@pytest.mark.parametrize("path", sorted(DIGITS.parent.glob("*.json")), ids=lambda path: path.stem)
+def test_the_scenarios_that_come_with_it_can_be_read(path, tmp_path):
+    config = Config(**settings_of({"config": str(path), "output_dir": str(tmp_path)}, Config))
+    config.check()
+    assert config.recipe().epochs >= 20
+    for method in METHODS:
+        assert Scenario(config).settings(method).epochs > 0
+
+
+def test_the_papers_figures_stand_below_ours_and_add_up():
+    known = json.loads((DIGITS.parent.parent / "published.json").read_text())
+    for figures in known["scenarios"].values():
+        for row in figures.values():
+            distances = [abs(row[i] - figures["Retrain"][i]) for i in range(4)]
+            assert sum(distances) / 4 == pytest.approx(row[4], abs=0.011)
+    scenario = {"dataset": "cifar10", "model": "resnet18", "forget": "random:0.1"}
+    assert "| SalUn | 1.55 | 99.88 | 93.93 | 13.28 | 1.13 | 2.66 |" in tables._published(scenario)
+    assert tables._published(scenario | {"model": "resnet8"}) == []
 
 
 @pytest.mark.parametrize(
@@ -221,6 +242,17 @@ def test_data_of_the_users_own(colours, kind):
     assert len(red) == 18 and (red[:, 0] == 255).all() and (red[:, 2] == 0).all()
     first = load(str(colours / kind)).test.images
     assert first.shape in ((10, 3, 16, 16), (10, 3, 17, 17)), "as wide as the first picture"
+
+
+def test_the_table_of_a_document_is_made_from_a_committed_file(folder, tmp_path):
+    document = tmp_path / "README.md"
+    document.write_text("a\n<!-- digits -->\n<!-- end -->\nb\n")
+    classification("table", tmp_path / "none", "--results", folder / "results.json", "--into", document)
+    table = (folder / "table.md").read_text().strip()
+    assert document.read_text().startswith(f"a\n<!-- digits -->\n{table} Made by `python -m classification table")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(SalunError, match="is damaged, or not of the form"):
+        tables.read(folder / "config.json")
 
 
 def test_the_help_answers_at_once():
