@@ -10,12 +10,13 @@ import torch
 from commands import run, start
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PIL
+from safetensors.torch import load_file
 
 from classification import run as commands
 from classification import tables
 from classification.__main__ import DIGITS
 from classification.config import Config
-from classification.data import load
+from classification.data import load, others
 from classification.methods import METHODS
 from classification.scenario import Scenario
 from salun_diffusion.errors import SalunError
@@ -152,6 +153,16 @@ def test_the_papers_figures_stand_below_ours_and_add_up():
     scenario = {"dataset": "cifar10", "model": "resnet18", "forget": "random:0.1"}
     assert "| SalUn | 1.55 | 99.88 | 93.93 | 13.28 | 1.13 | 2.66 |" in tables._published(scenario)
     assert tables._published(scenario | {"model": "resnet8"}) == []
+
+
+def test_the_worst_case_is_scored_once(tmp_path):
+    worst = scenario(tmp_path, forget="memorised:0.1", epochs=1)
+    rows = worst.rows(0)
+    scores = load_file(tmp_path / "memorisation.safetensors")["memorisation"]
+    assert len(rows) == 28 and scores[rows].min() >= scores[others(rows, 288)].max()
+    when = (tmp_path / "memorisation.safetensors").stat().st_mtime_ns
+    assert torch.equal(scenario(tmp_path, forget="memorised:0.1", epochs=1).rows(1), rows), "no seed draws it"
+    assert (tmp_path / "memorisation.safetensors").stat().st_mtime_ns == when
 
 
 @pytest.mark.parametrize(
