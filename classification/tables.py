@@ -25,7 +25,7 @@ from .metrics import COMPARED, gap  # noqa: E402
 FORMAT = "salun-diffusion unlearning table 1"
 METRICS = {  # key → (heading, digits)
     "ua": ("UA", 2), "ra": ("RA", 2), "ta": ("TA", 2), "mia": ("MIA", 2),
-    "mia_auc": ("MIA, AUC", 3), "mia_tpr_at_1_fpr": ("TPR at 1% FPR", 2), "relearn_steps": ("relearn steps", 1),
+    "mia_auc": ("MIA, AUC", 3), "mia_tpr_at_1_fpr": ("TPR at 1% FPR", 2), "relearn_epochs": ("relearn epochs", 1),
     "minutes": ("RTE, min", 2),
 }  # fmt: skip
 BLUE, ORANGE, GREY = "#3b7dd8", "#e08a1e", "#8a8f98"
@@ -138,7 +138,8 @@ def notes(found: dict) -> str:
         "percent; in brackets the distance of the mean to Retrain's. UA: forget pictures answered wrong; RA, TA: "
         "retain and test pictures answered right; MIA: forget pictures that the published attack calls unseen; Avg. "
         "Gap: the mean of the four distances. AUC 0.5 and TPR 1: forgotten pictures cannot be told from unseen ones. "
-        f"Relearn: steps until the forget set is known again. torch {versions['torch']}, scikit-learn "
+        "Relearn: passes over the forget set until it is known as before, 20 at most. "
+        f"torch {versions['torch']}, scikit-learn "
         f"{versions['scikit-learn']}."
     )
 

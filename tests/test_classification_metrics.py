@@ -150,7 +150,7 @@ def test_every_metric_of_a_model_by_hand(data, learnt):
     found = metrics.evaluate(learnt, forget, retain, data.test, data.test, 0, goal=right["f"])
     assert found["ua"] == pytest.approx(100 - right["f"], abs=1e-3)
     assert found["ra"] == pytest.approx(right["r"], abs=1e-3) and found["ta"] == pytest.approx(right["t"], abs=1e-3)
-    assert found["relearn_steps"] == 0, "what was never forgotten needs no relearning"
+    assert found["relearn_epochs"] == 0, "what was never forgotten needs no relearning"
     assert (
         found["counts"]["ta"]["n"] == 360 and found["counts"]["ta"]["low"] < found["ta"] < found["counts"]["ta"]["high"]
     )
@@ -161,7 +161,7 @@ def test_every_metric_of_a_model_by_hand(data, learnt):
 
 def test_a_fresh_model_has_everything_to_learn(data):
     fresh = models.build("resnet8", data, 1)
-    assert metrics.relearn_steps(fresh, data.train[torch.arange(50)], 100.0, 0) == metrics.RELEARN_STEPS
+    assert metrics.relearn_epochs(fresh, data.train[torch.arange(50)], 100.0, 0) == metrics.RELEARN_EPOCHS
 
 
 def test_memorisation_is_what_learning_changes(data, monkeypatch):
