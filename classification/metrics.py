@@ -72,9 +72,12 @@ def published_attack(forget: np.ndarray, retain: np.ndarray, test: np.ndarray, s
     """MIA of the paper: the share of forget pictures, in percent, that an attack calls non-members. The attack is an
     SVC (C = 3, RBF, gamma "auto") on the probability of the true label, taught with the test pictures as non-members
     and as many of the retain set as members. Arguments are log p/(1−p)."""
-    members = np.random.default_rng(seed).choice(retain, min(len(test), len(retain)), replace=False)
-    probability = 1 / (1 + np.exp(-np.concatenate([members, test])))
-    truth = np.repeat([1, 0], [len(members), len(test)])
+    draw, count = np.random.default_rng(seed), min(len(test), len(retain))  # as many of both, or it favours the larger
+    members, others = (
+        part if len(part) == count else draw.choice(part, count, replace=False) for part in (retain, test)
+    )
+    probability = 1 / (1 + np.exp(-np.concatenate([members, others])))
+    truth = np.repeat([1, 0], count)
     attack = SVC(C=3, kernel="rbf", gamma="auto").fit(probability[:, None], truth)
     return round(100 * float((attack.predict((1 / (1 + np.exp(-forget)))[:, None]) == 0).mean()), 3)
 
