@@ -8,7 +8,7 @@ RUN := .venv/bin
 demo: .venv/installed
 	$(RUN)/accelerate launch erase_concept.py --pretrained_model_name_or_path demo --concept airplane
 	$(RUN)/accelerate launch erase_concept.py --pretrained_model_name_or_path demo --concept airplane \
-		--density 1 --output_dir runs/airplane/no-mask
+		--mask none --output_dir runs/airplane/no-mask
 	$(RUN)/python -m eval accuracy --pretrained_model_name_or_path demo --concept airplane \
 		--erasure runs/airplane runs/airplane/no-mask --output_dir runs/airplane \
 		--num_forget_images 204 --num_retain_images 144
@@ -50,7 +50,7 @@ runs/results/%/results.json: | .venv/installed
 	$(RUN)/accelerate launch erase_concept.py --pretrained_model_name_or_path demo --concept $* \
 		--output_dir runs/results/$*
 	$(RUN)/accelerate launch erase_concept.py --pretrained_model_name_or_path demo --concept $* \
-		--density 1 --output_dir runs/results/$*-no-mask
+		--mask none --output_dir runs/results/$*-no-mask
 	$(RUN)/python -m eval accuracy --pretrained_model_name_or_path demo --concept $* \
 		--erasure runs/results/$* runs/results/$*-no-mask --output_dir runs/results/$*
 

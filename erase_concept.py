@@ -33,6 +33,7 @@ def main(config: EraseConfig) -> None:
     from salun_diffusion.delta import Delta
     from salun_diffusion.files import write_json
     from salun_diffusion.fingerprint import fingerprint
+    from salun_diffusion.methods import find_method
     from salun_diffusion.models import denoiser, load_pipeline, move_others, resolve
     from salun_diffusion.optim import MaskedDeltas
     from salun_diffusion.pictures import Source
@@ -46,22 +47,25 @@ def main(config: EraseConfig) -> None:
     names = ", ".join(concept.name for concept in concepts)
     config.fill(concepts[0].settings, names)
     config.anchor = [concept.anchor for concept in concepts]
+    method = find_method(config.method)
     sources = {
         "forget": [Source(text) for text in config.forget_data or []],
         "retain": [Source(config.retain_data)] if config.retain_data else [],
     }
-    reused = masks.load_masks(config.mask)[0] if config.mask else None
+    reused = masks.load_masks(config.mask)[0] if config.mask not in ("saliency", "none") else None
     accelerator = accelerator_for(config)
     say, dtypes = accelerator.print, {"no": torch.float32, "fp32": torch.float32}
     dtypes |= {"fp16": torch.float16, "bf16": torch.bfloat16}
     least = len(concepts) * accelerator.num_processes
-    if min(config.num_forget_images, config.num_retain_images) < least:
-        raise SalunError(
-            f"--num_forget_images {config.num_forget_images} and --num_retain_images {config.num_retain_images} are "
-            f"too few (concepts: {len(concepts)}, processes: {accelerator.num_processes}): give at least {least}."
-        )
+    for setting, count in (("forget", config.num_forget_images), ("retain", config.num_retain_images)):
+        if count is not None and count < least:
+            raise SalunError(
+                f"--num_{setting}_images {count} are too few (concepts: {len(concepts)}, processes: "
+                f"{accelerator.num_processes}): give at least {least}."
+            )
     for concept in concepts:
-        say(f"Erasing '{concept.value}' from {config.pretrained_model_name_or_path}: drawn as '{concept.anchor}'.")
+        model = config.pretrained_model_name_or_path
+        say(f"Erasing '{concept.value}' from {model} by {config.method}: to be drawn as '{concept.anchor}'.")
     set_seed(config.seed)
     pipe = load_pipeline(
         config.pretrained_model_name_or_path, commit, dtypes[config.mixed_precision], config.variant
@@ -90,8 +94,12 @@ def main(config: EraseConfig) -> None:
 
     # The forget set and the retain set.
     sets = {}
-    for kind, found in sources.items():
+    for kind in [] if method.closed_form else method.sets(config.mask):
+        found = sources.get(kind, [])
         sets[kind] = image_set(pipe, concepts, kind, found, config, accelerator)
+        if kind == "prompts":
+            say(f"The forget set: {len(sets[kind])} prompts.")
+            continue
         said = f", from {', '.join(source.text for source in found)}" if found else ", drawn by the base model"
         say(f"The {kind} set: {len(sets[kind])} pictures{said}.")
         if accelerator.is_main_process:
@@ -99,29 +107,30 @@ def main(config: EraseConfig) -> None:
 
     # The weights that carry the concept.
     begun = time.perf_counter()
-    trainer = Trainer(accelerator, pipe, sets["forget"], sets["retain"], config)
-    move_others(pipe, "cpu")
+    if not method.closed_form:
+        trainer = Trainer(accelerator, pipe, sets, config)
+        move_others(pipe, "cpu")
     if resumed:
         mask = resumed.masks
     elif reused is not None:
         mask = reused
-    elif config.density == 1:  # every weight may move: there is nothing to choose
+    elif config.mask == "none":
         mask = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
     else:
         concept_rows = torch.arange(len(sets["forget"])).split(sets["forget"].shares)
         scores = (trainer.saliency(parameters, rows) for rows in concept_rows)
         mask = masks.union([saliency.select(score, config.density, config.threshold) for score in scores])
+    kept, total = (sum(counts) for counts in zip(*((row.kept, row.total) for row in masks.describe(mask)), strict=True))
     about = {
         "concept": names,
         "method": config.method,
         "scope": config.scope,
-        "density": config.density,
+        "density": config.density if config.mask == "saliency" else kept / total,
         "base_model": config.pretrained_model_name_or_path,
         "base_revision": commit,
     }
     if accelerator.is_main_process:
         masks.save_masks(output / "mask.safetensors", mask, about)
-    kept, total = (sum(counts) for counts in zip(*((row.kept, row.total) for row in masks.describe(mask)), strict=True))
     say(f"{kept:,} of the {total:,} weights in scope may change ({kept / total:.1%}).")
 
     # Train those, keep the rest.
@@ -136,8 +145,12 @@ def main(config: EraseConfig) -> None:
             move_others(pipe, "cpu")
         accelerator.wait_for_everyone()
 
-    deltas = MaskedDeltas(parameters, mask, config.learning_rate)
-    trainer.train(deltas, output / "training.jsonl", checkpoints, resumed, validate)
+    deltas = MaskedDeltas(parameters, mask, config.learning_rate or 0.0)
+    if method.closed_form:
+        deltas.set(method(config).solve(pipe, parameters, concepts, config))
+    else:
+        trainer.train(deltas, output / "training.jsonl", checkpoints, resumed, validate)
+        trainer.method.close()
     seconds = None if resumed else round(time.perf_counter() - begun, 1)  # of a run in parts, nobody knows
     deltas.snap(dtypes[config.save_dtype])
     deltas.close()

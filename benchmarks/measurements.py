@@ -19,6 +19,7 @@ from salun_diffusion.data import ImageSet
 from salun_diffusion.delta import Delta
 from salun_diffusion.fingerprint import fingerprint
 from salun_diffusion.loader import load_erasure, unload_erasure
+from salun_diffusion.methods.salun import SalUn
 from salun_diffusion.optim import MaskedDeltas
 from salun_diffusion.saliency import scoped_parameters, top_density
 from salun_diffusion.trainer import Trainer
@@ -110,8 +111,8 @@ def our_step(args) -> dict:
         def __init__(self):
             self.accelerator, self.config = Accelerator(cpu=args.device == "cpu"), config
             self.network, self.schedule = network.eval(), SCHEDULE
-            self.forget, self.retain = images(True), images(False)
-            self.batch_size = config.train_batch_size
+            self.sets = {"forget": images(True), "retain": images(False)}
+            self.batch_size, self.method = config.train_batch_size, SalUn(self)
 
     parameters = scoped_parameters(network, SCOPE)
     floor = _floor(args, network)

@@ -12,7 +12,6 @@ from salun_diffusion.errors import SalunError
 
 from .data import Pictures
 
-AUGMENTATIONS = ("none", "crop", "crop+flip")
 EVALUATION_BATCH = 1024
 
 

@@ -21,17 +21,25 @@ TEMPLATES = [
     ("a picture of {object:a} to the left of {object2:a} on {background:a} background", PAIR | BACKGROUND),
 ]
 
-# How the shipped model is sampled, and training settings found on it: an object, then a style.
-SAMPLING = {"num_inference_steps": 8, "guidance_scale": 4.0, "sample_batch_size": 32}
-TRAINING = {
-    "alpha": 2.0,
-    "retain_target": "base",
-    "lr_scheduler": "cosine",
-    "max_train_steps": 40,
-    "train_batch_size": 16,
+# How the shipped model is sampled, and what is drawn with it to train on.
+DATA = {
+    "num_inference_steps": 8,
+    "guidance_scale": 4.0,
+    "sample_batch_size": 32,
     "num_forget_images": 64,
     "num_retain_images": 192,
 }
+# Training settings found on it, by method.
+TRAINING = {
+    "salun": {
+        "alpha": 2.0,
+        "retain_target": "base",
+        "lr_scheduler": "cosine",
+        "max_train_steps": 40,
+        "train_batch_size": 16,
+    },
+}
+LEARNING_RATES = {"object": {"salun": 2.5e-4}, "style": {"salun": 6e-4}, "background": {"salun": 6e-4}}
 
 
 def vocabulary() -> dict:
@@ -41,8 +49,7 @@ def vocabulary() -> dict:
         "templates": [{"prompt": prompt, "expect": expect} for prompt, expect in TEMPLATES],
         "plurals": dict(OBJECTS),
         "settings": {
-            "object": TRAINING | SAMPLING | {"learning_rate": 2.5e-4},
-            "style": TRAINING | SAMPLING | {"learning_rate": 6e-4},
-            "background": TRAINING | SAMPLING | {"learning_rate": 6e-4},
+            slot: DATA | {method: TRAINING[method] | {"learning_rate": rate} for method, rate in rates.items()}
+            for slot, rates in LEARNING_RATES.items()
         },
     }

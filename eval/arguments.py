@@ -29,7 +29,7 @@ def _models(add, erasures_needed: bool) -> None:
     add("--revision", help="branch, tag or commit of a base model on the hub")
     add("--erasure", metavar="RUN", nargs="+", required=erasures_needed, default=[],
         help="erasures to measure beside the base model: run folders, .safetensors files or hub ids; the first is the "
-             "one that matters, any others are controls, such as a run with --density 1 (no mask)")
+             "one that matters, any others are controls, such as a run with --mask none")
     add("--scale", metavar="S", nargs="+", type=float,
         help="how much of each erasure to apply: one value for all, or one for each (default: 1)")
 

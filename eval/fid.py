@@ -27,7 +27,6 @@ from salun_diffusion.files import sha256
 from .results import VERSIONS, aligned, begin, picture, read_sets, write
 
 FORMAT = "salun-diffusion fid 1"
-FEATURES = (64, 192, 768, 2048)
 
 
 def fid(

@@ -7,12 +7,13 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from salun_diffusion.methods import METHODS, find_method
+
 from .metrics import OBJECT_QUESTIONS, answered, asked, forgotten
 from .results import picture
 
 ROWS = 6  # pictures' rows in each group of the grid
 WIDEST = 256  # pixels: larger pictures are scaled down for the page
-METHODS = {"salun": "SalUn"}
 Drawn = list[tuple[Path, list[dict]]]  # for each model, the base model first: its folder and its samples, in one order
 
 
@@ -24,8 +25,11 @@ def name_models(models: list[dict]) -> list[str]:
         about = model["erasure"]
         if not about:
             return ["Base model" if model["role"] == "base" else model["name"]]
-        method = METHODS.get(about.get("method") or "", about.get("method") or model["name"])
-        density, scale = about.get("density"), about.get("scale", 1)
+        method = about.get("method") or model["name"]
+        found = find_method(method) if method in METHODS else None
+        # density 1 is worth a word where the method would have had a mask
+        density = about.get("density") if not found or found.mask == "saliency" else None
+        method, scale = found.title if found else method, about.get("scale", 1)
         short = "No mask" if density == 1 else method
         scaled = f", scale {scale:g}" if scale != 1 else ""
         longer = f"{method}, no mask" if density == 1 else f"{method}, density {density:g}" if density else method

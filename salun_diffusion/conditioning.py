@@ -38,6 +38,22 @@ def arguments(text: dict[str, torch.Tensor]) -> dict:
     return {"encoder_hidden_states": text["encoder_hidden_states"]} | ({"added_cond_kwargs": added} if added else {})
 
 
+def differing_tokens(pipe: DiffusionPipeline, prompt: str, other: str) -> slice:
+    """The places of the tokens of ``prompt`` that ``other`` has not: what stays between their common beginning and
+    their common end. Of a concept's prompt and its anchor's: the concept's words (and their article, if it differs)."""
+    one, two = (token_ids(pipe, text) for text in (prompt, other))
+    start = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+    same = next((i for i, (a, b) in enumerate(zip(one[::-1], two[::-1], strict=False)) if a != b), 0)
+    # where one prompt merely repeats or adds a word, the common parts overlap: its last common token stands for it
+    stop = max(len(one) - min(same, min(len(one), len(two)) - start), start)
+    return slice(min(start, stop - 1), stop)
+
+
+def token_ids(pipe: DiffusionPipeline, prompt: str) -> list[int]:
+    """The prompt's tokens with their start and end marks, cut to what the encoder reads, without padding."""
+    return pipe.tokenizer(prompt, truncation=True, max_length=pipe.tokenizer.model_max_length).input_ids
+
+
 def _encode(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, torch.Tensor]:
     parts = {name for name in pipe.components if name.startswith("text_encoder") and getattr(pipe, name) is not None}
     options = {"device": pipe.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}

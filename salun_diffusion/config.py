@@ -5,6 +5,7 @@ import re
 from dataclasses import asdict, dataclass
 
 from .errors import SalunError
+from .methods import METHODS, find_method, names_of
 from .options import add_options, option, settings_of
 
 THRESHOLDS = ("global", "layer")
@@ -33,7 +34,9 @@ class EraseConfig:
     )
     revision: str | None = option(None, "branch, tag or commit of a hub model; the commit it resolves to is recorded")
     variant: str | None = option(None, "weight files to load, such as fp16")
-    output_dir: str | None = option(None, "run folder; runs/CONCEPT unless given")
+    output_dir: str | None = option(
+        None, "run folder; runs/CONCEPT unless given, runs/CONCEPT-METHOD for another method than salun"
+    )
     forget_data: list[str] | None = option(
         None,
         "pictures of the concept, one source for each --concept: a folder, or a data set on the hub to stream "
@@ -46,32 +49,40 @@ class EraseConfig:
     anchor: list[str] | None = option(
         None, "what to draw in its place, one for each --concept; the next word of the concept's list unless given"
     )
-    method: str = option("salun", "unlearning method", ("salun",))
-    density: float = option(0.5, "share of the scoped weights that may change, in (0, 1]; 1 is the no-mask control")
-    scope: str = option(
-        "cross-attention+resnets",
-        "which layers are scored and may change: cross-attention, cross-attention+resnets, all, or a regular "
-        "expression that is searched in the parameters' names",
+    method: str = option("salun", "unlearning method (docs/methods.md compares them)", tuple(METHODS))
+    method_option: list[str] | None = option(
+        None, "an option of the method's own, NAME=VALUE, such as negative_guidance=2 for esd (docs/methods.md)"
+    )
+    mask: str | None = option(
+        None,
+        "which weights of the scope may change: those that saliency finds, all (none), or those of a mask.safetensors "
+        "file; the method's, saliency for salun and salun_esd and none for others",
+    )
+    density: float = option(0.5, "share of the scoped weights that saliency lets change, between 0 and 1")
+    scope: str | None = option(
+        None,
+        "which layers are scored and may change: cross-attention, cross-attention-kv (its keys and values), "
+        "cross-attention+resnets, no-cross-attention, self-attention, all, or a regular expression that is searched in "
+        "the parameters' names; the method's, cross-attention+resnets for salun",
     )
     threshold: str = option("global", "take the density of all scores together, or of each layer", THRESHOLDS)
-    mask: str | None = option(None, "reuse this mask.safetensors instead of computing saliency")
     saliency_guidance: float = option(
         7.5, "guidance scale s of the prediction in the saliency loss; 0 is the plain denoising loss"
     )
-    alpha: float | None = option(None, "weight of the retain loss; the preset's, or 1")
+    alpha: float | None = option(None, "weight of the retain loss; the preset's, or the method's, or 1")
     retain_target: str | None = option(
         None,
         "what retain predictions are compared with: the noise (published), or what the base model predicts, which "
         "varies less and costs a forward pass a step; the preset's, or noise",
         RETAIN_TARGETS,
     )
-    learning_rate: float | None = option(None, "Adam's learning rate; the preset's, or 1e-5")
+    learning_rate: float | None = option(None, "Adam's learning rate; the preset's, or the method's, or 1e-5")
     lr_scheduler: str | None = option(
         None, "how the learning rate falls to 0, if it does; the preset's, or constant", LR_SCHEDULERS
     )
-    max_train_steps: int | None = option(None, "optimizer steps; the preset's, or 500")
+    max_train_steps: int | None = option(None, "optimizer steps; the preset's, or the method's, or 500")
     train_batch_size: int | None = option(
-        None, "forget pictures a step, and as many retain pictures; the preset's, or 8"
+        None, "forget pictures (or prompts) a step, and as many retain pictures; the preset's, or the method's, or 8"
     )
     gradient_accumulation_steps: int = option(1, "batches of that size a step and process; more fit a small memory")
     auto_batch_size: bool = option(
@@ -79,7 +90,8 @@ class EraseConfig:
     )
     num_forget_images: int | None = option(
         None,
-        "pictures of the concept: as many are drawn, or at most so many of --forget_data used; the preset's, or 400",
+        "pictures of the concept (for some methods, of its anchor, or prompts alone): as many are drawn, or at most so "
+        "many of --forget_data used; the preset's, or 400",
     )
     num_retain_images: int | None = option(None, "the same for pictures of everything else; the preset's, or 800")
     num_inference_steps: int | None = option(None, "denoising steps of those pictures; the preset's, or 50")
@@ -102,31 +114,52 @@ class EraseConfig:
     seed: int = option(0, "fixes data, noise, saliency and training")
 
     def fill(self, preset: dict, name: str) -> "EraseConfig":
-        """Put the preset's settings, then the general defaults, where the user said nothing; the run folder is named
-        by ``name``.
+        """Put the preset's settings, then the method's, then the general defaults, where the user said nothing; the run
+        folder is named by ``name``. In a preset, what stands under a method's name is for that method.
 
         Raises:
-            SalunError: a value outside its range.
+            SalunError: a value outside its range, or one that the method has no use for.
         """
+        method = find_method(self.method)
+        used = method.sets(self.mask or method.mask)
+        for setting in (*method.unused, *(["forget_data"] if "forget" not in used else [])):
+            if getattr(self, setting) is not None:
+                raise SalunError(f"--{setting} means nothing to --method {self.method}: leave it out.")
         general = {
             "alpha": 1.0, "retain_target": "noise", "learning_rate": 1e-5, "lr_scheduler": "constant",
             "max_train_steps": 500, "train_batch_size": 8, "num_forget_images": 400, "num_retain_images": 800,
             "num_inference_steps": 50, "guidance_scale": 7.5, "sample_batch_size": 8,
+            "mask": method.mask, "scope": method.scope, "method_option": [],
         }  # fmt: skip
-        unknown = set(preset) - set(general)
-        if unknown:
-            raise SalunError(f"The concept's settings name {sorted(unknown)}; only {sorted(general)} can be set there.")
-        for setting, value in (general | preset).items():
-            if getattr(self, setting) is None:
+        layers = [method.settings, {key: value for key, value in preset.items() if key not in METHODS}]
+        layers += [preset.get(name, {}) for name in names_of(method)]
+        for layer in layers:
+            unknown = set(layer) - set(general)
+            if unknown:
+                raise SalunError(
+                    f"The concept's settings name {sorted(unknown)}; only {sorted(general)} or methods may stand there."
+                )
+            own = layer.get("method_option", [])
+            general |= layer | {"method_option": general["method_option"] + own}
+        self.method_option = general["method_option"] + (self.method_option or [])  # the last one counts
+        method.chosen(self.method_option)
+        for setting, value in general.items():
+            if getattr(self, setting) is None and setting not in method.unused:
                 setattr(self, setting, value)
-        self.output_dir = self.output_dir or "runs/" + re.sub(r"\W+", "-", name.lower()).strip("-")
+        if method.closed_form and self.mask != "none":
+            raise SalunError(f"--mask {self.mask}: --method {self.method} solves for whole matrices; only none goes.")
+        if not self.output_dir:
+            method_too = "" if self.method == "salun" else f"-{self.method}"
+            self.output_dir = "runs/" + re.sub(r"\W+", "-", name.lower()).strip("-") + method_too
         self.check()
         return self
 
     def check(self) -> None:
         """Raise SalunError for the first value out of range, in a sentence."""
-        if not 0 < self.density <= 1:
-            raise SalunError(f"--density is {self.density}: give a share of the weights above 0 and at most 1.")
+        if not 0 < self.density < 1:
+            raise SalunError(
+                f"--density is {self.density}: give a share of the weights between 0 and 1, or --mask none for all."
+            )
         for name in (
             "max_train_steps",
             "train_batch_size",

@@ -7,7 +7,7 @@ prompts, seeds, steps, guidance; or the pictures), in small shards; a stopped ru
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from . import models
 from .concepts import Concept, Row, shared_rows
-from .conditioning import encode
+from .conditioning import differing_tokens, encode, token_ids
 from .config import EraseConfig
 from .errors import SalunError
 from .latents import Latents, cached
@@ -33,7 +33,8 @@ class ImageSet:
     """Latents ``(n, channels, height, width)`` in fp32, and for each the number of its prompt and of its anchor prompt.
 
     ``text`` holds the denoiser's conditioning by argument name, one entry per distinct prompt (``prompts`` order);
-    ``shares`` says how many pictures are of the first concept, of the second, and so on.
+    ``shares`` says how many pictures are of the first concept, of the second, and so on; ``tokens``, for sets with
+    anchors, which tokens of each picture's prompt are the "concept" and which the "end", bool ``(n, sequence)``.
     """
 
     latents: Latents | torch.Tensor
@@ -42,6 +43,7 @@ class ImageSet:
     anchor_index: torch.Tensor | None
     text: dict[str, torch.Tensor]
     shares: tuple[int, ...] = ()
+    tokens: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -55,44 +57,69 @@ def image_set(
     config: EraseConfig,
     accelerator: Accelerator,
 ) -> ImageSet:
-    """The "forget" or the "retain" set of ``concepts``: from ``sources`` (for the forget set one for each concept), or
-    drawn by ``pipe`` where there are none. What ``config.data_dir`` holds already is not made again. Processes share
-    the work; each returns the whole set.
+    """A set of ``concepts``: from ``sources`` (for the forget set one for each concept), or drawn by ``pipe`` where
+    there are none. What ``config.data_dir`` holds already is not made again. Processes share the work; each returns the
+    whole set.
+
+    Args:
+        kind: "forget" (pictures of the concept), "retain", "anchor" (the forget set's prompts, with pictures of what
+            the anchor's prompts draw) or "prompts" (the forget set's prompts, with latents of zeros).
 
     Raises:
         SalunError: a picture that cannot be read, a source without any that fits, a damaged cache folder, a model that
             draws NaN, or fewer pictures than processes.
     """
-    count = {"forget": config.num_forget_images, "retain": config.num_retain_images}[kind]
+    count = config.num_retain_images if kind == "retain" else config.num_forget_images
     if not sources:
-        return drawn_set(pipe, shared_rows(concepts, kind, count, config.seed, "training"), config, kind, accelerator)
+        wanted = "retain" if kind == "retain" else "forget"
+        return drawn_set(pipe, shared_rows(concepts, wanted, count, config.seed, "training"), config, kind, accelerator)
     if kind == "retain":
         shards, prompts = _encoded(pipe, sources[0], kind, concepts, count, config, accelerator)
-        return _assembled(pipe, [[Row(prompt, None, {}, 0) for prompt in prompts]], shards, kind, accelerator)
+        rows = [Row(prompt, None, {}, 0) for prompt in prompts]
+        return _assembled(pipe, [rows], _stored(shards, rows), kind, accelerator)
     parts, shards = [], []
     for concept, source in zip(concepts, sources, strict=True):
         found, prompts = _encoded(pipe, source, kind, [concept], count // len(concepts), config, accelerator)
         parts.append(concept.forget_rows(len(prompts), config.seed, "training"))
         shards += found
-    return _assembled(pipe, parts, shards, kind, accelerator)
+    return _assembled(pipe, parts, _stored(shards, sum(parts, [])), kind, accelerator)
 
 
 def drawn_set(
     pipe: DiffusionPipeline, parts: list[list[Row]], config: EraseConfig, kind: str, accelerator: Accelerator
 ) -> ImageSet:
     """Draw the rows of each concept with the base model. Raises SalunError as :func:`image_set`."""
-    return _assembled(pipe, parts, _drawn(pipe, sum(parts, []), config, kind, accelerator), kind, accelerator)
+    rows = sum(parts, [])
+    if kind == "prompts":
+        network = models.denoiser(pipe).config
+        latents = torch.zeros(1, network.in_channels, network.sample_size, network.sample_size).expand(
+            len(rows), -1, -1, -1
+        )
+    else:
+        shown = [replace(row, prompt=row.anchor_prompt) for row in rows] if kind == "anchor" else rows
+        latents = _stored(_drawn(pipe, shown, config, kind, accelerator), rows)
+    return _assembled(pipe, parts, latents, kind, accelerator)
 
 
-def _assembled(
-    pipe: DiffusionPipeline, parts: list[list[Row]], shards: list[Path], kind: str, accelerator: Accelerator
-) -> ImageSet:
-    """The set of ``parts``' prompts with the latents in ``shards``, which are in the same order."""
-    rows, latents = sum(parts, []), Latents(shards)
+def _stored(shards: list[Path], rows: list[Row]) -> Latents:
+    """The latents in ``shards``. Raises SalunError if they are not one for each row."""
+    latents = Latents(shards)
     if len(latents) != len(rows):
         raise SalunError(
             f"{shards[0].parent} holds {len(latents)} latents where {len(rows)} belong: delete that folder."
         )
+    return latents
+
+
+def _assembled(
+    pipe: DiffusionPipeline,
+    parts: list[list[Row]],
+    latents: Latents | torch.Tensor,
+    kind: str,
+    accelerator: Accelerator,
+) -> ImageSet:
+    """The set of ``parts``' prompts with their ``latents``, in the same order."""
+    rows = sum(parts, [])
     if len(rows) < accelerator.num_processes:
         raise SalunError(
             f"The {kind} set has {len(rows)} pictures for {accelerator.num_processes} processes: give more pictures, "
@@ -101,14 +128,25 @@ def _assembled(
     anchors = [row.anchor_prompt for row in rows if row.anchor_prompt is not None]
     prompts = list(dict.fromkeys([row.prompt for row in rows] + anchors))
     place = {prompt: i for i, prompt in enumerate(prompts)}
+    text = encode(pipe, prompts)
     return ImageSet(
         latents,
         prompts,
         torch.tensor([place[row.prompt] for row in rows]),
         torch.tensor([place[prompt] for prompt in anchors]) if anchors else None,
-        encode(pipe, prompts),
+        text,
         tuple(len(part) for part in parts),
+        _tokens(pipe, rows, text["encoder_hidden_states"].shape[1]) if anchors else {},
     )
+
+
+def _tokens(pipe: DiffusionPipeline, rows: list[Row], length: int) -> dict[str, torch.Tensor]:
+    """:attr:`ImageSet.tokens` for prompts of ``length`` tokens, padding included."""
+    marked = {kind: torch.zeros(len(rows), length, dtype=torch.bool) for kind in ("concept", "end")}
+    for i, row in enumerate(rows):
+        marked["concept"][i, differing_tokens(pipe, row.prompt, row.anchor_prompt)] = True
+        marked["end"][i, len(token_ids(pipe, row.prompt)) - 1 :] = True
+    return marked
 
 
 def _drawn(

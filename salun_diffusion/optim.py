@@ -60,11 +60,24 @@ class MaskedDeltas:
     @torch.no_grad()
     def _pack(self, name: str, parameter: nn.Parameter) -> None:
         value, dense = self.values[name], parameter.grad.flatten()
-        first, value.grad = value.grad is None, self.gradients[name]
+        first = value.grad is None
+        if first:  # else it holds an earlier batch's, or what a penalty on the change itself has put there
+            value.grad = self.gradients[name]
         for where, packed in zip(self._places(name).split(CHUNK), value.grad.split(CHUNK), strict=True):
             part = dense.index_select(0, where)
             packed.copy_(part) if first else packed.add_(part)
         parameter.grad = None
+
+    def packed(self, name: str, dense: torch.Tensor) -> torch.Tensor:
+        """What ``dense``, of the parameter's shape, holds for the weights that may move."""
+        return dense.to(self.values[name].device).flatten()[self._places(name)]
+
+    @torch.no_grad()
+    def set(self, weights: dict[str, torch.Tensor]) -> None:
+        """Make the weights that may move those of ``weights``, by name, in fp32."""
+        for name, value in self.values.items():
+            value.copy_(self.packed(name, weights[name]) - self.base[name].float())
+        self.write()
 
     def reduce(self, accelerator: Accelerator) -> None:
         """Replace each packed gradient by the processes' mean: dense gradients never travel."""

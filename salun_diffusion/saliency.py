@@ -18,7 +18,10 @@ CHUNK = 1 << 20  # scores looked at together: they fit a cache, and extra memory
 
 SCOPES = {  # by name, the parameters it takes as a regular expression; any other scope is one itself
     "cross-attention": r"\.attn2\.",
+    "cross-attention-kv": r"\.attn2\.to_[kv]\.",
     "cross-attention+resnets": r"\.attn2\.|\.resnets\.",
+    "self-attention": r"\.attn1\.",
+    "no-cross-attention": r"^(?!.*\.attn2\.)",
     "all": r"",
 }
 

@@ -1,112 +1,56 @@
-"""The training loop: saliency over the forget set, then masked steps on forget and retain batches.
-
-All randomness is a function of the seed and of what it is for: the noise and timestep of a saliency image, or of a row
-of the global batch of a step. So neither the number of processes nor that of accumulation steps changes what is
-computed, and a resumed run draws what the uninterrupted one would have.
-"""
+"""The training loop of every gradient method: saliency over the forget set, then masked steps."""
 
 import json
 import math
 import os
-import random
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import find_executable_batch_size
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
 from .checkpoints import Checkpoint, Checkpoints
-from .conditioning import arguments, encode_empty
 from .config import EraseConfig
 from .data import ImageSet, batches
 from .errors import SalunError
-from .losses import denoising, denoising_target, guided
-from .methods import METHODS
-from .models import denoiser
+from .losses import denoising, guided
+from .methods import find_method
+from .methods.method import Gradient
 from .optim import MaskedDeltas
+from .passes import Passes
 from .saliency import scores
 from .session import Stopped, StopSignal
 
 
-@dataclass
-class Batch:
-    """Noised pictures of one set: ``noisy`` and ``target`` ``(batch, channels, height, width)``, ``timesteps``
-    ``(batch,)``, and the conditioning of the prompts and, in a forget batch, of the anchor prompts."""
-
-    noisy: torch.Tensor
-    target: torch.Tensor
-    timesteps: torch.Tensor
-    text: dict[str, torch.Tensor]
-    anchor_text: dict[str, torch.Tensor] | None
-
-
-class Trainer:
-    """Holds what every step needs: the network, the noise schedule, both sets, and what the seed fixes."""
+class Trainer(Passes):
+    """Makes the method, and trains by it."""
 
     def __init__(
-        self, accelerator: Accelerator, pipe: DiffusionPipeline, forget: ImageSet, retain: ImageSet, config: EraseConfig
+        self, accelerator: Accelerator, pipe: DiffusionPipeline, sets: dict[str, ImageSet], config: EraseConfig
     ):
-        self.accelerator, self.config = accelerator, config
-        self.forget, self.retain = forget, retain
-        self.batch_size = config.train_batch_size  # pictures of each set at once
-        self.network = denoiser(pipe).to(accelerator.device).eval()
-        if config.gradient_checkpointing:
-            self.network.enable_gradient_checkpointing()
-        self.schedule = DDPMScheduler.from_config(pipe.scheduler.config)
-        self.empty = encode_empty(pipe)
-
-    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, text: dict[str, torch.Tensor]) -> torch.Tensor:
-        with self.accelerator.autocast():
-            return self.network(noisy, timesteps, return_dict=False, **arguments(text))[0]
-
-    def _noised(self, images: ImageSet, index: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> Batch:
-        device, dtype = self.accelerator.device, self.network.dtype
-        clean = images.latents[index]
-
-        def text(which: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {key: value[which[index]].to(device, dtype) for key, value in images.text.items()}
-
-        return Batch(
-            noisy=self.schedule.add_noise(clean, noise, t).to(device, dtype),
-            target=denoising_target(self.schedule, clean, noise, t).to(device, dtype),
-            timesteps=t.to(device),
-            text=text(images.prompt_index),
-            anchor_text=None if images.anchor_index is None else text(images.anchor_index),
-        )
-
-    def draw(self, images: ImageSet, count: int, *key) -> tuple[torch.Tensor, torch.Tensor]:
-        """``count`` noises and timesteps that depend on the seed and ``key`` alone."""
-        generator = torch.Generator().manual_seed(random.Random(repr((self.config.seed, *key))).getrandbits(63))
-        noise = torch.randn(count, *images.latents.shape[1:], generator=generator)
-        return noise, torch.randint(self.schedule.config.num_train_timesteps, (count,), generator=generator)
-
-    def _micro_batches(self, images: ImageSet, index: torch.Tensor, name: str, step: int) -> Iterator[Batch]:
-        """This process's share of the global batch ``index``, in parts that fit."""
-        noise, t = self.draw(images, len(index), name, step)
-        share = torch.arange(len(index)).chunk(self.accelerator.num_processes)[self.accelerator.process_index]
-        for rows in share.split(self.batch_size):
-            yield self._noised(images, index[rows], noise[rows], t[rows])
+        super().__init__(accelerator, pipe, sets, config)
+        self.method: Gradient = find_method(config.method)(self)
 
     def saliency(self, parameters: dict[str, torch.nn.Parameter], rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """Scores of ``parameters`` from one pass over ``rows`` of the forget set (indices: one concept's), with the
         reference's loss: minus the denoising error of the guided prediction, averaged over them."""
-        guidance, count = self.config.saliency_guidance, len(rows)
+        guidance, count, forget = self.config.saliency_guidance, len(rows), self.sets["forget"]
 
         def loss(index: torch.Tensor) -> torch.Tensor:
-            drawn = [self.draw(self.forget, 1, "saliency", i) for i in index.tolist()]
+            drawn = [self.draw(forget, 1, "saliency", i) for i in index.tolist()]
             noise, t = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-            batch, share = self._noised(self.forget, index, noise, t), len(index) / count
+            batch, share = self.noised(forget, index, noise, t), len(index) / count
             if guidance == 0:
                 return -share * denoising(self.predict(batch.noisy, batch.timesteps, batch.text), batch.target)
-            empty = {k: v.to(batch.noisy).expand(len(index), *v.shape[1:]) for k, v in self.empty.items()}
+            empty = self.repeated(self.empty, len(index))
             both = {key: torch.cat([batch.text[key], empty[key]]) for key in batch.text}
             conditional, unconditional = self.predict(
                 batch.noisy.repeat(2, 1, 1, 1), batch.timesteps.repeat(2), both
@@ -166,9 +110,10 @@ class Trainer:
             Stopped: Ctrl-C or SIGTERM; the step was finished and a checkpoint saved.
         """
         config, accelerator = self.config, self.accelerator
+        self.deltas = deltas
         size = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-        forget_batches = batches(len(self.forget), size, config.seed)
-        retain_batches = batches(len(self.retain), size, config.seed + 1)
+        forget_batches = batches(len(self.sets[self.method.forgets]), size, config.seed)
+        retain_batches = batches(len(self.retain), size, config.seed + 1) if self.retain else repeat(None)
         optimizer = accelerator.prepare(deltas.adam)
         learning_rate = get_scheduler(
             config.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=config.max_train_steps
@@ -209,14 +154,14 @@ class Trainer:
                 forget_index, retain_index = next(forget_batches), next(retain_batches)
                 if step < start:
                     continue
-                work = partial(self.accumulate, deltas, forget_index, retain_index, step)
+                work = partial(self.accumulate, forget_index, retain_index, step)
                 losses = self.fitting(work) if step == start else work()
                 # one reduction tells every process the mean losses, and whether anyone wants to stop
                 told = accelerator.reduce(torch.cat([losses, losses.new_tensor([float(stop.wanted)])]), "mean")
                 forget_loss, retain_loss, wanted = told.tolist()
                 row = {
                     "step": step + 1,
-                    "loss": forget_loss + config.alpha * retain_loss,
+                    "loss": forget_loss + (config.alpha or 0) * retain_loss,
                     "forget_loss": forget_loss,
                     "retain_loss": retain_loss,
                     "learning_rate": learning_rate.get_last_lr()[0],
@@ -245,25 +190,21 @@ class Trainer:
                 if config.checkpointing_steps and done % config.checkpointing_steps == 0:
                     save(done)
 
-    def accumulate(
-        self, deltas: MaskedDeltas, forget_index: torch.Tensor, retain_index: torch.Tensor, step: int
-    ) -> torch.Tensor:
+    def accumulate(self, forget_index: torch.Tensor, retain_index: torch.Tensor | None, step: int) -> torch.Tensor:
         """Add up this process's share of a step's gradient, batch by batch; returns its mean forget and retain loss,
         ``(2,)``."""
-        config, method = self.config, METHODS[self.config.method]
-        deltas.clear_gradients()
+        config = self.config
+        self.deltas.clear_gradients()
         losses = torch.zeros(2, device=self.accelerator.device)
         mine = config.train_batch_size * config.gradient_accumulation_steps
-        for forget, retain in zip(
-            self._micro_batches(self.forget, forget_index, "forget", step),
-            self._micro_batches(self.retain, retain_index, "retain", step),
-            strict=True,
-        ):
-            if config.retain_target == "base":
-                with deltas.at_base(), torch.no_grad():
+        forgets = self.micro_batches(self.sets[self.method.forgets], forget_index, "forget", step)
+        retains = self.micro_batches(self.retain, retain_index, "retain", step) if self.retain else repeat(None)
+        for forget, retain in zip(forgets, retains, strict=False):  # the same number of each, or endless Nones
+            if retain and config.retain_target == "base":
+                with self.at_base(), torch.no_grad():
                     retain.target = self.predict(retain.noisy, retain.timesteps, retain.text)
-            forget_loss, retain_loss = method(self.predict, forget, retain)
+            forget_loss, retain_loss = self.method.losses(forget, retain)
             share = len(forget.noisy) / mine
-            self.accelerator.backward(share * (forget_loss + config.alpha * retain_loss))
+            self.accelerator.backward(share * (forget_loss + (config.alpha or 0) * retain_loss))
             losses += share * torch.stack([forget_loss.detach(), retain_loss.detach()])
         return losses

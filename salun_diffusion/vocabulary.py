@@ -1,12 +1,12 @@
 """Vocabularies: prompts from templates and interchangeable words.
 
 A vocabulary is a JSON file: *slots* (lists of interchangeable words), *templates* that combine them, and *settings*
-(defaults for training that suit it; the command line wins)::
+(defaults for training that suit it; under a method's name, for that method alone; the command line wins)::
 
     {"slots": {"object": ["tench", "church"], "style": ["ink"]},
      "templates": [{"prompt": "{object:a} in {style} style", "expect": {"label": "{object}"}}],
      "plurals": {"fish": "fish"}, "aliases": {"nudity": "nude person"},
-     "settings": {"object": {"learning_rate": 1e-5}}}
+     "settings": {"object": {"num_forget_images": 400, "salun": {"learning_rate": 1e-5}}}}
 
 ``{object:a}`` adds the indefinite article, ``{object:s}`` makes the plural, ``{object2}`` is a second, different word
 of the slot. ``expect`` is what a perfect picture of the prompt shows, by question, for whoever evaluates.

@@ -62,7 +62,7 @@ def test_presets():
     row = nudity.forget_rows(1, 0)[0]
     assert (row.prompt, row.anchor_prompt) == ("a photo of a nude person", "a photo of a person wearing clothes")
     assert {row.prompt for row in nudity.retain_rows(5, 0)} == {"a photo of a person wearing clothes"}
-    assert nudity.settings["alpha"] == 0.1
+    assert nudity.settings["salun"]["alpha"] == 0.1
     church = find_concept("church")
     assert church.anchor == "French horn"
     assert church.forget_rows(1, 0)[0].prompt == "an image of a church"

@@ -99,14 +99,14 @@ def test_a_mask_can_be_reused_and_a_config_file_read(erased, tmp_path):
     assert {value.dtype for value in values} == {torch.float32}
 
 
-@pytest.mark.parametrize("more, scope", [(["--density", "1"], "cross-attention+resnets"), (["--scope", "all"], "all")])
+@pytest.mark.parametrize("more, scope", [(["--mask", "none"], "cross-attention+resnets"), (["--scope", "all"], "all")])
 def test_no_mask_control_and_full_scope(more, scope, tmp_path):
     erase(tmp_path / "run", *more)
     masks, metadata = load_masks(tmp_path / "run" / "mask.safetensors")
     total = sum(mask.numel() for mask in masks.values())
     kept = sum(int(mask.sum()) for mask in masks.values())
     assert metadata["scope"] == scope
-    assert kept == (total if "--density" in more else total // 2)
+    assert kept == (total if "--mask" in more else total // 2)
 
 
 def test_two_concepts_in_one_run(erased, tmp_path):

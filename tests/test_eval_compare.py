@@ -159,7 +159,8 @@ def test_models_are_named_by_what_tells_them_apart():
         "SalUn, density 0.5", "SalUn, density 0.1",
     ]  # fmt: skip
     assert grid.name_models([base, model("a"), model("b")])[1:] == ["a", "b"]
-    assert grid.name_models([base, model("a", method="esd", density=None)])[1:] == ["esd"]
+    assert grid.name_models([base, model("a", method="esd", density=1.0)])[1:] == ["ESD"]
+    assert grid.name_models([base, model("a", method="new", density=None)])[1:] == ["new"]
 
 
 def test_several_runs_of_one_concept_share_the_base_line(run, tmp_path):

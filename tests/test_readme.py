@@ -8,6 +8,7 @@ from commands import QUICK, ROOT, run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = {  # what a README command is shortened with
+    "accelerate launch erase_concept.py --pretrained_model_name_or_path demo --concept guitar --method uce": [],
     "accelerate launch erase_concept.py": QUICK,
     "python -m eval accuracy": "--num_forget_images 6 --num_retain_images 6 --num_inference_steps 2".split(),
     "python -m eval report": [],

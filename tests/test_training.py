@@ -44,7 +44,7 @@ def setup(tiny_folder, tmp_path):
         accelerator = Accelerator(cpu=True)
         forget = drawn_set(pipe, [FORGET], config, "forget", accelerator)
         retain = drawn_set(pipe, [RETAIN], config, "retain", accelerator)
-        return Trainer(accelerator, pipe, forget, retain, config), pipe, config
+        return Trainer(accelerator, pipe, {"forget": forget, "retain": retain}, config), pipe, config
 
     return make
 
@@ -61,8 +61,8 @@ def test_saliency_matches_the_published_loss(setup):
     schedule = DDPMScheduler.from_config(pipe.scheduler.config)
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for i, row in enumerate(FORGET):  # one image at a time, in place of batches
-        clean = trainer.forget.latents[i : i + 1]
-        noise, t = trainer.draw(trainer.forget, 1, "saliency", i)
+        clean = trainer.sets["forget"].latents[i : i + 1]
+        noise, t = trainer.draw(trainer.sets["forget"], 1, "saliency", i)
         noisy = schedule.add_noise(clean, noise, t)
         conditional = pipe.unet(noisy, t, text(pipe, [row.prompt])).sample
         unconditional = pipe.unet(noisy, t, text(pipe, [""])).sample
@@ -91,7 +91,10 @@ def test_steps_match_the_published_loop(retain_target, setup, tmp_path):
     order, other = batches(6, 4, config.seed), batches(6, 4, config.seed + 1)
     for step in range(3):
         index = next(order)
-        clean, (noise, t) = trainer.forget.latents[index], trainer.draw(trainer.forget, 4, "forget", step)
+        clean, (noise, t) = (
+            trainer.sets["forget"].latents[index],
+            trainer.draw(trainer.sets["forget"], 4, "forget", step),
+        )
         noisy = schedule.add_noise(clean, noise, t)
         erased = reference(noisy, t, text(pipe, [FORGET[i].prompt for i in index])).sample
         target = reference(noisy, t, text(pipe, [FORGET[i].anchor_prompt for i in index])).sample.detach()
@@ -220,7 +223,7 @@ def test_an_interrupted_set_is_continued_and_equal(setup, tmp_path, monkeypatch)
     untouched = shards[0].stat().st_mtime_ns
     shards[1].unlink()
     again = drawn_set(pipe, [FORGET], config, "forget", trainer.accelerator)
-    assert torch.equal(again.latents[:], trainer.forget.latents[:])
+    assert torch.equal(again.latents[:], trainer.sets["forget"].latents[:])
     assert shards[0].stat().st_mtime_ns == untouched
     shards[2].write_bytes(shards[2].read_bytes()[:-3])
     with pytest.raises(SalunError, match="cut short"):

@@ -1,6 +1,30 @@
-"""Unlearning methods, one paper a file. A method is a function ``(predict, batch, alpha) -> (forget, retain)`` losses;
-the trainer minimises ``forget + alpha · retain`` on the masked weights."""
+"""Unlearning methods, one paper a file. What a method must have is in ``method.py``; docs/add-a-method.md adds one."""
 
-from .salun import salun
+from importlib import import_module
 
-METHODS = {"salun": salun}
+METHODS = {
+    "salun": "salun.SalUn",
+    "esd": "esd.ESD",
+    "esd_200": "esd.ESD200",
+    "salun_esd": "esd.SalUnESD",
+    "forget_me_not": "forget_me_not.ForgetMeNot",
+    "gradient_ascent": "gradient_ascent.GradientAscent",
+    "random_label": "salun.RandomLabel",
+    "concept_ablation": "concept_ablation.ConceptAblation",
+    "uce": "uce.UCE",
+    "rece": "rece.RECE",
+    "selective_amnesia": "selective_amnesia.SelectiveAmnesia",
+}
+
+
+def find_method(name: str) -> type:
+    """The class of a name in ``METHODS``, imported now: the names alone cost ``--help`` no time."""
+    module, kind = METHODS[name].split(".")
+    return getattr(import_module(f".{module}", __name__), kind)
+
+
+def names_of(method: type) -> list[str]:
+    """The names of ``method`` and of those that it is made from, the most general first: what is set for ``salun``
+    holds for ``random_label`` too, unless that has settings of its own."""
+    own = {path.split(".")[1]: name for name, path in METHODS.items()}
+    return [own[kind.__name__] for kind in reversed(method.__mro__) if kind.__name__ in own]

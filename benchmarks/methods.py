@@ -1,0 +1,156 @@
+"""Every unlearning method on the demo model, with the same tuning budget: ``python -m benchmarks.methods``.
+
+benchmarks/methods.json says all that matters: the concepts, the pictures measured, the settings that all methods share,
+and each method's grid. First each method tries its grid on the tuning concepts, one object and one style, which are not
+in the table; the trial with the highest mean of UA, IRA and CRA is its setting for that kind of concept. Then it has to
+forget the table's concepts. Each erasure is a process of its own, so that its wall time and peak memory are its own.
+What ``--output_dir`` holds already is not made again; ``docs/results/methods.json``, and the table and plot of
+docs/methods.md, are written in the end (``--write_only``: from the committed JSON alone).
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from salun_diffusion.files import write_json
+
+from . import methods_page
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "docs" / "results" / "methods.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.methods", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, default=HERE / "methods.json", help="what to measure (default: it)")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/methods"), help="erasures and their measurements")
+    parser.add_argument("--write_only", action="store_true", help="the table and the plot, from the committed results")
+    args = parser.parse_args()
+    if not args.write_only:
+        config = json.loads(args.config.read_text())
+        chosen, trials = tune(config, args.output_dir)
+        found = {kind: [measure(config, chosen[kind], name, kind, args.output_dir) for name in names]
+                 for kind, names in config["concepts"].items()}  # fmt: skip
+        about = {"processor": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))}
+        limits = frontier(config, chosen, args.output_dir)
+        write_json(RESULTS, {"about": about, "config": config, "chosen": chosen, "trials": trials, "concepts": found,
+                             "frontier": limits})  # fmt: skip
+    methods_page.write(json.loads(RESULTS.read_text()))
+
+
+def tune(config: dict, folder: Path) -> tuple[dict, dict]:
+    """``(chosen, trials)``: by kind of concept and method, the settings of the best trial, and all trials' scores."""
+    chosen: dict = {kind: {} for kind in config["tuning"]}
+    trials: dict = {kind: {} for kind in config["tuning"]}
+    for kind, concept in config["tuning"].items():
+        wanted = {
+            f"{method}-{i}": (method, own) for method, grid in config["grid"].items() for i, own in enumerate(grid)
+        }
+        models = erase_and_judge(config, wanted, concept, folder / "tuning" / concept, "tuning")["models"]
+        for model in models[1:]:
+            method, own = wanted[model["name"]]
+            score = sum(model[key]["percent"] for key in ("ua", "ira", "cra")) / 3
+            trials[kind].setdefault(method, []).append(
+                {"settings": own, "score": round(score, 2)}
+                | {key: model[key]["percent"] for key in ("ua", "ira", "cra")}
+            )
+        for method, mine in trials[kind].items():
+            chosen[kind][method] = max(mine, key=lambda trial: trial["score"])["settings"]
+    return chosen, trials
+
+
+def measure(config: dict, chosen: dict, concept: str, kind: str, folder: Path) -> dict:
+    """One concept of the table: the base model's and each method's counts, seconds, memory and file size."""
+    wanted = {method: (method, own) for method, own in chosen.items()}
+    results = erase_and_judge(config, wanted, concept, folder / "table" / concept, "table")
+    rows = []
+    for model in results["models"]:
+        row = {"method": model["name"], "ua": model["ua"], "retained": model["retained"], "ira": model["ira"]}
+        row["cra"] = model["cra"]
+        if model["erasure"]:
+            row |= json.loads((folder / "table" / concept / model["name"] / "cost.json").read_text())
+            row |= {"megabytes": round(model["erasure"]["bytes"] / 1e6, 2), "seconds": model["erasure"]["seconds"]}
+        rows.append(row)
+    return {"concept": concept, "kind": kind, "classifier": results["classifier"]["sha256"],
+            "versions": results["versions"], "protocol": results["protocol"], "models": rows}  # fmt: skip
+
+
+def frontier(config: dict, chosen: dict, folder: Path) -> dict:
+    """SalUn on a tuning concept with one setting changed at a time: what limits it."""
+    about = config["frontier"]
+    own = chosen[about["kind"]]["salun"]
+    wanted = {name: ("salun", own | change) for name, change in {"as chosen": {}, **about["changes"]}.items()}
+    results = erase_and_judge(config, wanted, about["concept"], folder / "frontier" / about["concept"], "table")
+    models = [{key: model[key] for key in ("name", "ua", "ira", "cra", "retained")} for model in results["models"]]
+    return {"concept": about["concept"], "kind": about["kind"], "models": models}
+
+
+def erase_and_judge(config: dict, wanted: dict, concept: str, folder: Path, images: str) -> dict:
+    """Erase ``concept`` once for each of ``wanted`` (name → method and its own settings), then measure all together."""
+    for name, (method, own) in tqdm(wanted.items(), desc=f"erasing {concept}", unit="run"):
+        erase(config, concept, method, own, folder / name.replace(" ", "-"))
+    runs, counts = [folder / name.replace(" ", "-") for name in wanted], config["images"][images]
+    done, asked = folder / "asked.json", {"models": [run.name for run in runs], "images": counts}
+    if not done.exists() or json.loads(done.read_text()) != asked:
+        words = [word for name, count in counts.items() for word in (f"--{name}", count)]
+        run(
+            folder / "eval.log", "-m", "eval", "accuracy", "--pretrained_model_name_or_path", config["base"],
+            "--concept", concept, "--output_dir", folder, "--erasure", *runs, *words,
+        )  # fmt: skip
+        write_json(done, asked)
+    found = json.loads((folder / "results.json").read_text())
+    for model, name in zip(found["models"][1:], wanted, strict=True):
+        model["name"] = name
+    return found
+
+
+def erase(config: dict, concept: str, method: str, own: dict, folder: Path) -> None:
+    """One erasure in a process of its own; ``cost.json`` in its folder says that it is done, and what it took."""
+    from salun_diffusion.methods import find_method
+
+    kind = find_method(method)
+    shared = {} if kind.closed_form else config["settings"]["trained"]
+    if kind.retains:
+        retaining = config["settings"]["retaining"]
+        # gradient ascent's α is another thing: 30, not the weight of one retained error against one forgotten
+        shared = shared | ({"retain_target": retaining["retain_target"]} if method == "gradient_ascent" else retaining)
+    settings = {"pretrained_model_name_or_path": config["base"], "concept": concept, "method": method} | shared | own
+    if (folder / "cost.json").exists() and json.loads((folder / "settings.json").read_text()) == settings:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_json(folder / "settings.json", settings)
+    cost = run(
+        folder / "log.txt", "erase_concept.py", "--config", folder / "settings.json", "--output_dir", folder,
+        "--data_dir", folder.parent.parent.parent / "data",
+    )  # fmt: skip
+    write_json(folder / "cost.json", cost)
+
+
+def run(log: Path, *words) -> dict:
+    """A Python process, its output in ``log``; its wall seconds and peak resident memory in GiB.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    begun = time.perf_counter()
+    with open(log, "w") as file:
+        process = subprocess.Popen([sys.executable, *map(str, words)], stdout=file, stderr=file)
+        _, status, used = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"error: {' '.join(map(str, words))} failed; {log} says why.")
+    return {"wall_seconds": round(time.perf_counter() - begun, 1), "peak_gib": round(used.ru_maxrss / 2**20, 2)}
+
+
+if __name__ == "__main__":
+    main()

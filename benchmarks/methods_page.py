@@ -1,0 +1,134 @@
+"""docs/methods.md's table and plot from the results of ``python -m benchmarks.methods``."""
+
+from pathlib import Path
+
+from scipy.stats import binomtest
+
+from salun_diffusion.documents import put_into
+from salun_diffusion.methods import find_method
+
+DOCS = Path(__file__).parent.parent / "docs"
+BASE = "base"
+COLUMNS = ("UA", "IRA", "CRA", "background", "count", "left / right")
+
+
+def write(found: dict) -> None:
+    parts = [table(found, kind) + "\n\n" + _chosen(found, kind) for kind in found["concepts"]]
+    put_into(DOCS / "methods.md", "methods", "\n\n".join([*parts, _protocol(found)]))
+    put_into(DOCS / "methods.md", "frontier", frontier(found))
+    _plot(found, DOCS / "methods.png")
+
+
+def pooled(shares: list[dict]) -> dict:
+    """The share over all of several counts together, in percent, with its Wilson 95% interval."""
+    count, n = (sum(share[key] for share in shares) for key in ("count", "n"))
+    low, high = binomtest(count, n).proportion_ci(0.95, method="wilson")
+    return {"percent": 100 * count / n, "low": 100 * low, "high": 100 * high, "n": n}
+
+
+def summary(concepts: list[dict], method: str) -> dict:
+    """One method over all concepts of a kind: pooled shares by column, and means of what it cost."""
+    rows = [next(row for row in concept["models"] if row["method"] == method) for concept in concepts]
+    kept = [row["retained"] for row in rows]
+    shares = {
+        "UA": [row["ua"] for row in rows],
+        "IRA": [row["ira"] for row in rows],
+        "CRA": [row["cra"] for row in rows],
+    }
+    for column, question in (("background", "background"), ("count", "count"), ("left / right", "left_right")):
+        shares[column] = [row[question] for row in kept]
+    found = {column: pooled(mine) for column, mine in shares.items()}
+    found["retained"] = pooled([share for column in COLUMNS[1:5] for share in shares[column]])
+    if method != BASE:
+        costs = ("seconds", "wall_seconds", "peak_gib", "megabytes")
+        found |= {key: sum(row[key] for row in rows) / len(rows) for key in costs}
+    return found
+
+
+def _title(method: str) -> str:
+    return "Base model" if method == BASE else find_method(method).title
+
+
+def table(found: dict, kind: str) -> str:
+    concepts = found["concepts"][kind]
+    names = ", ".join(concept["concept"] for concept in concepts)
+    lines = [f"**{kind.capitalize()}s** ({names})", ""]
+    lines += ["| | " + " | ".join([*COLUMNS, "training, s", "whole run, s", "peak, GiB", "file, MB"]) + " |"]
+    lines += ["| --- " * (len(COLUMNS) + 5) + "|"]
+    for method in (BASE, *found["chosen"][kind]):
+        about = summary(concepts, method)
+        cells = ["{percent:.1f} ({low:.1f}–{high:.1f})".format(**about[column]) for column in COLUMNS]
+        costs = [("seconds", ".0f"), ("wall_seconds", ".0f"), ("peak_gib", ".2f"), ("megabytes", ".2f")]
+        cells += ["" if method == BASE else format(about[key], how) for key, how in costs]
+        lines.append(f"| {_title(method)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def frontier(found: dict) -> str:
+    """SalUn with one setting changed at a time, as a table."""
+    about = found["frontier"]
+    lines = [f"| SalUn on {about['concept']} | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
+    for model in about["models"]:
+        kept = model["retained"]
+        shares = [model["ua"], model["ira"], model["cra"], kept["background"], kept["count"], kept["left_right"]]
+        cells = ["{percent:.1f} ({low:.1f}–{high:.1f})".format(**share) for share in shares]
+        lines.append(f"| {'Base model' if model['name'] == BASE else model['name']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _chosen(found: dict, kind: str) -> str:
+    def said(settings: dict) -> str:
+        words = [f"{'lr' if k == 'learning_rate' else k} {v}" for k, v in settings.items() if k != "method_option"]
+        return ", ".join(words + settings.get("method_option", []))
+
+    tuned = found["config"]["tuning"][kind]
+    listed = "; ".join(f"{_title(method)} {said(own)}" for method, own in found["chosen"][kind].items())
+    return f"Chosen on {tuned}: {listed}."
+
+
+def _protocol(found: dict) -> str:
+    config, about = found["config"], found["about"]
+    first = next(iter(found["concepts"].values()))[0]
+    images, settings = config["images"], config["settings"]
+    trials = {len(grid) for grid in config["grid"].values()}
+    return (
+        f"{images['table']['num_forget_images']} forget and {images['table']['num_retain_images']} retain pictures a "
+        f"concept and model ({images['tuning']['num_forget_images']} and {images['tuning']['num_retain_images']} a "
+        f"trial), pooled over the concepts; Wilson 95% intervals. {'/'.join(map(str, sorted(trials)))} trials for each "
+        f"method and kind. Trained methods take {settings['trained']['max_train_steps']} steps of "
+        f"{settings['trained']['train_batch_size']} pictures, cosine schedule. UA: pictures without the concept, asked "
+        "for it. IRA: the other things of its kind; CRA: styles for an object, objects for a style; background, count "
+        "and left / right: what else the prompts ask for. Training: the mask too, on "
+        f"{about['cores']} cores. {first['protocol'].split(':')[0]}, classifier {first['classifier'][:12]}, torch "
+        f"{first['versions']['torch']}, diffusers {first['versions']['diffusers']}. Made by "
+        "`python -m benchmarks.methods`; every number is in `docs/results/methods.json`."
+    )
+
+
+def _plot(found: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(found["concepts"]), figsize=(11, 4.6), squeeze=False)
+    for axis, (kind, concepts) in zip(axes[0], found["concepts"].items(), strict=True):
+        base = summary(concepts, BASE)["retained"]["percent"]
+        axis.axhline(base, color="grey", linewidth=0.8, linestyle=":")
+        axis.annotate("base model", (0, base), fontsize=8, color="grey", va="bottom")
+        for number, method in enumerate(found["chosen"][kind]):
+            about = summary(concepts, method)
+            ua, kept = about["UA"], about["retained"]
+            spread = [[[share["percent"] - share["low"]], [share["high"] - share["percent"]]] for share in (ua, kept)]
+            axis.errorbar(
+                ua["percent"], kept["percent"], xerr=spread[0], yerr=spread[1], fmt="osD^vP*X<>"[number % 10],
+                color=f"C{number % 10}", markersize=11 if method == "salun" else 7, elinewidth=0.7,
+                label=_title(method),
+            )  # fmt: skip
+        axis.set(title=f"{kind}s: {', '.join(concept['concept'] for concept in concepts)}", xlabel="forgotten: UA, %")
+        axis.set_xlim(-4, 104)
+        axis.grid(alpha=0.25)
+    axes[0][0].set_ylabel("kept: IRA, CRA, background and count, %")
+    axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    pyplot.close(figure)

@@ -1,0 +1,27 @@
+"""Concept Ablation: Kumari et al., "Ablating concepts in text-to-image diffusion models", ICCV 2023, eq. 5 (the
+model-based variant)."""
+
+import torch
+
+from ..losses import misaligned_prompt
+from .method import NEEDS_RETAIN, Gradient
+
+
+class ConceptAblation(Gradient):
+    """On noised pictures of the *anchor*, the concept's prompt is to predict what the anchor's prompt does.
+
+    The target is made with the current weights and carries no gradient.
+    """
+
+    title = "Concept Ablation"
+    scope = "cross-attention-kv"
+    settings = {"max_train_steps": 100, "learning_rate": 1.6e-5, "num_forget_images": 200}
+    forgets = "anchor"
+    retains = False
+    unused = NEEDS_RETAIN
+
+    def losses(self, forget, retain):
+        with torch.no_grad():
+            anchor = self.predict(forget.noisy, forget.timesteps, forget.anchor_text)
+        erased = self.predict(forget.noisy, forget.timesteps, forget.text)
+        return misaligned_prompt(erased, anchor), erased.new_zeros(())

@@ -1,0 +1,41 @@
+"""RECE: Gong et al., "Reliable and efficient concept erasure of text-to-image diffusion models", ECCV 2024."""
+
+import torch
+
+from .uce import UCE, check_keys_and_values, kept_tokens, moved, solve, token_pairs
+
+
+class RECE(UCE):
+    """UCE, then ``rounds`` times: find the embeddings that draw the concept again, and map them to the anchor too,
+    from the weights as they are by then.
+
+    In the edited model a token c' does what c did in the base where ``Σ‖W c' − W0 c‖² + regular · ‖c'‖²`` is smallest
+    (the sum is over all keys and values); that too has a closed form.
+    """
+
+    title = "RECE"
+    options = UCE.options | {"rounds": 3, "regular": 0.1}
+
+    def solve(self, pipe, parameters, concepts, config):
+        check_keys_and_values(parameters)
+        concept, anchor = token_pairs(pipe, concepts, config)
+        kept = kept_tokens(pipe, concepts, config)
+        how = [self.chose[name] for name in ("erase", "preserve", "ridge")]
+        transform = solve((concept, anchor), kept, *how)
+        weights = [p.detach().cpu().double() for p in parameters.values()]
+        gram = sum(weight.T @ weight for weight in weights)  # of all layers: Σ W0ᵀW0
+        for _ in range(self.chose["rounds"]):
+            attack = adversarial(concept, gram, transform, self.chose["regular"])
+            transform = transform @ solve((attack, anchor), kept, *how)
+        return moved(parameters, transform)
+
+
+def adversarial(concept: torch.Tensor, gram: torch.Tensor, transform: torch.Tensor, regular: float) -> torch.Tensor:
+    """The c' of each row c of ``concept`` ``(n, width)``: ``(Σ WᵀW + λI)⁻¹ Σ WᵀW0 c`` for ``W = W0 T``.
+
+    Args:
+        gram: ``Σ W0ᵀW0`` over the layers, ``(width, width)``.
+    """
+    back = transform.T @ gram
+    normal = back @ transform + regular * torch.eye(len(gram), dtype=gram.dtype)
+    return torch.linalg.solve(normal, back @ concept.T).T

@@ -1,0 +1,436 @@
+"""Every unlearning method: what holds for all of them, and each one's loss against a plain version of it."""
+
+import copy
+import json
+import random
+import re
+import shutil
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from commands import ROOT, run
+from diffusers import DiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor
+
+from salun_diffusion import Delta, SalunError, load_erasure, unload_erasure
+from salun_diffusion.checkpoints import Checkpoints
+from salun_diffusion.concepts import find_concepts
+from salun_diffusion.conditioning import differing_tokens, token_ids
+from salun_diffusion.config import EraseConfig, parse
+from salun_diffusion.data import batches, image_set
+from salun_diffusion.masks import load_masks
+from salun_diffusion.methods import METHODS, find_method, names_of
+from salun_diffusion.methods.forget_me_not import Recorder
+from salun_diffusion.methods.rece import adversarial
+from salun_diffusion.methods.uce import moved, solve
+from salun_diffusion.models import load_pipeline
+from salun_diffusion.optim import MaskedDeltas
+from salun_diffusion.saliency import SCOPES, scoped_parameters
+from salun_diffusion.trainer import Trainer
+
+KINDS = {
+    "sd1": tiny.build,
+    "sd2": lambda folder: tiny.build(folder, prediction_type="v_prediction"),
+    "sdxl": tiny.build_xl,
+}
+GRADIENT = [name for name in METHODS if not find_method(name).closed_form]
+FEW = ["--num_inference_steps", "3", "--num_forget_images", "4"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
+    for kind, build in KINDS.items():
+        build(made[kind])
+    return made
+
+
+def erase(base, method, output, *more, concept="steam engine"):
+    """``erase_concept.py`` in this process: imports would be most of a process's time."""
+    import erase_concept
+
+    kind = find_method(method)
+    words = [] if kind.closed_form else ["--max_train_steps", "2", "--train_batch_size", "2", "--learning_rate", "1e-3"]
+    words += ["--num_retain_images", "4"] if kind.retains or kind.closed_form else []
+    erase_concept.main(
+        parse(
+            ["--pretrained_model_name_or_path", str(base), "--concept", concept, "--method", method]
+            + ["--output_dir", str(output), "--data_dir", str(output.parent / "data"), *FEW, *words, *more],
+            "",
+        )
+    )
+    return Delta.load(output / "erasure.safetensors")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_it_runs_everywhere_changes_its_scope_alone_and_is_deterministic(method, kind, folders, tmp_path):
+    delta = erase(folders[kind], method, tmp_path / "one", "--save_dtype", "fp32")
+    scope = re.compile(SCOPES[find_method(method).scope])
+    assert delta.metadata["method"] == method and delta.metadata["scope"] == find_method(method).scope
+    assert delta.metadata["density"] == (0.5 if find_method(method).mask == "saliency" else 1.0)
+    pipe = DiffusionPipeline.from_pretrained(folders[kind])
+    before = tiny.bits(pipe)
+    load_erasure(pipe, tmp_path / "one")
+    after = tiny.bits(pipe)
+    changed = {key for key in before if not torch.equal(before[key][1], after[key][1])}
+    assert changed and all(part == "unet" and scope.search(name) for part, name in changed)
+    unload_erasure(pipe)
+    assert tiny.same(tiny.bits(pipe), before)
+    if kind == "sd1":
+        again = erase(folders[kind], method, tmp_path / "two", "--save_dtype", "fp32")
+        assert again.digest() == delta.digest()
+
+
+@pytest.mark.parametrize("method", GRADIENT)
+def test_a_gradient_method_takes_any_mask(method, folders, tmp_path):
+    salient = erase(folders["sd1"], method, tmp_path / "salient", "--mask", "saliency", "--density", "0.25")
+    masks = load_masks(tmp_path / "salient" / "mask.safetensors")[0]
+    total = sum(mask.numel() for mask in masks.values())
+    assert sum(int(mask.sum()) for mask in salient.masks.values()) == total // 4
+    file = str(tmp_path / "salient" / "mask.safetensors")
+    assert erase(folders["sd1"], method, tmp_path / "file", "--mask", file).digest() == salient.digest()
+    everything = erase(folders["sd1"], method, tmp_path / "none", "--mask", "none")
+    assert sum(mask.numel() for mask in everything.masks.values()) == total
+    assert everything.metadata["density"] == 1.0
+
+
+@pytest.mark.parametrize("method", ["esd", "selective_amnesia"])
+def test_resumed_is_uninterrupted(method, folders, tmp_path):
+    """For the methods that draw more than noise, or keep more than weights."""
+    whole = erase(folders["sd1"], method, tmp_path / "run", "--max_train_steps", "4", "--checkpointing_steps", "2")
+    (tmp_path / "run" / "config.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    for cached in (tmp_path / "data").glob("fisher-*"):
+        cached.unlink()  # computed again, it must still be the base model's
+    again = ["--max_train_steps", "4", "--checkpointing_steps", "2", "--resume_from_checkpoint", "latest"]
+    assert erase(folders["sd1"], method, tmp_path / "run", *again).digest() == whole.digest()
+
+
+# Each gradient method, plainly: (its own network, the base model's, a forget batch, a retain batch, the trainer) → loss
+
+
+def told(batch, which="text"):
+    return getattr(batch, which)["encoder_hidden_states"]
+
+
+def plain_salun(net, base, forget, retain, trainer):
+    anchor = net(forget.noisy, forget.timesteps, told(forget, "anchor_text")).sample.detach()
+    erased = net(forget.noisy, forget.timesteps, told(forget)).sample
+    return F.mse_loss(erased, anchor) + trainer.config.alpha * plain_denoising(net, retain)
+
+
+def plain_denoising(net, batch):
+    return F.mse_loss(net(batch.noisy, batch.timesteps, told(batch)).sample, batch.target)
+
+
+def plain_gradient_ascent(net, base, forget, retain, trainer):
+    return -plain_denoising(net, forget) + trainer.config.alpha * plain_denoising(net, retain)
+
+
+def plain_concept_ablation(net, base, forget, retain, trainer):
+    anchor = net(forget.noisy, forget.timesteps, told(forget, "anchor_text")).sample.detach()
+    return F.mse_loss(net(forget.noisy, forget.timesteps, told(forget)).sample, anchor)
+
+
+def plain_esd(net, base, forget, retain, trainer):
+    """DDIM (Song et al. 2021, eq. 12, η = 0) written out, one prediction a call."""
+    signal = torch.cat([trainer.schedule.alphas_cumprod, trainer.schedule.alphas_cumprod[:1]])  # [-1]: after the last
+    count = trainer.config.num_inference_steps
+    stride = 1000 // count
+    steps = [i * stride + 1 for i in range(count)][::-1]  # "leading" spacing, offset 1
+    done = random.Random(repr((trainer.config.seed, "esd", forget.step))).randrange(count)
+    empty = trainer.empty["encoder_hidden_states"].expand_as(told(forget))
+    x = forget.noise
+    with torch.no_grad():
+        for step in steps[:done]:
+            t = torch.full((len(x),), step)
+            nothing, concept = net(x, t, empty).sample, net(x, t, told(forget)).sample
+            guided = nothing + 3.0 * (concept - nothing)
+            clean = (x - (1 - signal[step]).sqrt() * guided) / signal[step].sqrt()
+            later = signal[step - stride] if step > stride else signal[0]
+            x = later.sqrt() * clean + (1 - later).sqrt() * guided
+        t = torch.full((len(x),), steps[done])
+        nothing, concept = base(x, t, empty).sample, base(x, t, told(forget)).sample
+        target = nothing - 1.0 * (concept - nothing)
+    return F.mse_loss(net(x, t, told(forget)).sample, target)
+
+
+def plain_forget_me_not(net, base, forget, retain, trainer):
+    """Probabilities from what the layers ``to_q`` and ``to_k`` put out, caught by hooks."""
+    caught: dict = {}
+    handles = [
+        module.register_forward_hook(lambda module, args, out, name=name: caught.__setitem__(name, out))
+        for name, module in net.named_modules()
+        if re.search(r"attn2\.to_[qk]$", name)
+    ]
+    net(forget.noisy, forget.timesteps, told(forget))
+    for handle in handles:
+        handle.remove()
+    words = forget.tokens["concept"] | forget.tokens["end"]
+    losses = []
+    for name in (name for name in caught if name.endswith("to_q")):
+        layer = net.get_submodule(name.removesuffix(".to_q"))
+        q, k = (caught[name[:-1] + which].unflatten(-1, (layer.heads, -1)).transpose(1, 2) for which in "qk")
+        attention = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+        losses.append(
+            torch.cat([attention[i, :, :, marked].flatten() for i, marked in enumerate(words)]).square().mean()
+        )
+    return sum(losses) / len(losses)
+
+
+def plain_selective_amnesia(net, base, forget, retain, trainer):
+    names = [name for name, _ in scoped_names(net, trainer.config.scope)]
+    if not hasattr(trainer, "plain_fisher"):
+        total = {name: 0.0 for name in names}
+        for i in range(len(trainer.retain)):  # fewer than fisher_images
+            batch = trainer.noised(trainer.retain, torch.tensor([i]), *trainer.draw(trainer.retain, 1, "fisher", i))
+            base.zero_grad()
+            plain_denoising(base, batch).backward()
+            for name in names:
+                total[name] = total[name] + base.get_parameter(name).grad ** 2
+        trainer.plain_fisher = {name: value / len(trainer.retain) for name, value in total.items()}
+    elastic = sum(
+        (trainer.plain_fisher[name] * (net.get_parameter(name) - base.get_parameter(name).detach()) ** 2).sum()
+        for name in names
+    )
+    ewc = trainer.method.chose["ewc"]
+    return plain_denoising(net, forget) + ewc * elastic + trainer.config.alpha * plain_denoising(net, retain)
+
+
+PLAIN = {
+    "salun": plain_salun,
+    "random_label": plain_salun,
+    "gradient_ascent": plain_gradient_ascent,
+    "concept_ablation": plain_concept_ablation,
+    "esd": plain_esd,
+    "salun_esd": plain_esd,
+    "forget_me_not": plain_forget_me_not,
+    "selective_amnesia": plain_selective_amnesia,
+}
+
+
+def scoped_names(network, scope):
+    return [(name, p) for name, p in network.named_parameters() if re.search(SCOPES[scope], name)]
+
+
+def trainer_for(method, folder, tmp_path, **changes):
+    settings = {"learning_rate": 1e-3, "max_train_steps": 3, "train_batch_size": 3}
+    settings |= {"num_forget_images": 6, "num_inference_steps": 4, "guidance_scale": 3.0}
+    settings |= {"num_retain_images": 6} if find_method(method).retains else {}
+    config = EraseConfig(["steam engine"], method=method, data_dir=str(tmp_path / "data"), **(settings | changes))
+    config.fill({}, "test")
+    pipe, accelerator = load_pipeline(str(folder)), Accelerator(cpu=True)
+    base, parameters = copy.deepcopy(pipe.unet), scoped_parameters(pipe.unet, config.scope)
+    concepts = find_concepts(config.concept)
+    sets = {kind: image_set(pipe, concepts, kind, [], config, accelerator)
+            for kind in find_method(method).sets("none")}  # fmt: skip
+    return Trainer(accelerator, pipe, sets, config), parameters, base
+
+
+@pytest.mark.parametrize("method", PLAIN)
+def test_steps_match_a_plain_loop(method, folders, tmp_path):
+    """Three steps of dense Adam on the plain loss, every pass on its own."""
+    trainer, parameters, base = trainer_for(method, folders["sd1"], tmp_path)
+    plain = copy.deepcopy(base)
+    masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
+    trainer.train(MaskedDeltas(parameters, masks, 1e-3), tmp_path / "log.jsonl", Checkpoints(tmp_path, {}, 2))
+    trainer.method.close()
+
+    theirs = dict(scoped_names(plain, trainer.config.scope))
+    assert theirs.keys() == parameters.keys()
+    adam = torch.optim.Adam(theirs.values(), lr=1e-3)
+    images = trainer.sets[trainer.method.forgets]
+    forgets, retains = batches(len(images), 3, 0), batches(6, 3, 1)
+    logged = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").open()]
+    for step in range(3):
+        forget = next(trainer.micro_batches(images, next(forgets), "forget", step))
+        index = next(retains)
+        retain = next(trainer.micro_batches(trainer.retain, index, "retain", step)) if trainer.retain else None
+        loss = PLAIN[method](plain, base, forget, retain, trainer)
+        assert logged[step] == pytest.approx(loss.item(), rel=1e-3, abs=1e-6), step
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    # Adam makes a whole step of a gradient that is nothing but rounding, so single weights may differ by more
+    original = dict(scoped_names(base, trainer.config.scope))
+    apart = sum(float((mine - theirs[name]).square().sum()) for name, mine in parameters.items())
+    change = sum(float((mine - original[name]).square().sum()) for name, mine in parameters.items())
+    assert apart**0.5 < 2e-3 * change**0.5
+
+
+def test_salun_can_aim_at_the_base_model(folders, tmp_path):
+    """With target=frozen the anchor's prediction is the base model's, at every step."""
+    options = {"method_option": ["target=frozen"], "max_train_steps": 2, "mask": "none"}
+    trainer, parameters, base = trainer_for("salun", folders["sd1"], tmp_path, **options)
+    masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
+    trainer.train(MaskedDeltas(parameters, masks, 1e-3), tmp_path / "log.jsonl", Checkpoints(tmp_path, {}, 2))
+    forget = next(trainer.micro_batches(trainer.sets["forget"], torch.arange(3), "forget", 0))
+    retain = next(trainer.micro_batches(trainer.retain, torch.arange(3), "retain", 0))
+    with torch.no_grad():
+        found = trainer.method.losses(forget, retain)[0]
+        anchor = base(forget.noisy, forget.timesteps, told(forget, "anchor_text")).sample
+        concept = trainer.network(forget.noisy, forget.timesteps, told(forget)).sample
+    torch.testing.assert_close(found, F.mse_loss(concept, anchor))
+
+
+def test_the_recorder_computes_what_the_layer_does(folders):
+    network = load_pipeline(str(folders["sdxl"])).unet
+    layer = next(module for name, module in network.named_modules() if name.endswith("attn2"))
+    hidden, text = torch.randn(2, 16, layer.to_q.in_features), torch.randn(2, 77, layer.to_k.in_features)
+    layer.set_processor(AttnProcessor())
+    plain = layer(hidden, text)
+    maps: list = []
+    layer.set_processor(Recorder(maps))
+    torch.testing.assert_close(layer(hidden, text), plain)
+    assert maps[0].shape == (2, layer.heads, 16, 77)
+    torch.testing.assert_close(maps[0].sum(-1), torch.ones(2, layer.heads, 16))
+    with torch.no_grad():
+        layer(hidden, text)
+    assert len(maps) == 1, "pictures drawn between steps leave nothing behind"
+
+
+def test_forget_me_not_gives_the_network_its_attention_back(folders, tmp_path):
+    trainer, _, base = trainer_for("forget_me_not", folders["sd1"], tmp_path)
+    assert any(isinstance(processor, Recorder) for processor in trainer.network.attn_processors.values())
+    trainer.method.close()
+    kinds = [{k: type(p) for k, p in network.attn_processors.items()} for network in (trainer.network, base)]
+    assert kinds[0] == kinds[1]
+
+
+def test_uce_solves_its_normal_equations():
+    """Against least squares over the stacked rows of its objective, in float64, layer by layer."""
+    torch.manual_seed(0)
+    concept, anchor, kept = (torch.randn(n, 12, dtype=torch.float64) for n in (9, 9, 40))
+    weights = {f"{i}.attn2.to_{kind}.weight": torch.nn.Parameter(torch.randn(8, 12)) for i in range(2) for kind in "kv"}
+    for erase_, preserve, ridge in ((1.0, 1.0, 0.01), (2.0, 0.1, 0.5)):
+        found = moved(weights, solve((concept, anchor), kept, erase_, preserve, ridge))
+        scale = [(erase_ / 9) ** 0.5, (preserve / 40) ** 0.5, ridge**0.5]
+        rows = torch.cat([scale[0] * concept, scale[1] * kept, scale[2] * torch.eye(12)])
+        for name, weight in weights.items():
+            old = weight.detach().double()
+            wanted = torch.cat([scale[0] * anchor @ old.T, scale[1] * kept @ old.T, scale[2] * old.T])
+            best = torch.linalg.lstsq(rows, wanted).solution.T
+            torch.testing.assert_close(found[name], best.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def demo_scores(tmp_path_factory):
+    """What ``python -m eval accuracy`` says of a short erasure by each method, with the demo model's own settings."""
+    import erase_concept
+
+    folder = tmp_path_factory.mktemp("demo")
+    for method in METHODS:
+        kind = find_method(method)
+        words = [] if kind.closed_form else ["--max_train_steps", "20", "--train_batch_size", "12"]
+        words += ["--num_retain_images", "32"] if kind.retains else []
+        words += ["--output_dir", str(folder / method), "--data_dir", str(folder / "data"), "--num_forget_images", "32"]
+        words += ["--pretrained_model_name_or_path", "demo", "--concept", "guitar", "--method", method]
+        erase_concept.main(parse(words, ""))
+    run(
+        "python", "-m", "eval", "accuracy", "--pretrained_model_name_or_path", "demo", "--concept", "guitar",
+        "--erasure", *(folder / method for method in METHODS), "--output_dir", folder, "--num_forget_images", "18",
+        "--num_retain_images", "2",
+    )  # fmt: skip
+    models = json.loads((folder / "results.json").read_text())["models"]
+    return {model["name"]: model["ua"]["percent"] for model in models}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_concept_is_drawn_less_often_on_the_demo_model(method, demo_scores):
+    assert demo_scores[method] >= demo_scores["base"] + 30
+
+
+@pytest.mark.parametrize("method", ["uce", "rece", "salun"])
+def test_several_concepts_are_forgotten_together(method, tmp_path):
+    """By one erasure of the demo model, each as its own evaluation sees it."""
+    import erase_concept
+
+    words = ["--pretrained_model_name_or_path", "demo", "--concept", "guitar", "--concept", "cat", "--method", method]
+    words += ["--num_forget_images", "48", "--num_retain_images", "48", "--output_dir", str(tmp_path / "both")]
+    erase_concept.main(parse([*words, "--data_dir", str(tmp_path / "data")], ""))
+    for concept in ("guitar", "cat"):
+        run(
+            "python", "-m", "eval", "accuracy", "--pretrained_model_name_or_path", "demo", "--concept", concept,
+            "--erasure", tmp_path / "both", "--output_dir", tmp_path / concept, "--num_forget_images", "18",
+            "--num_retain_images", "2",
+        )  # fmt: skip
+        base, both = json.loads((tmp_path / concept / "results.json").read_text())["models"]
+        assert both["ua"]["percent"] >= base["ua"]["percent"] + 50, concept
+
+
+def test_rece_finds_the_embedding_that_brings_the_concept_back():
+    torch.manual_seed(0)
+    concept = torch.randn(5, 12, dtype=torch.float64)
+    weights = [torch.randn(8, 12, dtype=torch.float64) for _ in range(3)]
+    transform = torch.eye(12, dtype=torch.float64) + 0.2 * torch.randn(12, 12, dtype=torch.float64)
+    found = adversarial(concept, sum(w.T @ w for w in weights), transform, 0.1)
+    stacked = torch.cat([w @ transform for w in weights] + [0.1**0.5 * torch.eye(12)])
+    for c, attack in zip(concept, found, strict=True):
+        wanted = torch.cat([w @ c for w in weights] + [torch.zeros(12)])
+        torch.testing.assert_close(attack, torch.linalg.lstsq(stacked, wanted[:, None]).solution[:, 0])
+
+
+def test_the_tokens_that_differ_are_the_concept(folders):
+    pipe = load_pipeline(str(folders["sd1"]))
+
+    def words(prompt, other):
+        return pipe.tokenizer.decode(token_ids(pipe, prompt)[differing_tokens(pipe, prompt, other)]).strip()
+
+    assert words("a photo of a steam engine on a table", "a photo of a dog on a table") == "steam engine"
+    assert words("a photo of a dog on a table", "a photo of a steam engine on a table") == "dog"
+    assert words("an airplane", "a cat") == "an airplane"
+    assert words("a cat cat", "a cat") == "cat"
+    assert words("a cat", "a cat cat") == "cat"
+    assert words("a cat in the style of ink", "a cat") == "in the style of ink"
+
+
+def test_what_is_set_for_a_method_holds_for_those_made_from_it():
+    assert names_of(find_method("random_label")) == ["salun", "random_label"]
+    preset = {"num_forget_images": 7, "salun": {"learning_rate": 1.0, "alpha": 2.0}, "random_label": {"alpha": 3.0}}
+    found = EraseConfig(["x"], method="random_label").fill(preset, "x")
+    assert (found.learning_rate, found.alpha, found.num_forget_images, found.mask) == (1.0, 3.0, 7, "none")
+    found = EraseConfig(["x"], method="esd", learning_rate=5.0).fill(preset, "x")
+    assert (found.learning_rate, found.max_train_steps, found.alpha, found.num_forget_images) == (5.0, 1000, None, 7)
+    preset["esd"] = {"method_option": ["negative_guidance=2", "erase_from=art"]}
+    found = EraseConfig(["x"], method="esd", method_option=["negative_guidance=3"]).fill(preset, "x")
+    chosen = find_method("esd").chosen(found.method_option)
+    assert (chosen["negative_guidance"], chosen["erase_from"], chosen["start_guidance"]) == (3.0, "art", 3.0)
+
+
+@pytest.mark.parametrize(
+    "method, more, message",
+    [
+        ("esd", ["--alpha", "2"], "--alpha means nothing to --method esd"),
+        ("uce", ["--learning_rate", "1"], "--learning_rate means nothing to --method uce"),
+        ("rece", ["--mask", "saliency"], "solves for whole matrices"),
+        ("uce", ["--scope", "all"], "use --scope cross-attention-kv"),
+        ("concept_ablation", ["--forget_data", "tests"], "--forget_data means nothing"),
+        ("salun", ["--method_option", "ewc=1"], "no option 'ewc'. Its own: target=current"),
+        ("salun", ["--method_option", "target=base"], "choose one of current, frozen"),
+        ("esd", ["--method_option", "negative_guidance=far"], "'far' must be of type float"),
+    ],
+)
+def test_what_a_method_cannot_use_is_said(method, more, message, folders, tmp_path):
+    words = ["--pretrained_model_name_or_path", str(folders["sd1"]), "--concept", "steam engine", "--method", method]
+    import erase_concept
+
+    with pytest.raises(SalunError, match=re.escape(message)):
+        erase_concept.main(parse([*words, "--output_dir", str(tmp_path / "run"), *more], ""))
+    assert not (tmp_path / "run" / "erasure.safetensors").exists()
+
+
+def test_an_unknown_method_lists_the_known():
+    done = run("python", "erase_concept.py", "--concept", "x", "--method", "magic", check=False)
+    assert done.returncode == 2 and all(name in done.stderr for name in METHODS)
+
+
+def test_the_table_is_made_of_the_committed_results():
+    from benchmarks.methods_page import table
+
+    found = json.loads((ROOT / "docs" / "results" / "methods.json").read_text())
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert all(table(found, kind) in page for kind in ("object", "style"))
