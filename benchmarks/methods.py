@@ -3,7 +3,7 @@
 benchmarks/methods.json says all that matters: the concepts, the pictures measured, the settings that all methods share,
 and each method's grid. First each method tries its grid on the tuning concepts, one object and one style, which are not
 in the table; the trial with the highest mean of UA, IRA and CRA is its setting for that kind of concept. Then it has to
-forget the table's concepts. Each erasure is a process of its own, so that its wall time and peak memory are its own.
+forget the table's concepts. Each erasure is a process of its own on a core of its own, for its time and peak memory.
 What ``--output_dir`` holds already is not made again; ``docs/results/methods.json``, and the table and plot of
 docs/methods.md, are written in the end (``--write_only``: from the committed JSON alone).
 """
@@ -16,7 +16,9 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 
 from tqdm import tqdm
 
@@ -25,6 +27,8 @@ from salun_diffusion.files import write_json
 from . import methods_page
 
 HERE = Path(__file__).parent
+CORES = sorted(os.sched_getaffinity(0))
+FREE: Queue = Queue()  # cores that no erasure is using
 RESULTS = HERE.parent / "docs" / "results" / "methods.json"
 
 
@@ -38,10 +42,12 @@ def main() -> None:
     args = parser.parse_args()
     if not args.write_only:
         config = json.loads(args.config.read_text())
+        for core in CORES:
+            FREE.put(core)
         chosen, trials = tune(config, args.output_dir)
         found = {kind: [measure(config, chosen[kind], name, kind, args.output_dir) for name in names]
                  for kind, names in config["concepts"].items()}  # fmt: skip
-        about = {"processor": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))}
+        about = {"processor": platform.processor() or platform.machine(), "cores": len(CORES)}
         limits = frontier(config, chosen, args.output_dir)
         write_json(RESULTS, {"about": about, "config": config, "chosen": chosen, "trials": trials, "concepts": found,
                              "frontier": limits})  # fmt: skip
@@ -85,22 +91,29 @@ def measure(config: dict, chosen: dict, concept: str, kind: str, folder: Path) -
             "versions": results["versions"], "protocol": results["protocol"], "models": rows}  # fmt: skip
 
 
-def frontier(config: dict, chosen: dict, folder: Path) -> dict:
-    """SalUn on a tuning concept with one setting changed at a time: what limits it."""
-    about = config["frontier"]
-    own = chosen[about["kind"]]["salun"]
-    wanted = {name: ("salun", own | change) for name, change in {"as chosen": {}, **about["changes"]}.items()}
-    results = erase_and_judge(config, wanted, about["concept"], folder / "frontier" / about["concept"], "table")
-    models = [{key: model[key] for key in ("name", "ua", "ira", "cra", "retained")} for model in results["models"]]
-    return {"concept": about["concept"], "kind": about["kind"], "models": models}
+def frontier(config: dict, chosen: dict, folder: Path) -> list[dict]:
+    """SalUn on objects outside the table with one setting changed at a time: what limits it."""
+    own, found = chosen["object"]["salun"], []
+    changes = {"as in the table": {}, **config["frontier"]["changes"]}
+    for concept in config["frontier"]["object"]:
+        wanted = {name: ("salun", own | change) for name, change in changes.items()}
+        results = erase_and_judge(config, wanted, concept, folder / "frontier" / concept, "table")
+        models = [{key: model[key] for key in ("ua", "ira", "cra", "retained")} | {"method": model["name"]}
+                  for model in results["models"]]  # fmt: skip
+        found.append({"concept": concept, "models": models})
+    return found
 
 
 def erase_and_judge(config: dict, wanted: dict, concept: str, folder: Path, images: str) -> dict:
     """Erase ``concept`` once for each of ``wanted`` (name → method and its own settings), then measure all together."""
-    for name, (method, own) in tqdm(wanted.items(), desc=f"erasing {concept}", unit="run"):
-        erase(config, concept, method, own, folder / name.replace(" ", "-"))
-    runs, counts = [folder / name.replace(" ", "-") for name in wanted], config["images"][images]
-    done, asked = folder / "asked.json", {"models": [run.name for run in runs], "images": counts}
+    runs, counts = [folder / name.replace(" ", "-").replace(",", "") for name in wanted], config["images"][images]
+    erase(config, concept, *next(iter(wanted.values())), runs[0])  # first alone: it draws what the others share
+    with ThreadPoolExecutor(len(CORES)) as pool, tqdm(desc=f"erasing {concept}", total=len(runs), unit="run") as bar:
+        jobs = [pool.submit(erase, config, concept, *wanted[name], run) for name, run in zip(wanted, runs, strict=True)]
+        for job in jobs:
+            job.result()
+            bar.update()
+    done, asked = folder / "asked.json", {"models": {name: list(what) for name, what in wanted.items()}} | counts
     if not done.exists() or json.loads(done.read_text()) != asked:
         words = [word for name, count in counts.items() for word in (f"--{name}", count)]
         run(
@@ -120,35 +133,38 @@ def erase(config: dict, concept: str, method: str, own: dict, folder: Path) -> N
 
     kind = find_method(method)
     shared = {} if kind.closed_form else config["settings"]["trained"]
-    if kind.retains:
-        retaining = config["settings"]["retaining"]
-        # gradient ascent's α is another thing: 30, not the weight of one retained error against one forgotten
-        shared = shared | ({"retain_target": retaining["retain_target"]} if method == "gradient_ascent" else retaining)
+    shared = shared | (config["settings"]["retaining"] if kind.retains else {})
     settings = {"pretrained_model_name_or_path": config["base"], "concept": concept, "method": method} | shared | own
     if (folder / "cost.json").exists() and json.loads((folder / "settings.json").read_text()) == settings:
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     write_json(folder / "settings.json", settings)
-    cost = run(
-        folder / "log.txt", "erase_concept.py", "--config", folder / "settings.json", "--output_dir", folder,
-        "--data_dir", folder.parent.parent.parent / "data",
-    )  # fmt: skip
+    words = ["erase_concept.py", "--config", folder / "settings.json", "--output_dir", folder]
+    core = FREE.get()
+    try:
+        cost = run(folder / "log.txt", *words, "--data_dir", folder.parent.parent.parent / "data", core=core)
+    finally:
+        FREE.put(core)
     write_json(folder / "cost.json", cost)
 
 
-def run(log: Path, *words) -> dict:
+def run(log: Path, *words, core: int | None = None) -> dict:
     """A Python process, its output in ``log``; its wall seconds and peak resident memory in GiB.
 
+    Args:
+        core: the one that it may use; all of them without it.
+
     Raises:
-        SystemExit: it failed.
+        RuntimeError: it failed.
     """
     begun = time.perf_counter()
+    pinned = [] if core is None else ["taskset", "--cpu-list", str(core)]
     with open(log, "w") as file:
-        process = subprocess.Popen([sys.executable, *map(str, words)], stdout=file, stderr=file)
+        process = subprocess.Popen([*pinned, sys.executable, *map(str, words)], stdout=file, stderr=file)
         _, status, used = os.wait4(process.pid, 0)
     if status:
-        sys.exit(f"error: {' '.join(map(str, words))} failed; {log} says why.")
+        raise RuntimeError(f"{' '.join(map(str, words))} failed; {log} says why.")
     return {"wall_seconds": round(time.perf_counter() - begun, 1), "peak_gib": round(used.ru_maxrss / 2**20, 2)}
 
 

@@ -26,20 +26,30 @@ def pooled(shares: list[dict]) -> dict:
     return {"percent": 100 * count / n, "low": 100 * low, "high": 100 * high, "n": n}
 
 
-def summary(concepts: list[dict], method: str) -> dict:
-    """One method over all concepts of a kind: pooled shares by column, and means of what it cost."""
+def shares_by_column(concepts: list[dict], method: str) -> dict[str, list[dict]]:
+    """Column → a share for each concept."""
     rows = [next(row for row in concept["models"] if row["method"] == method) for concept in concepts]
-    kept = [row["retained"] for row in rows]
-    shares = {
+    found = {
         "UA": [row["ua"] for row in rows],
         "IRA": [row["ira"] for row in rows],
         "CRA": [row["cra"] for row in rows],
     }
     for column, question in (("background", "background"), ("count", "count"), ("left / right", "left_right")):
-        shares[column] = [row[question] for row in kept]
+        found[column] = [row["retained"][question] for row in rows]
+    return found
+
+
+def shown(share: dict) -> str:
+    return f"{share['percent']:.1f} ({share['low']:.1f}–{share['high']:.1f})"
+
+
+def summary(concepts: list[dict], method: str) -> dict:
+    """One method over all concepts of a kind: pooled shares by column, and means of what it cost."""
+    shares = shares_by_column(concepts, method)
     found = {column: pooled(mine) for column, mine in shares.items()}
     found["retained"] = pooled([share for column in COLUMNS[1:5] for share in shares[column]])
     if method != BASE:
+        rows = [next(row for row in concept["models"] if row["method"] == method) for concept in concepts]
         costs = ("seconds", "wall_seconds", "peak_gib", "megabytes")
         found |= {key: sum(row[key] for row in rows) / len(rows) for key in costs}
     return found
@@ -57,7 +67,7 @@ def table(found: dict, kind: str) -> str:
     lines += ["| --- " * (len(COLUMNS) + 5) + "|"]
     for method in (BASE, *found["chosen"][kind]):
         about = summary(concepts, method)
-        cells = ["{percent:.1f} ({low:.1f}–{high:.1f})".format(**about[column]) for column in COLUMNS]
+        cells = [shown(about[column]) for column in COLUMNS]
         costs = [("seconds", ".0f"), ("wall_seconds", ".0f"), ("peak_gib", ".2f"), ("megabytes", ".2f")]
         cells += ["" if method == BASE else format(about[key], how) for key, how in costs]
         lines.append(f"| {_title(method)} | " + " | ".join(cells) + " |")
@@ -65,14 +75,14 @@ def table(found: dict, kind: str) -> str:
 
 
 def frontier(found: dict) -> str:
-    """SalUn with one setting changed at a time, as a table."""
-    about = found["frontier"]
-    lines = [f"| SalUn on {about['concept']} | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
-    for model in about["models"]:
-        kept = model["retained"]
-        shares = [model["ua"], model["ira"], model["cra"], kept["background"], kept["count"], kept["left_right"]]
-        cells = ["{percent:.1f} ({low:.1f}–{high:.1f})".format(**share) for share in shares]
-        lines.append(f"| {'Base model' if model['name'] == BASE else model['name']} | " + " | ".join(cells) + " |")
+    """SalUn with one setting changed at a time, as a table pooled over the frontier's concepts."""
+    concepts = found["frontier"]
+    names = ", ".join(concept["concept"] for concept in concepts)
+    lines = [f"| SalUn ({names}) | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
+    for name in (model["method"] for model in concepts[0]["models"]):
+        shares = shares_by_column(concepts, name)
+        cells = [shown(pooled(shares[column])) for column in COLUMNS]
+        lines.append(f"| {'Base model' if name == BASE else name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -98,10 +108,10 @@ def _protocol(found: dict) -> str:
         f"method and kind. Trained methods take {settings['trained']['max_train_steps']} steps of "
         f"{settings['trained']['train_batch_size']} pictures, cosine schedule. UA: pictures without the concept, asked "
         "for it. IRA: the other things of its kind; CRA: styles for an object, objects for a style; background, count "
-        "and left / right: what else the prompts ask for. Training: the mask too, on "
-        f"{about['cores']} cores. {first['protocol'].split(':')[0]}, classifier {first['classifier'][:12]}, torch "
-        f"{first['versions']['torch']}, diffusers {first['versions']['diffusers']}. Made by "
-        "`python -m benchmarks.methods`; every number is in `docs/results/methods.json`."
+        "and left / right: what else the prompts ask for. Training: the mask too. Whole run: loading and encoding too; "
+        f"on one core, {about['cores']} erasures side by side. {first['protocol'].split(':')[0]}, classifier "
+        f"{first['classifier'][:12]}, torch {first['versions']['torch']}, diffusers {first['versions']['diffusers']}. "
+        "Made by `python -m benchmarks.methods`; every number is in `docs/results/methods.json`."
     )
 
 

@@ -43,7 +43,7 @@ def test_what_a_run_leaves_behind(erased):
         "erasure.safetensors", "mask.safetensors", "config.json", "training.jsonl", "forget.png", "retain.png",
     }  # fmt: skip
     config = json.loads((erased / "config.json").read_text())
-    preset = json.loads((DEMO / "concepts.json").read_text())["settings"]["object"]
+    preset = json.loads((DEMO / "concepts.json").read_text())["settings"]["object"]["salun"]
     assert config["settings"]["learning_rate"] == preset["learning_rate"]
     assert config["settings"]["max_train_steps"] == 3  # the command line wins
     assert (config["concept"], config["anchor"], config["settings"]["seed"]) == ("airplane", "apple", 0)

@@ -26,7 +26,8 @@ class RECE(UCE):
         gram = sum(weight.T @ weight for weight in weights)  # of all layers: Σ W0ᵀW0
         for _ in range(self.chose["rounds"]):
             attack = adversarial(concept, gram, transform, self.chose["regular"])
-            transform = transform @ solve((attack, anchor), kept, *how)
+            # what the concept's own tokens give by now is kept with the rest: moving the attack would undo it
+            transform = transform @ solve((attack, anchor), torch.cat([kept, concept]), *how)
         return moved(parameters, transform)
 
 
