@@ -51,6 +51,8 @@ def main() -> None:
         limits = frontier(config, chosen, args.output_dir)
         write_json(RESULTS, {"about": about, "config": config, "chosen": chosen, "trials": trials, "concepts": found,
                              "frontier": limits})  # fmt: skip
+        shown = config["concepts"]["object"][1]
+        methods_page.pictures(json.loads(RESULTS.read_text()), args.output_dir / "table" / shown, shown)
     methods_page.write(json.loads(RESULTS.read_text()))
 
 

@@ -109,8 +109,9 @@ def _protocol(found: dict) -> str:
         f"{settings['trained']['train_batch_size']} pictures, cosine schedule. UA: pictures without the concept, asked "
         "for it. IRA: the other things of its kind; CRA: styles for an object, objects for a style; background, count "
         "and left / right: what else the prompts ask for. Training: the mask too. Whole run: loading and encoding too; "
-        f"on one core, {about['cores']} erasures side by side. {first['protocol'].split(':')[0]}, classifier "
-        f"{first['classifier'][:12]}, torch {first['versions']['torch']}, diffusers {first['versions']['diffusers']}. "
+        f"on one core, {about['cores']} erasures side by side. SalUn came first and drew the pictures that others use "
+        f"again. {first['protocol'].split(':')[0]}, classifier {first['classifier'][:12]}, torch "
+        f"{first['versions']['torch']}, diffusers {first['versions']['diffusers']}. "
         "Made by `python -m benchmarks.methods`; every number is in `docs/results/methods.json`."
     )
 
@@ -141,4 +142,35 @@ def _plot(found: dict, path: Path) -> None:
     axes[0][0].set_ylabel("kept: IRA, CRA, background and count, %")
     axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.savefig(path, dpi=110, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def pictures(found: dict, folder: Path, concept: str, count: int = 7) -> None:
+    """docs/methods-pictures.png: evenly spaced prompts for ``concept`` and for the rest, a model a row.
+
+    Args:
+        folder: what ``eval accuracy`` left for the concept.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from PIL import Image
+
+    kind = next(kind for kind, concepts in found["config"]["concepts"].items() if concept in concepts)
+    methods, images = [BASE, *found["chosen"][kind]], found["config"]["images"]["table"]
+    forget, total = images["num_forget_images"], sum(images.values())
+    names = [f"forget-{i:04d}" for i in range(0, forget, forget // count)][:count]
+    names += [f"retain-{i:04d}" for i in range(forget, total, (total - forget) // count)][:count]
+    figure, axes = pyplot.subplots(len(methods), len(names), figsize=(len(names) * 0.8 + 1.6, len(methods) * 0.8))
+    for row, method in zip(axes, methods, strict=True):
+        for axis, name in zip(row, names, strict=True):
+            axis.imshow(Image.open(folder / "pictures" / method / f"{name}.png"))
+            axis.set(xticks=[], yticks=[])
+            axis.set_frame_on(False)
+        row[0].set_ylabel(_title(method), rotation=0, ha="right", va="center", fontsize=9)
+    axes[0][0].set_title(f"asked for: {concept}", loc="left", fontsize=9)
+    axes[0][count].set_title("asked for: anything else", loc="left", fontsize=9)
+    figure.subplots_adjust(wspace=0.04, hspace=0.04)
+    figure.savefig(DOCS / "methods-pictures.png", dpi=90, bbox_inches="tight")
     pyplot.close(figure)

@@ -15,42 +15,43 @@ TOGETHER = ("uce", "rece", "salun")  # methods that define what several concepts
 @pytest.fixture(scope="module")
 def demo_scores(tmp_path_factory):
     """UA by concept and model, as ``python -m eval accuracy`` says, after short erasures with the demo model's own
-    settings: of the guitar by every method, and of the guitar and the cat together (``METHOD-both``)."""
+    settings: of the airplane by every method, and of the airplane and the cat together (``METHOD-both``)."""
     import erase_concept
 
     folder = tmp_path_factory.mktemp("demo")
 
     def erased(name, method, *concepts):
-        words = [] if find_method(method).closed_form else ["--max_train_steps", "20"]
+        words = [] if find_method(method).closed_form else ["--train_batch_size", "6"]
         words += ["--num_retain_images", "48"] if find_method(method).retains else []
         words += [word for concept in concepts for word in ("--concept", concept)]
         words += ["--pretrained_model_name_or_path", "demo", "--method", method, "--num_forget_images", "32"]
         erase_concept.main(parse([*words, "--output_dir", str(folder / name), "--data_dir", str(folder / "data")], ""))
         return folder / name
 
-    alone = [erased(method, method, "guitar") for method in METHODS]
-    both = [erased(f"{method}-both", method, "guitar", "cat") for method in TOGETHER]
+    alone = [erased(method, method, "airplane") for method in METHODS]
+    both = [erased(f"{method}-both", method, "airplane", "cat") for method in TOGETHER]
     found = {}
-    for concept, runs in (("guitar", alone + both), ("cat", both)):
+    for concept, runs in (("airplane", alone + both), ("cat", both)):
         run(
             "python", "-m", "eval", "accuracy", "--pretrained_model_name_or_path", "demo", "--concept", concept,
-            "--erasure", *runs, "--output_dir", folder / concept, "--num_forget_images", "18",
+            "--erasure", *runs, "--output_dir", folder / concept, "--num_forget_images", "36",
             "--num_retain_images", "2",
         )  # fmt: skip
         models = json.loads((folder / concept / "results.json").read_text())["models"]
-        found[concept] = {model["name"]: model["ua"]["percent"] for model in models}
+        found[concept] = {model["name"]: model["ua"] for model in models}
     return found
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_concept_is_drawn_less_often_on_the_demo_model(method, demo_scores):
-    assert demo_scores["guitar"][method] >= demo_scores["guitar"]["base"] + 30
+    """More often forgotten than the 95% interval of the base model allows."""
+    assert demo_scores["airplane"][method]["percent"] > demo_scores["airplane"]["base"]["high"]
 
 
 @pytest.mark.parametrize("method", TOGETHER)
-@pytest.mark.parametrize("concept", ["guitar", "cat"])
+@pytest.mark.parametrize("concept", ["airplane", "cat"])
 def test_several_concepts_are_forgotten_together(concept, method, demo_scores):
-    assert demo_scores[concept][f"{method}-both"] >= demo_scores[concept]["base"] + 50
+    assert demo_scores[concept][f"{method}-both"]["percent"] > demo_scores[concept]["base"]["high"]
 
 
 def test_the_table_is_made_of_the_committed_results():
