@@ -94,11 +94,11 @@ def main(config: EraseConfig) -> None:
 
     # The forget set and the retain set.
     sets = {}
-    for kind in [] if method.closed_form else method.sets(config.mask):
+    for kind in method.sets(config.mask):
         found = sources.get(kind, [])
         sets[kind] = image_set(pipe, concepts, kind, found, config, accelerator)
         if kind == "prompts":
-            say(f"The forget set: {len(sets[kind])} prompts.")
+            say(f"To forget from: {len(sets[kind])} prompts.")
             continue
         said = f", from {', '.join(source.text for source in found)}" if found else ", drawn by the base model"
         say(f"The {kind} set: {len(sets[kind])} pictures{said}.")
@@ -147,7 +147,7 @@ def main(config: EraseConfig) -> None:
 
     deltas = MaskedDeltas(parameters, mask, config.learning_rate or 0.0)
     if method.closed_form:
-        deltas.set(method(config).solve(pipe, parameters, concepts, config))
+        deltas.set(method(config).solve(pipe, parameters, concepts))
     else:
         trainer.train(deltas, output / "training.jsonl", checkpoints, resumed, validate)
         trainer.method.close()

@@ -17,3 +17,12 @@ def tiny_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     tiny.build(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """A saved pipeline of each kind in ``tiny.KINDS``, by name."""
+    made = {kind: tmp_path_factory.mktemp(kind) for kind in tiny.KINDS}
+    for kind, build in tiny.KINDS.items():
+        build(made[kind])
+    return made

@@ -9,22 +9,8 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from salun_diffusion import load_erasure, losses, unload_erasure
 from salun_diffusion.conditioning import arguments, encode, encode_empty
 
-KINDS = {
-    "sd1": tiny.build,
-    "sd2": lambda folder: tiny.build(folder, prediction_type="v_prediction"),
-    "sdxl": tiny.build_xl,
-}
 
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
-    for kind, build in KINDS.items():
-        build(made[kind])
-    return made
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_erases_and_loads(kind, folders, tmp_path):
     run(
         "python", "erase_concept.py", "--pretrained_model_name_or_path", folders[kind], "--concept", "steam engine",

@@ -5,13 +5,15 @@ import json
 import random
 import re
 import shutil
+import sys
+import types
 
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from commands import run
+from commands import ROOT, run
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 
@@ -31,21 +33,8 @@ from salun_diffusion.optim import MaskedDeltas
 from salun_diffusion.saliency import SCOPES, scoped_parameters
 from salun_diffusion.trainer import Trainer
 
-KINDS = {
-    "sd1": tiny.build,
-    "sd2": lambda folder: tiny.build(folder, prediction_type="v_prediction"),
-    "sdxl": tiny.build_xl,
-}
 GRADIENT = [name for name in METHODS if not find_method(name).closed_form]
 FEW = ["--num_inference_steps", "3", "--num_forget_images", "4"]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
-    for kind, build in KINDS.items():
-        build(made[kind])
-    return made
 
 
 def erase(base, method, output, *more, concept="steam engine"):
@@ -65,7 +54,7 @@ def erase(base, method, output, *more, concept="steam engine"):
     return Delta.load(output / "erasure.safetensors")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_it_runs_everywhere_changes_its_scope_alone_and_is_deterministic(method, kind, folders, tmp_path):
     delta = erase(folders[kind], method, tmp_path / "one", "--save_dtype", "fp32")
@@ -388,3 +377,18 @@ def test_what_a_method_cannot_use_is_said(method, more, message, folders, tmp_pa
 def test_an_unknown_method_lists_the_known():
     done = run("python", "erase_concept.py", "--concept", "x", "--method", "magic", check=False)
     assert done.returncode == 2 and all(name in done.stderr for name in METHODS)
+
+
+def test_the_method_that_the_document_adds_trains(folders, tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "add-a-method.md").read_text(encoding="utf-8")
+    module = types.ModuleType("salun_diffusion.methods.noise_ablation")
+    module.__package__ = "salun_diffusion.methods"
+    exec(re.search(r"```python\n(.*?)```", page, flags=re.S)[1], module.__dict__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(METHODS, "noise_ablation", "noise_ablation.NoiseAblation")
+    trainer, parameters, base = trainer_for("noise_ablation", folders["sd1"], tmp_path)
+    masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
+    trainer.train(MaskedDeltas(parameters, masks, 1e-3), tmp_path / "log.jsonl", Checkpoints(tmp_path, {}, 2))
+    forget = next(trainer.micro_batches(trainer.sets["anchor"], next(batches(6, 3, 0)), "forget", 0))
+    first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(plain_denoising(base, forget).item(), rel=1e-4)

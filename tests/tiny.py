@@ -123,6 +123,13 @@ def build_xl(folder, seed=0):
     return pipe
 
 
+KINDS = {  # how to build each kind of base model
+    "sd1": build,
+    "sd2": lambda folder: build(folder, prediction_type="v_prediction"),
+    "sdxl": build_xl,
+}
+
+
 def erasure(module, seed=0, density=0.5, size=1e-2, only="attn2", **metadata):
     """A random Delta for the parameters of `module` whose names hold `only`, as a training might have left it."""
     generator = torch.Generator().manual_seed(seed)

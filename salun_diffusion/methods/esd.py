@@ -31,7 +31,7 @@ class ESD(Gradient):
         super().__init__(trainer)
         wider = self.chose["erase_from"]
         self.wider = encode(trainer.pipe, [wider]) if wider else trainer.empty
-        # latents are no pixels: unless the pipeline's scheduler says otherwise, DDIM would clip them to [-1, 1]
+        # latents are no pixels: by default DDIM would clip them to [-1, 1]
         self.sampler = DDIMScheduler.from_config(trainer.pipe.scheduler.config, clip_sample=False)
         self.sampler.set_timesteps(trainer.config.num_inference_steps)
 

@@ -31,9 +31,7 @@ class Method:
     mask = "none"  # or "saliency"
     settings: dict[str, Any] = {}  # of EraseConfig: what the paper used, where it is not the general default
     options: dict[str, Any] = {}  # for --method_option: a number, a text, or a tuple of words, of which one is taken
-    forgets = (
-        "forget"  # what it learns to forget from: pictures of the concept ("forget") or of its "anchor", "prompts"
-    )
+    forgets = "forget"  # the set that forget batches are of: pictures of the concept, of its "anchor", or "prompts"
     retains = True  # whether it has a retain term
     unused: tuple[str, ...] = ()  # settings that mean nothing to it: naming one is an error
     closed_form = False
@@ -91,15 +89,19 @@ class ClosedForm(Method):
 
     closed_form = True
     scope = "cross-attention-kv"
-    forgets = "prompts"
     retains = False
     unused = NEEDS_TRAINING
 
+    @classmethod
+    def sets(cls, mask: str | None) -> list[str]:
+        return []
+
     def __init__(self, config: "EraseConfig"):
+        self.config = config
         self.chose = self.chosen(config.method_option)
 
     def solve(
-        self, pipe: "DiffusionPipeline", parameters: dict[str, torch.nn.Parameter], concepts: "list[Concept]", config
+        self, pipe: "DiffusionPipeline", parameters: dict[str, torch.nn.Parameter], concepts: "list[Concept]"
     ) -> dict[str, torch.Tensor]:
         """The new values of ``parameters``, by name, float32."""
         raise NotImplementedError

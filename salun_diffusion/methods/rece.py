@@ -16,10 +16,10 @@ class RECE(UCE):
     title = "RECE"
     options = UCE.options | {"rounds": 3, "regular": 0.1}
 
-    def solve(self, pipe, parameters, concepts, config):
+    def solve(self, pipe, parameters, concepts):
         check_keys_and_values(parameters)
-        concept, anchor = token_pairs(pipe, concepts, config)
-        kept = kept_tokens(pipe, concepts, config)
+        concept, anchor = token_pairs(pipe, concepts, self.config)
+        kept = kept_tokens(pipe, concepts, self.config)
         how = [self.chose[name] for name in ("erase", "preserve", "ridge")]
         transform = solve((concept, anchor), kept, *how)
         weights = [p.detach().cpu().double() for p in parameters.values()]

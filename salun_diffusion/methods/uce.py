@@ -24,10 +24,10 @@ class UCE(ClosedForm):
     title = "UCE"
     options = {"erase": 1.0, "preserve": 1.0, "ridge": 0.01}
 
-    def solve(self, pipe, parameters, concepts, config):
+    def solve(self, pipe, parameters, concepts):
         check_keys_and_values(parameters)
-        pairs = token_pairs(pipe, concepts, config)
-        kept = kept_tokens(pipe, concepts, config)
+        pairs = token_pairs(pipe, concepts, self.config)
+        kept = kept_tokens(pipe, concepts, self.config)
         transform = solve(pairs, kept, self.chose["erase"], self.chose["preserve"], self.chose["ridge"])
         return moved(parameters, transform)
 
@@ -75,4 +75,5 @@ def solve(
 
 
 def moved(parameters: dict[str, torch.nn.Parameter], transform: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Each parameter's W0 as ``W0 T``, float32, of its own shape."""
     return {name: (p.detach().cpu().double() @ transform).float() for name, p in parameters.items()}
