@@ -65,7 +65,8 @@ def main(config: EraseConfig) -> None:
             )
     for concept in concepts:
         model = config.pretrained_model_name_or_path
-        say(f"Erasing '{concept.value}' from {model} by {config.method}: to be drawn as '{concept.anchor}'.")
+        aim = f": to be drawn as '{concept.anchor}'" if method.anchored else ""
+        say(f"Erasing '{concept.value}' from {model} by {config.method}{aim}.")
     set_seed(config.seed)
     pipe = load_pipeline(
         config.pretrained_model_name_or_path, commit, dtypes[config.mixed_precision], config.variant
@@ -97,8 +98,8 @@ def main(config: EraseConfig) -> None:
     for kind in method.sets(config.mask):
         found = sources.get(kind, [])
         sets[kind] = image_set(pipe, concepts, kind, found, config, accelerator)
-        if kind == "prompts":
-            say(f"To forget from: {len(sets[kind])} prompts.")
+        if kind == "name":
+            say(f"To forget from: {', '.join(sets[kind].prompts[i] for i in sets[kind].prompt_index)}; no pictures.")
             continue
         said = f", from {', '.join(source.text for source in found)}" if found else ", drawn by the base model"
         say(f"The {kind} set: {len(sets[kind])} pictures{said}.")
@@ -162,7 +163,8 @@ def main(config: EraseConfig) -> None:
     versions = {"salun_diffusion": __version__, "python": platform.python_version()} | {
         module.__name__: module.__version__ for module in (torch, diffusers, transformers)
     }
-    about |= {"anchor": ", ".join(config.anchor), "settings": config.as_dict(), "versions": versions}
+    about |= {"anchor": ", ".join(config.anchor) if method.anchored else None}
+    about |= {"settings": config.as_dict(), "versions": versions}
     values = {name: value.detach().cpu() for name, value in deltas.values.items()}
     kept = {name: mask[name] for name in values}
     Delta(kept, values, base, about).save(output / "erasure.safetensors", dtypes[config.save_dtype])

@@ -3,7 +3,8 @@
 benchmarks/methods.json says all that matters: the concepts, the pictures measured, the settings that all methods share,
 and each method's grid. First each method tries its grid on the tuning concepts, one object and one style, which are not
 in the table; the trial with the highest mean of UA, IRA and CRA is its setting for that kind of concept. Then it has to
-forget the table's concepts. Each erasure is a process of its own on a core of its own, for its time and peak memory.
+forget the table's concepts; SalUn once more with the settings under "further", which took more trials than others had.
+Each erasure is a process of its own on a core of its own, for its time and peak memory.
 What ``--output_dir`` holds already is not made again; ``docs/results/methods.json``, and the table and plot of
 docs/methods.md, are written in the end (``--write_only``: from the committed JSON alone).
 """
@@ -80,6 +81,7 @@ def tune(config: dict, folder: Path) -> tuple[dict, dict]:
 def measure(config: dict, chosen: dict, concept: str, kind: str, folder: Path) -> dict:
     """One concept of the table: the base model's and each method's counts, seconds, memory and file size."""
     wanted = {method: (method, own) for method, own in chosen.items()}
+    wanted[methods_page.FURTHER] = ("salun", config["further"])
     results = erase_and_judge(config, wanted, concept, folder / "table" / concept, "table")
     rows = []
     for model in results["models"]:
@@ -96,7 +98,8 @@ def measure(config: dict, chosen: dict, concept: str, kind: str, folder: Path) -
 def frontier(config: dict, chosen: dict, folder: Path) -> list[dict]:
     """SalUn on objects outside the table with one setting changed at a time: what limits it."""
     own, found = chosen["object"]["salun"], []
-    changes = {"as in the table": {}, **config["frontier"]["changes"]}
+    changes = {name: change for name, change in config["frontier"]["changes"].items() if own | change != own}
+    changes = {"as in the table": {}} | changes
     for concept in config["frontier"]["object"]:
         wanted = {name: ("salun", own | change) for name, change in changes.items()}
         results = erase_and_judge(config, wanted, concept, folder / "frontier" / concept, "table")
@@ -133,10 +136,12 @@ def erase(config: dict, concept: str, method: str, own: dict, folder: Path) -> N
     """One erasure in a process of its own; ``cost.json`` in its folder says that it is done, and what it took."""
     from salun_diffusion.methods import find_method
 
-    kind = find_method(method)
-    shared = {} if kind.closed_form else config["settings"]["trained"]
-    shared = shared | (config["settings"]["retaining"] if kind.retains else {})
-    settings = {"pretrained_model_name_or_path": config["base"], "concept": concept, "method": method} | shared | own
+    kind, common = find_method(method), config["settings"]
+    # said in full: what the demo model's presets hold came out of this comparison, and must not go into it
+    settings = {"scope": kind.scope, "method_option": []} | ({} if kind.closed_form else common["trained"])
+    settings |= common["retaining"] if kind.retains else {}
+    settings |= common["pictured"] if {"forget", "anchor"} & {*kind.sets(kind.mask)} else {}
+    settings |= {"pretrained_model_name_or_path": config["base"], "concept": concept, "method": method} | own
     if (folder / "cost.json").exists() and json.loads((folder / "settings.json").read_text()) == settings:
         return
     shutil.rmtree(folder, ignore_errors=True)

@@ -9,6 +9,8 @@ from salun_diffusion.methods import find_method
 
 DOCS = Path(__file__).parent.parent / "docs"
 BASE = "base"
+FURTHER = "salun_further"  # SalUn with settings from more trials than the others had
+TITLES = {BASE: "Base model", FURTHER: "SalUn, tuned further"}
 COLUMNS = ("UA", "IRA", "CRA", "background", "count", "left / right")
 
 
@@ -56,7 +58,7 @@ def summary(concepts: list[dict], method: str) -> dict:
 
 
 def _title(method: str) -> str:
-    return "Base model" if method == BASE else find_method(method).title
+    return TITLES.get(method) or find_method(method).title
 
 
 def table(found: dict, kind: str) -> str:
@@ -65,7 +67,7 @@ def table(found: dict, kind: str) -> str:
     lines = [f"**{kind.capitalize()}s** ({names})", ""]
     lines += ["| | " + " | ".join([*COLUMNS, "training, s", "whole run, s", "peak, GiB", "file, MB"]) + " |"]
     lines += ["| --- " * (len(COLUMNS) + 5) + "|"]
-    for method in (BASE, *found["chosen"][kind]):
+    for method in (BASE, *found["chosen"][kind], FURTHER):
         about = summary(concepts, method)
         cells = [shown(about[column]) for column in COLUMNS]
         costs = [("seconds", ".0f"), ("wall_seconds", ".0f"), ("peak_gib", ".2f"), ("megabytes", ".2f")]
@@ -93,7 +95,7 @@ def _chosen(found: dict, kind: str) -> str:
 
     tuned = found["config"]["tuning"][kind]
     listed = "; ".join(f"{_title(method)} {said(own)}" for method, own in found["chosen"][kind].items())
-    return f"Chosen on {tuned}: {listed}."
+    return f"Chosen on {tuned}: {listed}. {_title(FURTHER)}: {said(found['config']['further'])}."
 
 
 def _protocol(found: dict) -> str:
@@ -127,13 +129,14 @@ def _plot(found: dict, path: Path) -> None:
         base = summary(concepts, BASE)["retained"]["percent"]
         axis.axhline(base, color="grey", linewidth=0.8, linestyle=":")
         axis.annotate("base model", (0, base), fontsize=8, color="grey", va="bottom")
-        for number, method in enumerate(found["chosen"][kind]):
+        for number, method in enumerate([*found["chosen"][kind], FURTHER]):
             about = summary(concepts, method)
             ua, kept = about["UA"], about["retained"]
             spread = [[[share["percent"] - share["low"]], [share["high"] - share["percent"]]] for share in (ua, kept)]
             axis.errorbar(
-                ua["percent"], kept["percent"], xerr=spread[0], yerr=spread[1], fmt="osD^vP*X<>"[number % 10],
-                color=f"C{number % 10}", markersize=11 if method == "salun" else 7, elinewidth=0.7,
+                ua["percent"], kept["percent"], xerr=spread[0], yerr=spread[1], fmt="osD^vP*X<>p"[number],
+                color=f"C{number}" if number < 10 else "black", elinewidth=0.7,
+                markersize=11 if method in ("salun", FURTHER) else 7,
                 label=_title(method),
             )  # fmt: skip
         axis.set(title=f"{kind}s: {', '.join(concept['concept'] for concept in concepts)}", xlabel="forgotten: UA, %")
@@ -158,7 +161,7 @@ def pictures(found: dict, folder: Path, concept: str, count: int = 7) -> None:
     from PIL import Image
 
     kind = next(kind for kind, concepts in found["config"]["concepts"].items() if concept in concepts)
-    methods, images = [BASE, *found["chosen"][kind]], found["config"]["images"]["table"]
+    methods, images = [BASE, *found["chosen"][kind], FURTHER], found["config"]["images"]["table"]
     forget, total = images["num_forget_images"], sum(images.values())
     names = [f"forget-{i:04d}" for i in range(0, forget, forget // count)][:count]
     names += [f"retain-{i:04d}" for i in range(forget, total, (total - forget) // count)][:count]

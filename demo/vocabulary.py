@@ -35,29 +35,19 @@ DATA = {
     "num_forget_images": 64,
     "num_retain_images": 192,
 }
-# SalUn's settings: a quarter more steps than in the comparison of methods, and for objects a gentler learning rate than
-# the one chosen there on a single object, at which airplane loses ten points of the other objects rather than three.
-SALUN = {
-    "alpha": 2.0,
-    "retain_target": "base",
-    "lr_scheduler": "cosine",
-    "max_train_steps": 40,
-    "train_batch_size": 16,
-}
-LEARNING_RATES = {"object": 2.5e-4, "style": 6e-4, "background": 6e-4}
-# For the other methods, what that comparison (benchmarks/methods.py) chose.
+# How it is trained: what the comparison of methods (benchmarks/methods.py) found.
 FOUND = json.loads((Path(__file__).parent.parent / "docs" / "results" / "methods.json").read_text())
 
 
 def training(slot: str) -> dict[str, dict]:
     """Each method's settings for a concept of ``slot``; backgrounds are erased as styles are."""
-    shared, chosen = FOUND["config"]["settings"], FOUND["chosen"]["style" if slot == "background" else slot]
-    found = {"salun": SALUN | {"learning_rate": LEARNING_RATES[slot]}}
-    for name, own in chosen.items():
+    kind, config = "style" if slot == "background" else slot, FOUND["config"]
+    found = {}
+    for name, own in {**FOUND["chosen"][kind], "salun": config["further"]}.items():
         method = find_method(name)
-        if name not in ("salun", "random_label"):  # the second takes the first's
-            trained = {} if method.closed_form else shared["trained"]
-            found[name] = trained | (shared["retaining"] if method.retains else {}) | own
+        if name != "random_label":  # it takes SalUn's
+            trained = {} if method.closed_form else config["settings"]["trained"]
+            found[name] = trained | (config["settings"]["retaining"] if method.retains else {}) | own
     return found
 
 

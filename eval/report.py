@@ -66,7 +66,7 @@ def report(run_dir: Path, output: Path | None = None) -> Path:
         groups={group: picture_rows(drawn, indices, metrics["concept"]) for group, indices in chosen.items()},
         loss_chart=Markup(charts.losses(_lines(training, "erase_concept.py"))) if training.exists() else None,
         saliency_chart=Markup(charts.saliency(row[:3] for row in describe(load_masks(mask)[0])))
-        if mask.exists()
+        if mask.exists() and metrics["models"][1]["erasure"]["density"] != 1
         else None,
         size=erasure.stat().st_size if erasure.exists() else None,
     )

@@ -90,7 +90,7 @@ class EraseConfig:
     )
     num_forget_images: int | None = option(
         None,
-        "pictures of the concept (for some methods, of its anchor, or prompts alone): as many are drawn, or at most so "
+        "pictures of the concept (for some methods its anchor, or prompts alone): as many are drawn, or at most so "
         "many of --forget_data used; the preset's, or 400",
     )
     num_retain_images: int | None = option(None, "the same for pictures of everything else; the preset's, or 800")
@@ -122,7 +122,8 @@ class EraseConfig:
         """
         method = find_method(self.method)
         used = method.sets(self.mask or method.mask)
-        for setting in (*method.unused, *(["forget_data"] if "forget" not in used else [])):
+        unused = [*method.unused, *(["forget_data"] if "forget" not in used else [])]
+        for setting in unused + (["num_forget_images"] if used == ["name"] else []):
             if getattr(self, setting) is not None:
                 raise SalunError(f"--{setting} means nothing to --method {self.method}: leave it out.")
         general = {

@@ -63,26 +63,30 @@ def image_set(
 
     Args:
         kind: "forget" (pictures of the concept), "retain", "anchor" (the forget set's prompts, with pictures of what
-            the anchor's prompts draw) or "prompts" (the forget set's prompts, with latents of zeros).
+            the anchor's prompts draw) or "name" (for a prompt each concept as the user named it; latents of zeros).
 
     Raises:
         SalunError: a picture that cannot be read, a source without any that fits, a damaged cache folder, a model that
             draws NaN, or fewer pictures than processes.
     """
     count = config.num_retain_images if kind == "retain" else config.num_forget_images
+    if kind == "name":
+        network = models.denoiser(pipe).config
+        empty = torch.zeros(len(concepts), network.in_channels, network.sample_size, network.sample_size)
+        return _assembled(pipe, [[Row(concept.name, concept.anchor, {}, 0)] for concept in concepts], empty)
     if not sources:
         wanted = "retain" if kind == "retain" else "forget"
         return drawn_set(pipe, shared_rows(concepts, wanted, count, config.seed, "training"), config, kind, accelerator)
     if kind == "retain":
         shards, prompts = _encoded(pipe, sources[0], kind, concepts, count, config, accelerator)
         rows = [Row(prompt, None, {}, 0) for prompt in prompts]
-        return _assembled(pipe, [rows], _stored(shards, rows), kind, accelerator)
+        return _assembled(pipe, [rows], _stored(shards, rows, kind, accelerator))
     parts, shards = [], []
     for concept, source in zip(concepts, sources, strict=True):
         found, prompts = _encoded(pipe, source, kind, [concept], count // len(concepts), config, accelerator)
         parts.append(concept.forget_rows(len(prompts), config.seed, "training"))
         shards += found
-    return _assembled(pipe, parts, _stored(shards, sum(parts, [])), kind, accelerator)
+    return _assembled(pipe, parts, _stored(shards, sum(parts, []), kind, accelerator))
 
 
 def drawn_set(
@@ -90,19 +94,18 @@ def drawn_set(
 ) -> ImageSet:
     """Draw the rows of each concept with the base model. Raises SalunError as :func:`image_set`."""
     rows = sum(parts, [])
-    if kind == "prompts":
-        network = models.denoiser(pipe).config
-        latents = torch.zeros(1, network.in_channels, network.sample_size, network.sample_size).expand(
-            len(rows), -1, -1, -1
+    shown = [replace(row, prompt=row.anchor_prompt) for row in rows] if kind == "anchor" else rows
+    shards = _drawn(pipe, shown, config, kind, accelerator)
+    return _assembled(pipe, parts, _stored(shards, rows, kind, accelerator))
+
+
+def _stored(shards: list[Path], rows: list[Row], kind: str, accelerator: Accelerator) -> Latents:
+    """The latents in ``shards``. Raises SalunError if they are not one for each row, or fewer than processes."""
+    if len(rows) < accelerator.num_processes:
+        raise SalunError(
+            f"The {kind} set has {len(rows)} pictures for {accelerator.num_processes} processes: give more pictures, "
+            "or start fewer processes."
         )
-    else:
-        shown = [replace(row, prompt=row.anchor_prompt) for row in rows] if kind == "anchor" else rows
-        latents = _stored(_drawn(pipe, shown, config, kind, accelerator), rows)
-    return _assembled(pipe, parts, latents, kind, accelerator)
-
-
-def _stored(shards: list[Path], rows: list[Row]) -> Latents:
-    """The latents in ``shards``. Raises SalunError if they are not one for each row."""
     latents = Latents(shards)
     if len(latents) != len(rows):
         raise SalunError(
@@ -111,20 +114,9 @@ def _stored(shards: list[Path], rows: list[Row]) -> Latents:
     return latents
 
 
-def _assembled(
-    pipe: DiffusionPipeline,
-    parts: list[list[Row]],
-    latents: Latents | torch.Tensor,
-    kind: str,
-    accelerator: Accelerator,
-) -> ImageSet:
+def _assembled(pipe: DiffusionPipeline, parts: list[list[Row]], latents: Latents | torch.Tensor) -> ImageSet:
     """The set of ``parts``' prompts with their ``latents``, in the same order."""
     rows = sum(parts, [])
-    if len(rows) < accelerator.num_processes:
-        raise SalunError(
-            f"The {kind} set has {len(rows)} pictures for {accelerator.num_processes} processes: give more pictures, "
-            "or start fewer processes."
-        )
     anchors = [row.anchor_prompt for row in rows if row.anchor_prompt is not None]
     prompts = list(dict.fromkeys([row.prompt for row in rows] + anchors))
     place = {prompt: i for i, prompt in enumerate(prompts)}

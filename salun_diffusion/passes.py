@@ -28,7 +28,7 @@ class Batch:
     ``timesteps`` ``(batch,)``, and the conditioning of the prompts. In a forget batch also that of the anchor prompts,
     and which ``tokens`` are the "concept" and which the "end" of the prompt, bool ``(batch, sequence)``.
 
-    ``step`` counts the steps of the training from 0. Of a set of prompts alone, ``noisy`` and ``target`` mean nothing.
+    ``step`` counts the steps of the training from 0. Of a set of names, ``noisy`` and ``target`` mean nothing.
     """
 
     noisy: torch.Tensor

@@ -86,7 +86,13 @@ def make_run(folder, picture=noise, forget=30, retain=60, concept="airplane", si
         "n": forget + retain,
     }  # fmt: skip
     settings = {"learning_rate": 1e-4, "alpha": 1.0, "concept": [concept["name"]], "density": 0.5}
-    config = {"concept": concept["name"], "method": "salun", "settings": settings, "versions": {"torch": "2"}}
+    config = {
+        "concept": concept["name"],
+        "method": "salun",
+        "anchor": "apple",
+        "settings": settings,
+        "versions": {"torch": "2"},
+    }
     steps = [
         {"step": i + 1, "forget_loss": 0.1 * 0.97**i + 0.01 * rng.random(), "retain_loss": 0.1 + 0.05 * rng.random()}
         for i in range(120)

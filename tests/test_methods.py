@@ -20,7 +20,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from salun_diffusion import Delta, SalunError, load_erasure, unload_erasure
 from salun_diffusion.checkpoints import Checkpoints
 from salun_diffusion.concepts import find_concepts
-from salun_diffusion.conditioning import differing_tokens, token_ids
+from salun_diffusion.conditioning import differing_tokens, encode, token_ids
 from salun_diffusion.config import EraseConfig, parse
 from salun_diffusion.data import batches, image_set
 from salun_diffusion.masks import load_masks
@@ -34,7 +34,6 @@ from salun_diffusion.saliency import SCOPES, scoped_parameters
 from salun_diffusion.trainer import Trainer
 
 GRADIENT = [name for name in METHODS if not find_method(name).closed_form]
-FEW = ["--num_inference_steps", "3", "--num_forget_images", "4"]
 
 
 def erase(base, method, output, *more, concept="steam engine"):
@@ -44,10 +43,21 @@ def erase(base, method, output, *more, concept="steam engine"):
     kind = find_method(method)
     words = [] if kind.closed_form else ["--max_train_steps", "2", "--train_batch_size", "2", "--learning_rate", "1e-3"]
     words += ["--num_retain_images", "4"] if kind.retains or kind.closed_form else []
+    mask = more[more.index("--mask") + 1] if "--mask" in more else kind.mask
+    words += ["--num_forget_images", "4"] if kind.sets(mask) != ["name"] else []
     erase_concept.main(
         parse(
             ["--pretrained_model_name_or_path", str(base), "--concept", concept, "--method", method]
-            + ["--output_dir", str(output), "--data_dir", str(output.parent / "data"), *FEW, *words, *more],
+            + [
+                "--output_dir",
+                str(output),
+                "--data_dir",
+                str(output.parent / "data"),
+                "--num_inference_steps",
+                "3",
+                *words,
+                *more,
+            ],
             "",
         )
     )
@@ -208,7 +218,8 @@ def scoped_names(network, scope):
 
 def trainer_for(method, folder, tmp_path, **changes):
     settings = {"learning_rate": 1e-3, "max_train_steps": 3, "train_batch_size": 3}
-    settings |= {"num_forget_images": 6, "num_inference_steps": 4, "guidance_scale": 3.0}
+    settings |= {"num_inference_steps": 4, "guidance_scale": 3.0}
+    settings |= {"num_forget_images": 6} if find_method(method).forgets != "name" else {}
     settings |= {"num_retain_images": 6} if find_method(method).retains else {}
     config = EraseConfig(["steam engine"], method=method, data_dir=str(tmp_path / "data"), **(settings | changes))
     config.fill({}, "test")
@@ -249,6 +260,14 @@ def test_steps_match_a_plain_loop(method, folders, tmp_path):
     apart = sum(float((mine - theirs[name]).square().sum()) for name, mine in parameters.items())
     change = sum(float((mine - original[name]).square().sum()) for name, mine in parameters.items())
     assert apart**0.5 < 2e-3 * change**0.5
+
+
+def test_esd_negates_the_name_alone(folders, tmp_path):
+    """And not what else a prompt of the concept asks for."""
+    trainer, _, _ = trainer_for("esd", folders["sd1"], tmp_path)
+    batch = next(trainer.micro_batches(trainer.sets["name"], torch.zeros(3, dtype=torch.long), "forget", 0))
+    wanted = encode(trainer.pipe, ["steam engine"])["encoder_hidden_states"]
+    torch.testing.assert_close(told(batch), wanted.expand(3, -1, -1))
 
 
 def test_salun_can_aim_at_the_base_model(folders, tmp_path):
@@ -356,6 +375,7 @@ def test_what_is_set_for_a_method_holds_for_those_made_from_it():
     "method, more, message",
     [
         ("esd", ["--alpha", "2"], "--alpha means nothing to --method esd"),
+        ("esd", ["--num_forget_images", "9"], "--num_forget_images means nothing to --method esd"),
         ("uce", ["--learning_rate", "1"], "--learning_rate means nothing to --method uce"),
         ("rece", ["--mask", "saliency"], "solves for whole matrices"),
         ("uce", ["--scope", "all"], "use --scope cross-attention-kv"),

@@ -21,10 +21,12 @@ def demo_scores(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
 
     def erased(name, method, *concepts):
-        words = [] if find_method(method).closed_form else ["--train_batch_size", "6"]
-        words += ["--num_retain_images", "48"] if find_method(method).retains else []
+        kind = find_method(method)
+        words = [] if kind.closed_form else ["--train_batch_size", "6", "--max_train_steps", "32"]
+        words += ["--num_retain_images", "48"] if kind.retains else []
+        words += ["--num_forget_images", "32"] if kind.sets(kind.mask) != ["name"] else []
         words += [word for concept in concepts for word in ("--concept", concept)]
-        words += ["--pretrained_model_name_or_path", "demo", "--method", method, "--num_forget_images", "32"]
+        words += ["--pretrained_model_name_or_path", "demo", "--method", method]
         erase_concept.main(parse([*words, "--output_dir", str(folder / name), "--data_dir", str(folder / "data")], ""))
         return folder / name
 

@@ -11,8 +11,8 @@ from .method import NEEDS_RETAIN, Gradient
 
 
 class ESD(Gradient):
-    """The concept's prompt is to predict what guides *away* from the concept, on pictures that the model being edited
-    has denoised half-way itself.
+    """The concept's name is to predict what guides *away* from the concept, on pictures that the model being edited has
+    denoised half-way itself. The name alone: what else a prompt asks for would be negated too.
 
     A step draws one of the sampler's steps at random, denoises from noise up to it with ``start_guidance``, and matches
     ``ε(x_t, c)`` to ``ε0(x_t, from) − negative_guidance · (ε0(x_t, c) − ε0(x_t, ∅))``: ε0 is the base model, ``from``
@@ -23,7 +23,8 @@ class ESD(Gradient):
     title = "ESD"
     settings = {"max_train_steps": 1000, "learning_rate": 1e-5, "train_batch_size": 1}
     options = {"negative_guidance": 1.0, "start_guidance": 3.0, "erase_from": ""}
-    forgets = "prompts"
+    forgets = "name"
+    anchored = False
     retains = False
     unused = NEEDS_RETAIN
 

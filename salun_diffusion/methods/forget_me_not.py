@@ -37,6 +37,7 @@ class ForgetMeNot(Gradient):
     title = "Forget-Me-Not"
     settings = {"max_train_steps": 35, "learning_rate": 2e-6, "train_batch_size": 1}
     options = {"end_tokens": 1}
+    anchored = False
     retains = False
     unused = NEEDS_RETAIN
 

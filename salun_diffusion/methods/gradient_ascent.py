@@ -11,6 +11,7 @@ class GradientAscent(Gradient):
     title = "GA"
     scope = "cross-attention+resnets"
     settings = {"alpha": 30.0}
+    anchored = False
 
     def losses(self, forget, retain):
         erased, kept = self.trainer.predict_both(forget, retain)

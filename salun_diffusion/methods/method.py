@@ -31,7 +31,8 @@ class Method:
     mask = "none"  # or "saliency"
     settings: dict[str, Any] = {}  # of EraseConfig: what the paper used, where it is not the general default
     options: dict[str, Any] = {}  # for --method_option: a number, a text, or a tuple of words, of which one is taken
-    forgets = "forget"  # the set that forget batches are of: pictures of the concept, of its "anchor", or "prompts"
+    forgets = "forget"  # the set that forget batches are of: pictures of the concept, of its "anchor", or its "name"
+    anchored = True  # whether the concept is to be drawn as its anchor
     retains = True  # whether it has a retain term
     unused: tuple[str, ...] = ()  # settings that mean nothing to it: naming one is an error
     closed_form = False
