@@ -139,6 +139,17 @@ def test_whatever_a_user_calls_the_concept_is_escaped(tmp_path):
     assert "&lt;script&gt;" in page and "<script" not in page
 
 
+def test_a_method_without_a_mask_or_an_anchor_is_not_described_as_if_it_had_them(tmp_path):
+    run = make_run(tmp_path, forget=3, retain=9)
+    found, config = (json.loads((run / name).read_text()) for name in ("results.json", "config.json"))
+    found["models"][1]["erasure"] |= {"method": "esd", "density": 1.0}
+    (run / "results.json").write_text(json.dumps(found))
+    (run / "config.json").write_text(json.dumps(config | {"method": "esd", "anchor": None}))
+    page = report.report(run).read_text()
+    assert "all of the scope; no mask" in page and "this method aims at none" in page and "ESD" in page
+    assert "Density" not in page and "Where the salient weights lie" not in page
+
+
 def test_charts_are_left_out_where_there_is_nothing_to_draw(tmp_path):
     run = make_run(tmp_path, forget=3, retain=9, size=300)
     for name in ("training.jsonl", "mask.safetensors", "erasure.safetensors"):
