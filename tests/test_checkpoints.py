@@ -158,7 +158,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     assert "Traceback" not in said
 
     done = run(*words(folder, *resume, "--learning_rate", "1"), check=False)
-    assert done.returncode == 1 and "learning_rate is 1.0, was 0.000" in done.stderr
+    assert done.returncode == 1 and "learning_rate is 1.0, was 0.001" in done.stderr
     done = run(*words(folder), check=False)
     assert done.returncode == 1 and "belongs to an unfinished run" in done.stderr
 
