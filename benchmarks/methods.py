@@ -96,12 +96,13 @@ def measure(config: dict, chosen: dict, concept: str, kind: str, folder: Path) -
 
 
 def frontier(config: dict, chosen: dict, folder: Path) -> list[dict]:
-    """SalUn on objects outside the table with one setting changed at a time: what limits it."""
+    """SalUn on objects outside the table, from the table's setting to the one tuned further: what limits it."""
     own, found = chosen["object"]["salun"], []
     changes = {name: change for name, change in config["frontier"]["changes"].items() if own | change != own}
     changes = {"as in the table": {}} | changes
     for concept in config["frontier"]["object"]:
         wanted = {name: ("salun", own | change) for name, change in changes.items()}
+        wanted[methods_page.FURTHER] = ("salun", config["further"])
         results = erase_and_judge(config, wanted, concept, folder / "frontier" / concept, "table")
         models = [{key: model[key] for key in ("ua", "ira", "cra", "retained")} | {"method": model["name"]}
                   for model in results["models"]]  # fmt: skip

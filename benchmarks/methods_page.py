@@ -77,14 +77,14 @@ def table(found: dict, kind: str) -> str:
 
 
 def frontier(found: dict) -> str:
-    """SalUn with one setting changed at a time, as a table pooled over the frontier's concepts."""
+    """SalUn by its settings, as a table pooled over the frontier's concepts."""
     concepts = found["frontier"]
     names = ", ".join(concept["concept"] for concept in concepts)
     lines = [f"| SalUn ({names}) | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
     for name in (model["method"] for model in concepts[0]["models"]):
         shares = shares_by_column(concepts, name)
         cells = [shown(pooled(shares[column])) for column in COLUMNS]
-        lines.append(f"| {'Base model' if name == BASE else name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {TITLES.get(name, name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

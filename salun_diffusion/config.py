@@ -122,8 +122,10 @@ class EraseConfig:
         """
         method = find_method(self.method)
         used = method.sets(self.mask or method.mask)
-        unused = [*method.unused, *(["forget_data"] if "forget" not in used else [])]
-        for setting in unused + (["num_forget_images"] if used == ["name"] else []):
+        unused = [*method.unused]
+        unused += ["forget_data"] if "forget" not in used else []
+        unused += ["num_forget_images"] if used == ["name"] else []
+        for setting in unused:
             if getattr(self, setting) is not None:
                 raise SalunError(f"--{setting} means nothing to --method {self.method}: leave it out.")
         general = {
