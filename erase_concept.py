@@ -26,20 +26,22 @@ def main(config: EraseConfig) -> None:
     import transformers
     from accelerate.utils import set_seed
 
-    from salun_diffusion import __version__, masks, saliency
-    from salun_diffusion.checkpoints import Checkpoints
-    from salun_diffusion.concepts import find_concepts, shared_rows
-    from salun_diffusion.data import contact_sheet, image_set
-    from salun_diffusion.delta import Delta
+    from salun_diffusion import __version__
+    from salun_diffusion.concepts.concept import find_concepts, shared_rows
+    from salun_diffusion.data.sets import contact_sheet, image_set
+    from salun_diffusion.data.sources import Source
+    from salun_diffusion.erasures import mask as masks
+    from salun_diffusion.erasures.delta import Delta
+    from salun_diffusion.erasures.fingerprint import fingerprint
     from salun_diffusion.files import write_json
-    from salun_diffusion.fingerprint import fingerprint
+    from salun_diffusion.masks import saliency, scope
     from salun_diffusion.methods import find_method
-    from salun_diffusion.models import denoiser, load_pipeline, move_others, resolve
-    from salun_diffusion.optim import MaskedDeltas
-    from salun_diffusion.pictures import Source
-    from salun_diffusion.sampling import sample
-    from salun_diffusion.session import accelerator_for
-    from salun_diffusion.trainer import Trainer
+    from salun_diffusion.models.load import denoiser, load_pipeline, move_others, resolve
+    from salun_diffusion.models.sampling import sample
+    from salun_diffusion.process import accelerator_for
+    from salun_diffusion.training.change import MaskedDeltas
+    from salun_diffusion.training.checkpoints import Checkpoints
+    from salun_diffusion.training.trainer import Trainer
 
     # What to forget, in which model.
     where, commit = resolve(config.pretrained_model_name_or_path, config.revision)
@@ -73,9 +75,9 @@ def main(config: EraseConfig) -> None:
     ).to(accelerator.device)
     network = denoiser(pipe)
     base = fingerprint(network.named_parameters())
-    parameters = saliency.scoped_parameters(network, config.scope)
+    parameters = scope.scoped_parameters(network, config.scope)
     if reused is not None:
-        saliency.check_reused(reused, parameters, config.mask)
+        scope.check_reused(reused, parameters, config.mask)
     output = Path(config.output_dir)
     same = config.as_dict(resumable=True) | {
         "base": base.digest(),

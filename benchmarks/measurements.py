@@ -13,16 +13,17 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from salun_diffusion.checkpoints import Checkpoints
 from salun_diffusion.config import EraseConfig
-from salun_diffusion.data import ImageSet
-from salun_diffusion.delta import Delta
-from salun_diffusion.fingerprint import fingerprint
+from salun_diffusion.data.sets import ImageSet
+from salun_diffusion.erasures.delta import Delta
+from salun_diffusion.erasures.fingerprint import fingerprint
 from salun_diffusion.loader import load_erasure, unload_erasure
+from salun_diffusion.masks.saliency import top_density
+from salun_diffusion.masks.scope import scoped_parameters
 from salun_diffusion.methods.salun import SalUn
-from salun_diffusion.optim import MaskedDeltas
-from salun_diffusion.saliency import scoped_parameters, top_density
-from salun_diffusion.trainer import Trainer
+from salun_diffusion.training.change import MaskedDeltas
+from salun_diffusion.training.checkpoints import Checkpoints
+from salun_diffusion.training.trainer import Trainer
 
 from .reference import Recipe, sort_mask
 

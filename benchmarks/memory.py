@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from salun_diffusion.saliency import scoped_parameters
+from salun_diffusion.masks.scope import scoped_parameters
 
 SIDE = 64  # of the latents of 512 pixels
 GIGA = 1e9

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from scipy.stats import binomtest
 
-from salun_diffusion.documents import put_into
 from salun_diffusion.methods import find_method
+from salun_diffusion.tables import put_into
 
 DOCS = Path(__file__).parent.parent / "docs"
 BASE = "base"

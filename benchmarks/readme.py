@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from salun_diffusion.documents import put_into
+from salun_diffusion.tables import put_into
 
 HERE = Path(__file__).parent
 

@@ -24,9 +24,9 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from salun_diffusion.documents import put_into
 from salun_diffusion.errors import SalunError
 from salun_diffusion.files import write_json
+from salun_diffusion.tables import put_into
 
 from . import tables
 from .config import Config

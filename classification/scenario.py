@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
+from salun_diffusion.erasures.mask import load_masks
 from salun_diffusion.errors import SalunError
 from salun_diffusion.files import read_safetensors, write_json, write_safetensors
-from salun_diffusion.masks import load_masks
-from salun_diffusion.saliency import check_reused
+from salun_diffusion.masks.scope import check_reused
 
 from . import memorisation, models
 from .config import Config

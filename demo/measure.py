@@ -96,10 +96,10 @@ def main() -> None:
     from safetensors.torch import load_file
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    from salun_diffusion import models
-    from salun_diffusion.concepts import Row
+    from salun_diffusion.concepts.concept import Row
     from salun_diffusion.files import write_json
-    from salun_diffusion.sampling import sample
+    from salun_diffusion.models import load as models
+    from salun_diffusion.models.sampling import sample
 
     from . import judge as instrument
     from .scenes import Scene
@@ -172,7 +172,7 @@ def main() -> None:
 
 def write_readme(result: dict) -> None:
     """Put the tables of ``result`` between the two markers of demo/README.md."""
-    from salun_diffusion.documents import put_into
+    from salun_diffusion.tables import put_into
 
     judged, model = result["judge on held-out scenes"], result["model by the judge"]
     lines = ["| question | judge on held-out scenes | shipped model, by the judge |", "| --- | --- | --- |"]

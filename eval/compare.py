@@ -14,9 +14,9 @@ import csv
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from salun_diffusion.documents import put_into
 from salun_diffusion.errors import SalunError
 from salun_diffusion.files import sha256, write_json
+from salun_diffusion.tables import put_into
 
 from . import accuracy, charts, clip_score, composition, fid, grid, i2p, tables
 from .results import RESULTS, SAMPLES, VERSIONS, begin, read, read_samples

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from salun_diffusion.concepts import Concept
+from salun_diffusion.concepts.concept import Concept
+from salun_diffusion.concepts.templates import placeholders, slot_of
 from salun_diffusion.errors import SalunError
-from salun_diffusion.vocabulary import placeholders, slot_of
 
 from .judging import Judging, Rows
 from .metrics import answered, proportion, right_objects, right_sides

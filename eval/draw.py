@@ -15,8 +15,8 @@ import transformers
 from accelerate import PartialState
 
 from salun_diffusion.files import sha256
-from salun_diffusion.models import load_pipeline, resolve
-from salun_diffusion.session import spread_threads
+from salun_diffusion.models.load import load_pipeline, resolve
+from salun_diffusion.process import spread_threads
 
 from . import prompts, results
 from .generation import draw as draw_into

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from salun_diffusion import list_erasures
 from salun_diffusion.errors import SalunError
-from salun_diffusion.models import denoiser, digest, sampler
-from salun_diffusion.sampling import sample
+from salun_diffusion.models.load import denoiser, digest, sampler
+from salun_diffusion.models.sampling import sample
 
 KEY = "salun-key"
 

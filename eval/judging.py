@@ -16,10 +16,10 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from salun_diffusion.concepts import Concept, Row, find_concept
+from salun_diffusion.concepts.concept import Concept, Row, find_concept
 from salun_diffusion.errors import SalunError
-from salun_diffusion.models import load_pipeline, resolve
-from salun_diffusion.session import spread_threads
+from salun_diffusion.models.load import load_pipeline, resolve
+from salun_diffusion.process import spread_threads
 
 from . import results
 from .generation import Drawn, Request, draw

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from salun_diffusion.erasures.mask import describe, load_masks
 from salun_diffusion.errors import SalunError
-from salun_diffusion.masks import describe, load_masks
 
 from . import charts
 from .grid import ROWS, columns, name_models, picture_rows, render, spread

@@ -26,7 +26,7 @@ from PIL import Image
 from salun_diffusion import list_erasures, load_erasure, unload_erasure
 from salun_diffusion.errors import SalunError
 from salun_diffusion.files import write_json
-from salun_diffusion.models import denoiser, digest
+from salun_diffusion.models.load import denoiser, digest
 
 from .generation import KEY
 

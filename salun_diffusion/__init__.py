@@ -12,7 +12,7 @@ _EXPORTS = {
     "unload_erasure": "loader",
     "fuse_erasure": "loader",
     "list_erasures": "loader",
-    "Delta": "delta",
+    "Delta": "erasures.delta",
     "SalunError": "errors",
 }
 __all__ = ["__version__", *_EXPORTS]

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from .delta import DTYPES, Delta, is_finite, merge
+from .erasures.delta import DTYPES, Delta, is_finite, merge
+from .erasures.fingerprint import check_have_values, fingerprint, matches
 from .errors import SalunError
 from .files import listed
-from .fingerprint import check_have_values, fingerprint, matches
-from .models import denoiser
+from .models.load import denoiser
 
 logger = logging.getLogger(__name__)
 

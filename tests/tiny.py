@@ -12,8 +12,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from salun_diffusion.delta import Delta
-from salun_diffusion.fingerprint import fingerprint
+from salun_diffusion.erasures.delta import Delta
+from salun_diffusion.erasures.fingerprint import fingerprint
 
 WORDS = ["a", "an", "of", "on", "picture", "photo", "airplane", "cat", "dog", "house", "red", "blue", "background"]
 

@@ -4,7 +4,7 @@ SalUn-soft: all may, but each step shrinks the smallest changes to nothing (ibid
 import torch
 import torch.nn.functional as F
 
-from salun_diffusion import saliency
+from salun_diffusion.masks import saliency
 
 from ..training import EVALUATION_BATCH, Held, inputs
 from .random_label import random_label

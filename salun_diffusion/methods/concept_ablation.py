@@ -3,8 +3,8 @@ model-based variant)."""
 
 import torch
 
-from ..losses import misaligned_prompt
-from .method import NEEDS_RETAIN, Gradient
+from .base import NEEDS_RETAIN, Gradient
+from .losses import misaligned_prompt
 
 
 class ConceptAblation(Gradient):

@@ -5,9 +5,9 @@ import random
 import torch
 from diffusers import DDIMScheduler
 
-from ..conditioning import encode
-from ..losses import denoising
-from .method import NEEDS_RETAIN, Gradient
+from ..models.conditioning import encode
+from .base import NEEDS_RETAIN, Gradient
+from .losses import denoising
 
 
 class ESD(Gradient):

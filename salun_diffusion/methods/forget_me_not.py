@@ -4,7 +4,7 @@
 import torch
 from diffusers.models.attention_processor import Attention
 
-from .method import NEEDS_RETAIN, Gradient
+from .base import NEEDS_RETAIN, Gradient
 
 
 class Recorder:

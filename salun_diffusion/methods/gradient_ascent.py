@@ -1,8 +1,8 @@
 """Gradient ascent, as SalUn's paper compares it (arXiv 2310.12508, table 3): unlearn by climbing the training loss
 (Thudi et al., "Unrolling SGD", EuroS&P 2022)."""
 
-from ..losses import denoising
-from .method import Gradient
+from .base import Gradient
+from .losses import denoising
 
 
 class GradientAscent(Gradient):

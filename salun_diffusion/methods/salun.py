@@ -4,8 +4,8 @@ from contextlib import nullcontext
 
 import torch
 
-from ..losses import denoising, misaligned_prompt
-from .method import Gradient
+from .base import Gradient
+from .losses import denoising, misaligned_prompt
 
 
 class SalUn(Gradient):

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .. import models
 from ..files import read_safetensors, write_safetensors
-from ..losses import denoising
-from .method import Gradient
+from ..models import load as models
+from .base import Gradient
+from .losses import denoising
 
 
 class SelectiveAmnesia(Gradient):

@@ -2,10 +2,10 @@
 
 import torch
 
-from ..concepts import shared_rows
-from ..conditioning import differing_tokens, encode
+from ..concepts.concept import shared_rows
 from ..errors import SalunError
-from .method import ClosedForm
+from ..models.conditioning import differing_tokens, encode
+from .base import ClosedForm
 
 
 class UCE(ClosedForm):

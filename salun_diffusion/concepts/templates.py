@@ -1,0 +1,73 @@
+"""Vocabularies: prompts from templates and interchangeable words.
+
+A vocabulary is a JSON file: *slots* (lists of interchangeable words), *templates* that combine them, and *settings*
+(defaults for training that suit it; under a method's name, for that method alone; the command line wins)::
+
+    {"slots": {"object": ["tench", "church"], "style": ["ink"]},
+     "templates": [{"prompt": "{object:a} in {style} style", "expect": {"label": "{object}"}}],
+     "plurals": {"fish": "fish"}, "aliases": {"nudity": "nude person"},
+     "settings": {"object": {"num_forget_images": 400, "salun": {"learning_rate": 1e-5}}}}
+
+``{object:a}`` adds the indefinite article, ``{object:s}`` makes the plural, ``{object2}`` is a second, different word
+of the slot. ``expect`` is what a perfect picture of the prompt shows, by question, for whoever evaluates.
+"""
+
+import json
+import string
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import SalunError
+
+
+class _Word(str):
+    plurals: dict[str, str] = {}
+
+    def __format__(self, spec: str) -> str:
+        if spec == "a":
+            return ("an " if self[0].lower() in "aeiou" else "a ") + self
+        return self.plurals.get(self, self + "s") if spec == "s" else str(self)
+
+
+def slot_of(placeholder: str) -> str:
+    return placeholder.rstrip("0123456789")
+
+
+@dataclass
+class Vocabulary:
+    """Slots, templates and settings; see the module docstring for the file."""
+
+    slots: dict[str, list[str]]
+    templates: list[dict]
+    plurals: dict[str, str] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, dict] = field(default_factory=dict)
+    retain: list[str] = field(default_factory=list)  # prompts to keep, in place of the templates with other words
+
+    @classmethod
+    def read(cls, path: Path) -> "Vocabulary":
+        """Raises SalunError if ``path`` is no vocabulary."""
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise SalunError(f"{path} is not a concept vocabulary (JSON with slots and templates): {error}") from None
+
+    def names(self) -> dict[str, tuple[str, str]]:
+        """What a user may type → (slot, word): the word, "word slot" ("ink style"), or an alias."""
+        found = {}
+        for slot, words in self.slots.items():
+            for word in words:
+                found.setdefault(word.lower(), (slot, word))
+                found[f"{word} {slot}".lower()] = (slot, word)
+        return found | {alias.lower(): found[word.lower()] for alias, word in self.aliases.items()}
+
+    def fill(self, template: dict, words: dict[str, str]) -> tuple[str, dict[str, str]]:
+        """The template's prompt and expectation with ``words`` (placeholder → word) put in."""
+        kind = type("_Word", (_Word,), {"plurals": self.plurals})
+        words = {name: kind(word) for name, word in words.items()}
+        expect = {question: answer.format(**words) for question, answer in template.get("expect", {}).items()}
+        return template["prompt"].format(**words), expect
+
+
+def placeholders(template: dict) -> list[str]:
+    return [name for _, name, _, _ in string.Formatter().parse(template["prompt"]) if name]

@@ -1,0 +1,98 @@
+"""Latents on the disk: made shard by shard, each by one process; mapped into memory, not read into it."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from tqdm import tqdm
+
+from ..errors import SalunError
+from ..files import read_safetensors, write_json, write_safetensors
+
+SHARD = 32  # pictures a file
+
+
+class Latents:
+    """Latents ``(n, channels, height, width)`` in fp32 that stay in their files: mapped into memory, read where indexed
+    (by a slice, or a tensor of indices)."""
+
+    def __init__(self, shards: list[Path]):
+        for shard in shards:  # before any is mapped: in turns, the freed memory would be left in pieces
+            read_safetensors(shard)  # raises for a damaged file
+        self.where = []
+        for shard in shards:
+            with safe_open(shard, framework="pt") as file:
+                latents = file.get_tensor("latents")
+            self.where += [(latents, row) for row in range(len(latents))]
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size([len(self), *self.where[0][0].shape[1:]])
+
+    def __getitem__(self, index: slice | torch.Tensor) -> torch.Tensor:
+        found = (self.where[i] for i in torch.arange(len(self))[index].tolist())
+        return torch.stack([latents[row] for latents, row in found])
+
+
+def cached(
+    data_dir: str,
+    kind: str,
+    settings: dict,
+    items: Iterable,
+    count: int,
+    latents: Callable[[list, tqdm], torch.Tensor],
+    accelerator: Accelerator,
+    title: str,
+) -> tuple[list[Path], list[str]]:
+    """The files with the latents of ``items``, and the items' prompts, from a folder of ``data_dir`` that is named by
+    the hash of ``settings``. What is missing is made, and the folder's manifest written last.
+
+    Args:
+        kind: "forget" or "retain", for names.
+        items: things with a ``prompt``, ``count`` at most.
+        latents: makes those of a list of items, ``(len(list), channels, height, width)``, and advances the bar.
+        title: what to write before the progress bar.
+
+    Raises:
+        SalunError: NaN or Inf was made, or the disk refuses a file.
+    """
+    settings = json.loads(json.dumps({"format": "salun-latents 2"} | settings))
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(data_dir) / f"{kind}-{key}"
+    manifest = folder / "manifest.json"
+    if manifest.exists():
+        prompts = json.loads(manifest.read_text())["prompts"]
+        shards = [_shard(folder, start) for start in range(0, len(prompts), SHARD)]
+        if all(shard.exists() for shard in shards):
+            return shards, prompts
+    folder.mkdir(parents=True, exist_ok=True)
+    shards, prompts, items = [], [], iter(items)
+    with tqdm(total=count, desc=title, unit="image", disable=not accelerator.is_main_process) as bar:
+        while part := list(islice(items, SHARD)):
+            shard = _shard(folder, len(prompts))
+            if len(shards) % accelerator.num_processes == accelerator.process_index and not shard.exists():
+                made = latents(part, bar).float().cpu()
+                if not made.isfinite().all():
+                    raise SalunError(f"The base model made NaN or Inf for the {kind} set: load it in fp32 or bf16.")
+                write_safetensors(shard, {"latents": made}, {"format": "salun-latents"})
+            else:
+                bar.update(len(part))
+            shards.append(shard)
+            prompts += [item.prompt for item in part]
+        bar.total = len(prompts)  # a folder may hold fewer than were allowed
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_json(manifest, {"settings": settings, "prompts": prompts})
+    return shards, prompts
+
+
+def _shard(folder: Path, start: int) -> Path:
+    return folder / f"latents-{start:05d}.safetensors"

@@ -1,0 +1,230 @@
+"""Forget and retain sets: pictures that the base model draws itself, or the user's own, kept as latents and encoded
+prompts.
+
+Nothing is encoded twice: the final latents of the pipeline are what the autoencoder would give back, and each distinct
+prompt passes through the text encoder once. A set lives in a folder named by the hash of all that determines it (model,
+prompts, seeds, steps, guidance; or the pictures), in small shards; a stopped run goes on with the missing ones.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from diffusers.utils import make_image_grid
+from PIL import Image
+from tqdm import tqdm
+
+from ..concepts.concept import Concept, Row, shared_rows
+from ..config import EraseConfig
+from ..errors import SalunError
+from ..models import load as models
+from ..models.conditioning import differing_tokens, encode, token_ids
+from ..models.sampling import sample
+from .cache import Latents, cached
+from .sources import Picture, Source
+
+
+@dataclass
+class ImageSet:
+    """Latents ``(n, channels, height, width)`` in fp32, and for each the number of its prompt and of its anchor prompt.
+
+    ``text`` holds the denoiser's conditioning by argument name, one entry per distinct prompt (``prompts`` order);
+    ``shares`` says how many pictures are of the first concept, of the second, and so on; ``tokens``, for sets with
+    anchors, which tokens of each picture's prompt are the "concept" and which the "end", bool ``(n, sequence)``.
+    """
+
+    latents: Latents | torch.Tensor
+    prompts: list[str]
+    prompt_index: torch.Tensor
+    anchor_index: torch.Tensor | None
+    text: dict[str, torch.Tensor]
+    shares: tuple[int, ...] = ()
+    tokens: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+def image_set(
+    pipe: DiffusionPipeline,
+    concepts: list[Concept],
+    kind: str,
+    sources: list[Source],
+    config: EraseConfig,
+    accelerator: Accelerator,
+) -> ImageSet:
+    """A set of ``concepts``: from ``sources`` (for the forget set one for each concept), or drawn by ``pipe`` where
+    there are none. What ``config.data_dir`` holds already is not made again. Processes share the work; each returns the
+    whole set.
+
+    Args:
+        kind: "forget" (pictures of the concept), "retain", "anchor" (the forget set's prompts, with pictures of what
+            the anchor's prompts draw) or "name" (for a prompt each concept as the user named it; latents of zeros).
+
+    Raises:
+        SalunError: a picture that cannot be read, a source without any that fits, a damaged cache folder, a model that
+            draws NaN, or fewer pictures than processes.
+    """
+    count = config.num_retain_images if kind == "retain" else config.num_forget_images
+    if kind == "name":
+        network = models.denoiser(pipe).config
+        empty = torch.zeros(len(concepts), network.in_channels, network.sample_size, network.sample_size)
+        return _assembled(pipe, [[Row(concept.name, concept.anchor, {}, 0)] for concept in concepts], empty)
+    if not sources:
+        wanted = "retain" if kind == "retain" else "forget"
+        return drawn_set(pipe, shared_rows(concepts, wanted, count, config.seed, "training"), config, kind, accelerator)
+    if kind == "retain":
+        shards, prompts = _encoded(pipe, sources[0], kind, concepts, count, config, accelerator)
+        rows = [Row(prompt, None, {}, 0) for prompt in prompts]
+        return _assembled(pipe, [rows], _stored(shards, rows, kind, accelerator))
+    parts, shards = [], []
+    for concept, source in zip(concepts, sources, strict=True):
+        found, prompts = _encoded(pipe, source, kind, [concept], count // len(concepts), config, accelerator)
+        parts.append(concept.forget_rows(len(prompts), config.seed, "training"))
+        shards += found
+    return _assembled(pipe, parts, _stored(shards, sum(parts, []), kind, accelerator))
+
+
+def drawn_set(
+    pipe: DiffusionPipeline, parts: list[list[Row]], config: EraseConfig, kind: str, accelerator: Accelerator
+) -> ImageSet:
+    """Draw the rows of each concept with the base model. Raises SalunError as :func:`image_set`."""
+    rows = sum(parts, [])
+    shown = [replace(row, prompt=row.anchor_prompt) for row in rows] if kind == "anchor" else rows
+    shards = _drawn(pipe, shown, config, kind, accelerator)
+    return _assembled(pipe, parts, _stored(shards, rows, kind, accelerator))
+
+
+def _stored(shards: list[Path], rows: list[Row], kind: str, accelerator: Accelerator) -> Latents:
+    """The latents in ``shards``. Raises SalunError if they are not one for each row, or fewer than processes."""
+    if len(rows) < accelerator.num_processes:
+        raise SalunError(
+            f"The {kind} set has {len(rows)} pictures for {accelerator.num_processes} processes: give more pictures, "
+            "or start fewer processes."
+        )
+    latents = Latents(shards)
+    if len(latents) != len(rows):
+        raise SalunError(
+            f"{shards[0].parent} holds {len(latents)} latents where {len(rows)} belong: delete that folder."
+        )
+    return latents
+
+
+def _assembled(pipe: DiffusionPipeline, parts: list[list[Row]], latents: Latents | torch.Tensor) -> ImageSet:
+    """The set of ``parts``' prompts with their ``latents``, in the same order."""
+    rows = sum(parts, [])
+    anchors = [row.anchor_prompt for row in rows if row.anchor_prompt is not None]
+    prompts = list(dict.fromkeys([row.prompt for row in rows] + anchors))
+    place = {prompt: i for i, prompt in enumerate(prompts)}
+    text = encode(pipe, prompts)
+    return ImageSet(
+        latents,
+        prompts,
+        torch.tensor([place[row.prompt] for row in rows]),
+        torch.tensor([place[prompt] for prompt in anchors]) if anchors else None,
+        text,
+        tuple(len(part) for part in parts),
+        _tokens(pipe, rows, text["encoder_hidden_states"].shape[1]) if anchors else {},
+    )
+
+
+def _tokens(pipe: DiffusionPipeline, rows: list[Row], length: int) -> dict[str, torch.Tensor]:
+    """:attr:`ImageSet.tokens` for prompts of ``length`` tokens, padding included."""
+    marked = {kind: torch.zeros(len(rows), length, dtype=torch.bool) for kind in ("concept", "end")}
+    for i, row in enumerate(rows):
+        marked["concept"][i, differing_tokens(pipe, row.prompt, row.anchor_prompt)] = True
+        marked["end"][i, len(token_ids(pipe, row.prompt)) - 1 :] = True
+    return marked
+
+
+def _drawn(
+    pipe: DiffusionPipeline, rows: list[Row], config: EraseConfig, kind: str, accelerator: Accelerator
+) -> list[Path]:
+    how = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
+    settings = how | {
+        "model": models.digest(pipe),
+        "pipeline": type(pipe).__name__,
+        **models.sampler(pipe),
+        "dtype": str(pipe.dtype),
+        "rows": [[row.prompt, row.seed] for row in rows],
+    }
+
+    def latents(part: list[Row], bar: tqdm) -> torch.Tensor:
+        drawn = sample(pipe, part, batch_size=config.sample_batch_size, output_type="latent", bar=bar, **how)
+        return torch.stack(drawn)
+
+    title = f"drawing the {kind} set"
+    return cached(config.data_dir, kind, settings, rows, len(rows), latents, accelerator, title)[0]
+
+
+def _encoded(
+    pipe: DiffusionPipeline,
+    source: Source,
+    kind: str,
+    concepts: list[Concept],
+    count: int,
+    config: EraseConfig,
+    accelerator: Accelerator,
+) -> tuple[list[Path], list[str]]:
+    """Up to ``count`` pictures of ``source`` in the sampler's scale: the mode of what the autoencoder says."""
+    side = models.denoiser(pipe).config.sample_size * pipe.vae_scale_factor
+    settings = {
+        "source": source.key,
+        "concepts": [[concept.name, concept.value] for concept in concepts],
+        "count": count,
+        "side": side,
+        "vae": models.digest(pipe, "vae"),
+    }
+    pictures = source.forget(concepts[0]) if kind == "forget" else source.retain(concepts)
+    shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
+
+    @torch.no_grad()
+    def latents(part: list[Picture], bar: tqdm) -> torch.Tensor:
+        found = []
+        for picture in part:  # one by one: the autoencoder's fp32 activations at 512 pixels would fill a small card
+            pixels = pipe.image_processor.preprocess(picture.square(side)).to(pipe.vae.device, pipe.vae.dtype)
+            found.append((pipe.vae.encode(pixels).latent_dist.mode() - shift) * pipe.vae.config.scaling_factor)
+            bar.update()
+        return torch.cat(found)
+
+    title = f"encoding {source.text}"
+    found = cached(config.data_dir, kind, settings, islice(pictures, count), count, latents, accelerator, title)
+    if not found[0]:
+        raise SalunError(f"{source.text} has no picture for the {kind} set.")
+    return found
+
+
+def batches(count: int, size: int, seed: int) -> Iterator[torch.Tensor]:
+    """Endless batches of exactly ``size`` indices below ``count``: shuffled passes, one after the other, so that any
+    batch size fits any set."""
+    left, epoch = torch.empty(0, dtype=torch.long), 0
+    while True:
+        while len(left) < size:
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+            left, epoch = torch.cat([left, order]), epoch + 1
+        yield left[:size]
+        left = left[size:]
+
+
+@torch.no_grad()
+def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> list[Image.Image]:
+    """Latents ``(n, channels, height, width)`` as the sampler left them → PIL pictures, in the autoencoder's dtype."""
+    shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
+    decoded = [
+        pipe.vae.decode(z.to(pipe.vae.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor + shift).sample.cpu()
+        for z in latents.split(1)  # the autoencoder's fp32 activations at 512 pixels would fill a small card
+    ]
+    return pipe.image_processor.postprocess(torch.cat(decoded).float(), output_type="pil")
+
+
+def contact_sheet(pipe: DiffusionPipeline, latents: torch.Tensor, path: Path, columns: int = 8) -> None:
+    """Write the pictures of ``latents`` as one PNG, for people to look at what the training sees, or makes."""
+    pictures = decode(pipe, latents)
+    rows = -(-len(pictures) // columns)
+    empty = Image.new("RGB", pictures[0].size, "white")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_image_grid(pictures + [empty] * (rows * columns - len(pictures)), rows, columns).save(path)

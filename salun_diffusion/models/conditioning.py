@@ -1,0 +1,70 @@
+"""What a denoiser is told besides the noisy picture: prompts as tensors, for pipelines with one text encoder (SD 1.x,
+2.x) and with two (SDXL), kept as one flat dictionary so that batches can be indexed, joined and moved alike."""
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ..errors import SalunError
+
+ADDED = ("text_embeds", "time_ids")  # what SDXL's U-Net takes as added_cond_kwargs
+
+
+@torch.no_grad()
+def encode(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """``prompts`` as the pipeline itself would encode them, ``(len(prompts), …)`` each, in its dtype, on the CPU.
+
+    ``encoder_hidden_states`` always; for SDXL also ``text_embeds`` (pooled) and ``time_ids`` (a picture of the
+    pipeline's own size, not cropped).
+
+    Raises:
+        SalunError: a pipeline whose text encoders are not of these two kinds.
+    """
+    parts = [_encode(pipe, prompts[i : i + 64]) for i in range(0, len(prompts), 64)]
+    return {key: torch.cat([part[key] for part in parts]).cpu() for key in parts[0]}
+
+
+def encode_empty(pipe: DiffusionPipeline) -> dict[str, torch.Tensor]:
+    """The unconditional side of classifier-free guidance, a batch of one: the empty prompt, or for most SDXL models
+    zeros."""
+    empty = encode(pipe, [""])
+    if getattr(pipe.config, "force_zeros_for_empty_prompt", False):
+        empty |= {key: torch.zeros_like(empty[key]) for key in ("encoder_hidden_states", "text_embeds")}
+    return empty
+
+
+def arguments(text: dict[str, torch.Tensor]) -> dict:
+    """The denoiser's keyword arguments."""
+    added = {key: text[key] for key in ADDED if key in text}
+    return {"encoder_hidden_states": text["encoder_hidden_states"]} | ({"added_cond_kwargs": added} if added else {})
+
+
+def differing_tokens(pipe: DiffusionPipeline, prompt: str, other: str) -> slice:
+    """The places of the tokens of ``prompt`` that ``other`` has not: what stays between their common beginning and
+    their common end. Of a concept's prompt and its anchor's: the concept's words (and their article, if it differs)."""
+    one, two = (token_ids(pipe, text) for text in (prompt, other))
+    start = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+    same = next((i for i, (a, b) in enumerate(zip(one[::-1], two[::-1], strict=False)) if a != b), 0)
+    # where one prompt merely repeats or adds a word, the common parts overlap: its last common token stands for it
+    stop = max(len(one) - min(same, min(len(one), len(two)) - start), start)
+    return slice(min(start, stop - 1), stop)
+
+
+def token_ids(pipe: DiffusionPipeline, prompt: str) -> list[int]:
+    """The prompt's tokens with their start and end marks, cut to what the encoder reads, without padding."""
+    return pipe.tokenizer(prompt, truncation=True, max_length=pipe.tokenizer.model_max_length).input_ids
+
+
+def _encode(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, torch.Tensor]:
+    parts = {name for name in pipe.components if name.startswith("text_encoder") and getattr(pipe, name) is not None}
+    options = {"device": pipe.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    if parts == {"text_encoder"}:
+        return {"encoder_hidden_states": pipe.encode_prompt(prompts, **options)[0]}
+    if parts == {"text_encoder", "text_encoder_2"} and getattr(pipe, "unet", None) is not None:
+        embeds, _, pooled, _ = pipe.encode_prompt(prompts, **options)
+        side = pipe.default_sample_size * pipe.vae_scale_factor
+        ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32).expand(len(prompts), 6)
+        return {"encoder_hidden_states": embeds, "text_embeds": pooled, "time_ids": ids.to(embeds.device)}
+    raise SalunError(
+        f"{type(pipe).__name__} has the text encoders {sorted(parts)}; models with one (SD 1.x, 2.x), or with two and "
+        "a U-Net (SDXL), can be erased."
+    )

@@ -1,0 +1,127 @@
+"""Find and load a base model: a local diffusers folder, a hub id, or the name ``demo``."""
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import SalunError
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+DEMO = Path(__file__).resolve().parents[2] / "demo" / "model"
+
+
+def resolve(name: str, revision: str | None = None) -> tuple[str, str | None]:
+    """``(where, commit)``: a local folder and None, or a hub id and the commit that ``revision`` names right now.
+
+    Asks the hub for one small file, so that an unreachable hub is known before any long work.
+
+    Raises:
+        SalunError: no such folder, no pipeline in it, or a hub that cannot be reached or has no such model.
+    """
+    path = DEMO if name == "demo" else Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "model_index.json").exists():
+            raise SalunError(f"{path} holds no diffusers pipeline (no model_index.json): give the folder that has one.")
+        return str(path), None
+    if name == "demo":
+        raise SalunError(
+            "The demo model comes with a clone of the repository, not with the installed package: clone it."
+        )
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise SalunError(f"There is no model folder {name}: give a folder with a model_index.json, a hub id or 'demo'.")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        index = Path(hf_hub_download(name, "model_index.json", revision=revision))
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise SalunError(
+            f"The hub has no model {name} at revision {revision or 'main'}, or you may not read it."
+        ) from None
+    except Exception as error:  # offline mode, no route, time-outs: each hub version has its own classes for them
+        raise SalunError(
+            f"{name} is no local folder and the hub cannot be reached ({type(error).__name__}): give the path of a "
+            "downloaded pipeline folder, or try --pretrained_model_name_or_path demo."
+        ) from None
+    return name, index.parent.name  # the cache keeps each file under its commit: …/snapshots/COMMIT/model_index.json
+
+
+def load_pipeline(
+    name: str, revision: str | None = None, dtype: "torch.dtype | None" = None, variant: str | None = None
+) -> "DiffusionPipeline":
+    """The whole pipeline, in fp32 unless ``dtype`` says otherwise (its autoencoder in fp32 always: some overflow in
+    fp16), from safetensors only, its safety checker left out: erasure is measured without one.
+
+    Raises:
+        SalunError: as :func:`resolve`, or weights that diffusers cannot load.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    where, commit = resolve(name, revision)
+    options = {} if "safety_checker" not in _index(where, commit) else {"safety_checker": None}
+    dtypes = {"vae": torch.float32, "default": dtype or torch.float32}
+    try:
+        return DiffusionPipeline.from_pretrained(
+            where, revision=commit, variant=variant, dtype=dtypes, use_safetensors=True, **options
+        )
+    except (OSError, ValueError) as error:
+        raise SalunError(f"{name} could not be loaded: {str(error).splitlines()[0]}") from None
+
+
+def _index(where: str, commit: str | None) -> str:
+    if Path(where).is_dir():
+        return (Path(where) / "model_index.json").read_text()
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(where, "model_index.json", revision=commit)).read_text()
+
+
+def denoiser(pipe: "DiffusionPipeline") -> "torch.nn.Module":
+    """The network of a diffusers pipeline that predicts noise: ``pipe.unet`` or ``pipe.transformer``.
+
+    Raises:
+        SalunError: the pipeline has neither.
+    """
+    import torch
+
+    for name in ("unet", "transformer"):
+        module = getattr(pipe, name, None)
+        if isinstance(module, torch.nn.Module):
+            return getattr(module, "_orig_mod", module)  # torch.compile wraps the module and prefixes its names
+    raise SalunError(f"{type(pipe).__name__} has neither a unet nor a transformer; give a diffusion pipeline.")
+
+
+def move_others(pipe: "DiffusionPipeline", device: "torch.device | str") -> None:
+    """Move every module but the denoiser: text encoders and autoencoder have nothing to do while it trains."""
+    import torch
+
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module) and module is not denoiser(pipe):
+            module.to(device)
+
+
+def sampler(pipe: "DiffusionPipeline") -> dict:
+    """The scheduler's class and settings, for keys of what it draws: the same in every process, and as text, since some
+    have an infinite setting, which JSON cannot hold."""
+    # its private settings list which others are defaults, in an order that differs from process to process
+    settings = {name: repr(value) for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    return {"scheduler": type(pipe.scheduler).__name__, "scheduler_config": dict(sorted(settings.items()))}
+
+
+def digest(pipe: "DiffusionPipeline", *parts: str) -> str:
+    """Twelve hex digits that change when any module of ``pipe`` (of those named, if any are) does: a hash over every
+    tensor's name, shape and 64 evenly spaced fp32 values. It keys caches; it is no proof against forgery."""
+    import torch
+
+    found = hashlib.sha256()
+    for part, module in sorted(pipe.components.items()):
+        if isinstance(module, torch.nn.Module) and (not parts or part in parts):
+            for name, tensor in module.state_dict().items():
+                flat = tensor.detach().flatten()
+                picked = flat[torch.linspace(0, len(flat) - 1, min(64, len(flat)), dtype=torch.float64).long()]
+                found.update(f"{part}.{name}{tuple(tensor.shape)}".encode() + picked.float().cpu().numpy().tobytes())
+    return found.hexdigest()[:12]

@@ -1,0 +1,147 @@
+"""Adam on the weights that may move, and on nothing else.
+
+The trained quantity is the change itself: ``θ = θ0 + d`` with one fp32 value of ``d`` per masked weight, packed in
+row-major order as the masked-delta file stores it. Adam's moments are as long as ``d``; weights outside the mask are
+never written, so they end bit-identical to the base whatever the optimizer does.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..erasures.delta import CHUNK
+from ..erasures.mask import pack, places
+
+
+class MaskedDeltas:
+    """Packed fp32 deltas of the masked weights of some parameters, and the Adam that trains them.
+
+    While it is active, a parameter's dense gradient is packed and freed as soon as backward has made it (a
+    post-accumulate hook), so that only one dense gradient exists at a time.
+
+    Args:
+        keep_places: hold the places of the masked weights, 4 bytes each, rather than find them from one bit a weight
+            whenever they are needed. By default on a CPU alone, where memory is cheap and time is not.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        masks: dict[str, torch.Tensor],
+        learning_rate: float,
+        keep_places: bool | None = None,
+    ):
+        self.parameters = {name: parameters[name] for name, mask in masks.items() if mask.any()}
+        for name, parameter in parameters.items():  # where nothing may move, no gradient is made
+            parameter.requires_grad_(name in self.parameters)
+        self.masks = {name: masks[name].cpu() for name in self.parameters}
+        if keep_places is None:
+            keep_places = all(p.device.type == "cpu" for p in parameters.values())
+        self.keep_places = keep_places
+        packed = {name: pack(self.masks[name]).to(p.device) for name, p in self.parameters.items()}
+        self.where = {name: places(bits).int() if keep_places else bits for name, bits in packed.items()}
+        self.base = {name: p.detach().flatten()[self._places(name)] for name, p in self.parameters.items()}
+        self.values = {name: nn.Parameter(torch.zeros_like(b, dtype=torch.float32)) for name, b in self.base.items()}
+        self.gradients = {name: torch.empty_like(value) for name, value in self.values.items()}  # packed, as value.grad
+        self.adam = torch.optim.Adam(self.values.values(), lr=learning_rate, fused=True)
+        self.hooks = [
+            p.register_post_accumulate_grad_hook(lambda p, name=name: self._pack(name, p))
+            for name, p in self.parameters.items()
+        ]
+
+    def _places(self, name: str) -> torch.Tensor:
+        """Where the masked weights lie, row-major. Gathering by places is, on a CPU, some thirty times faster than by a
+        mask."""
+        return self.where[name] if self.keep_places else places(self.where[name])
+
+    @torch.no_grad()
+    def _pack(self, name: str, parameter: nn.Parameter) -> None:
+        value, dense = self.values[name], parameter.grad.flatten()
+        first = value.grad is None
+        if first:  # else it holds an earlier batch's, or what a penalty on the change itself has put there
+            value.grad = self.gradients[name]
+        for where, packed in zip(self._places(name).split(CHUNK), value.grad.split(CHUNK), strict=True):
+            part = dense.index_select(0, where)
+            packed.copy_(part) if first else packed.add_(part)
+        parameter.grad = None
+
+    def packed(self, name: str, dense: torch.Tensor) -> torch.Tensor:
+        """What ``dense``, of the parameter's shape, holds for the weights that may move."""
+        return dense.to(self.values[name].device).flatten()[self._places(name)]
+
+    @torch.no_grad()
+    def set(self, weights: dict[str, torch.Tensor]) -> None:
+        """Make the weights that may move those of ``weights``, by name, in fp32."""
+        for name, value in self.values.items():
+            value.copy_(self.packed(name, weights[name]) - self.base[name].float())
+        self.write()
+
+    def reduce(self, accelerator: Accelerator) -> None:
+        """Replace each packed gradient by the processes' mean: dense gradients never travel."""
+        if accelerator.num_processes > 1:
+            for value in self.values.values():
+                value.grad = accelerator.reduce(value.grad, "mean")
+
+    def clear_gradients(self) -> None:
+        for value in self.values.values():
+            value.grad = None
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What training changes: ``value.NAME``, ``exp_avg.NAME`` and ``exp_avg_sq.NAME``, fp32 and packed."""
+        found = {f"value.{name}": value.detach() for name, value in self.values.items()}
+        for name, value in self.values.items():
+            moments = self.adam.state[value]
+            found |= {f"{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
+        return found
+
+    @property
+    def updates(self) -> int:
+        """Steps that Adam took: fewer than the training's where fp16 gradients overflowed."""
+        return int(next(iter(self.adam.state.values()))["step"]) if self.adam.state else 0
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, torch.Tensor], updates: int) -> None:
+        """Restore :meth:`state` after ``updates`` steps of Adam, and the weights with it."""
+        for name, value in self.values.items():
+            value.copy_(tensors[f"value.{name}"])
+            moments = {key: tensors[f"{key}.{name}"].to(value.device) for key in ("exp_avg", "exp_avg_sq")}
+            self.adam.state[value] = {"step": torch.tensor(float(updates), device=value.device)} | moments
+        self.write()
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Put ``θ0 + d``, summed in fp32 and rounded to the parameter's dtype, where the mask is set."""
+        for name in self.parameters:
+            self._put(name, self.values[name])
+
+    def _put(self, name: str, change: torch.Tensor | None) -> None:
+        parameter, base, where = self.parameters[name], self.base[name], self._places(name)
+        for start in range(0, len(base), CHUNK):
+            part = slice(start, start + CHUNK)
+            packed = base[part] if change is None else (base[part].float() + change[part]).to(parameter.dtype)
+            parameter.view(-1).index_copy_(0, where[part].long(), packed)
+
+    @contextmanager
+    def at_base(self) -> Iterator[None]:
+        """Within it, the network has the base model's weights."""
+        with torch.no_grad():
+            for name in self.parameters:
+                self._put(name, None)
+        try:
+            yield
+        finally:  # also where memory ran out: the step is then tried again, and not with the base model's weights
+            self.write()
+
+    def snap(self, dtype: torch.dtype) -> None:
+        """Round the deltas to the dtype they will be saved in, and the weights with them."""
+        for value in self.values.values():
+            value.data = value.data.to(dtype).float()
+        self.write()
+
+    def close(self) -> None:
+        """Stop packing gradients."""
+        for hook in self.hooks:
+            hook.remove()

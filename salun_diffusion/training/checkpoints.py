@@ -1,0 +1,164 @@
+"""Checkpoints of a training: whole or absent, checked before they are used, and only for the settings that made them.
+
+``checkpoint-STEP/`` holds ``state.safetensors`` (what the optimizer trains, and its moments), ``mask.safetensors``,
+``training.jsonl`` (the log up to that step) and ``manifest.json``, which is written last and has the size and SHA-256
+of the others. The folder is made under another name, synced to the disk and renamed: one that has its name is complete,
+unless the disk has damaged it since.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..erasures.mask import load_masks, save_masks
+from ..errors import SalunError
+from ..files import read_safetensors, sha256, write_json, write_safetensors
+
+FORMAT = "salun-checkpoint 1"
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint folder holds: ``step`` steps are done, ``log`` has their lines."""
+
+    path: Path
+    step: int
+    tensors: dict[str, torch.Tensor]
+    masks: dict[str, torch.Tensor]
+    log: str
+    state: dict
+
+
+class Checkpoints:
+    """The checkpoints of one run folder.
+
+    Args:
+        settings: what must be the same for a run to go on; a JSON mapping.
+        limit: how many to keep, the newest ones; None keeps all.
+    """
+
+    def __init__(self, folder: Path, settings: dict, limit: int | None):
+        self.folder, self.settings, self.limit = folder, json.loads(json.dumps(settings)), limit
+
+    def all(self) -> list[Path]:
+        """The checkpoint folders, the newest first."""
+        found = [path for path in self.folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+        return sorted(found, key=lambda path: -int(path.name.split("-")[1]))
+
+    def start_anew(self) -> None:
+        """Make way for a run from the beginning: a finished run's checkpoints are deleted.
+
+        Raises:
+            SalunError: the folder holds those of an unfinished run.
+        """
+        for path in self.all():
+            if not _made_before(path / MANIFEST, self.folder / "config.json"):
+                raise SalunError(
+                    f"{path} belongs to an unfinished run: go on with --resume_from_checkpoint latest, or delete "
+                    f"{self.folder} or give another --output_dir to start anew."
+                )
+        for path in self.all():
+            _delete(path)
+
+    def save(self, step: int, tensors: dict, masks: dict, about: dict, log: Path, state: dict) -> Path:
+        """Write ``checkpoint-STEP``, then delete the oldest ones beyond the limit.
+
+        Raises:
+            SalunError: the disk refuses it; earlier checkpoints are untouched.
+        """
+        final, making = self.folder / f"checkpoint-{step}", self.folder / f".checkpoint-{step}.partial"
+        shutil.rmtree(making, ignore_errors=True)
+        try:
+            making.mkdir(parents=True)
+            write_safetensors(making / "state.safetensors", tensors, {"format": FORMAT})
+            save_masks(making / "mask.safetensors", masks, about)
+            shutil.copyfile(log, making / "training.jsonl")
+            _sync(making / "training.jsonl")
+            files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in making.iterdir()}
+            manifest = {"format": FORMAT, "step": step, "settings": self.settings, "state": state, "files": files}
+            write_json(making / MANIFEST, manifest)  # syncs the folder too
+            if final.exists():  # a damaged one of the same step, or one of the run that this one repeats
+                shutil.rmtree(final)
+            os.rename(making, final)
+            _sync(self.folder)
+        except (OSError, SalunError) as error:
+            shutil.rmtree(making, ignore_errors=True)
+            kept = self.newest_valid()
+            raise SalunError(
+                f"{final} could not be saved ({error}). "
+                + (f"{kept} is intact: make room, then go on with --resume_from_checkpoint latest." if kept else "")
+            ) from None
+        for old in self.all()[self.limit :] if self.limit else []:
+            _delete(old)
+        return final
+
+    def newest_valid(self) -> Path | None:
+        """The newest checkpoint whose files are all there and unchanged."""
+        return next((path for path in self.all() if _fault(path) is None), None)
+
+    def load(self, which: str) -> Checkpoint | None:
+        """The checkpoint ``which``, a folder or ``"latest"`` (the newest valid one; None if there is none).
+
+        Raises:
+            SalunError: no such checkpoint, a damaged one, or one of other settings, which are listed.
+        """
+        path = self.newest_valid() if which == "latest" else Path(which)
+        if path is None:
+            return None
+        if fault := _fault(path):
+            raise SalunError(f"{path} cannot be resumed from: {fault}. Use --resume_from_checkpoint latest.")
+        manifest = json.loads((path / MANIFEST).read_text())
+        old, new = manifest["settings"], self.settings
+        changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+        if changed:
+            listed = "; ".join(f"{name} is {new.get(name)!r}, was {old.get(name)!r}" for name in changed)
+            raise SalunError(
+                f"{path} is of a run with other settings ({listed}): use the same ones, or another --output_dir to "
+                "start anew."
+            )
+        tensors, _ = read_safetensors(path / "state.safetensors")
+        masks, _ = load_masks(path / "mask.safetensors")
+        log = (path / "training.jsonl").read_text()
+        return Checkpoint(path, manifest["step"], tensors, masks, log, manifest["state"])
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None."""
+    if not path.is_dir():
+        return "there is no such folder"
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["format"] != FORMAT:
+            return f"its manifest is not of the form '{FORMAT}'"
+        for name, entry in manifest["files"].items():
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if (size := (path / name).stat().st_size) != entry["bytes"]:
+                return f"{name} has {size} bytes where {entry['bytes']} belong"
+            if sha256(path / name) != entry["sha256"]:
+                return f"{name} is damaged"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its {MANIFEST} cannot be read ({error})"
+    return None
+
+
+def _made_before(path: Path, other: Path) -> bool:
+    return other.exists() and (not path.exists() or path.stat().st_mtime_ns <= other.stat().st_mtime_ns)
+
+
+def _delete(path: Path) -> None:
+    (path / MANIFEST).unlink(missing_ok=True)  # from here on it is no checkpoint, however far the deletion gets
+    shutil.rmtree(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

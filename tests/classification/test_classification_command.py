@@ -1,0 +1,273 @@
+"""`python -m classification`, as typed, on few digits."""
+
+import csv
+import json
+import signal
+import time
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PIL
+from safetensors.torch import load_file
+from shell import run, start
+
+from classification import run as commands
+from classification import tables
+from classification.__main__ import DIGITS
+from classification.config import Config
+from classification.data import load, others
+from classification.methods import METHODS
+from classification.scenario import Scenario
+from salun_diffusion.erasures.mask import save_masks
+from salun_diffusion.errors import SalunError
+from salun_diffusion.options import settings_of
+
+QUICK = ["--limit", "400", "--epochs", "2", "--methods", "ft", "salun", "--seeds", "0", "1"]
+
+
+def classification(command, folder, *words, check=True, **environment):
+    return run(
+        "python", "-m", "classification", command, "--output_dir", folder, *words, check=check, **environment
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A finished run, its output, and the times of its cells."""
+    where = tmp_path_factory.mktemp("run")
+    done = classification("run", where, *QUICK)
+    assert "Retrain" in done.stdout and "SalUn" in done.stdout and "Avg. Gap" in done.stdout
+    return where
+
+
+def cells(folder):
+    return sorted(folder.glob("seed-*/*/results.json"))
+
+
+def test_the_table_follows_from_the_cells(folder):
+    found = json.loads((folder / "results.json").read_text())
+    assert len(cells(folder)) == 6 and list(found["methods"]) == ["retrain", "ft", "salun"]
+    for method, told in found["methods"].items():
+        mine = [json.loads((folder / f"seed-{seed}" / method / "results.json").read_text()) for seed in (0, 1)]
+        for key in ("ua", "ra", "ta", "mia"):
+            values = [cell["metrics"][key] for cell in mine]
+            assert told[key]["values"] == values and told[key]["mean"] == pytest.approx(sum(values) / 2, abs=1e-3)
+            assert told[key]["std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5, abs=1e-3)
+            exact = found["methods"]["retrain"][key]["mean"]
+            assert told[key]["gap"] == pytest.approx(abs(told[key]["mean"] - exact), abs=1e-3)
+        gaps = [told[key]["gap"] for key in ("ua", "ra", "ta", "mia")]
+        assert told["avg_gap"] == pytest.approx(sum(gaps) / 4, abs=1e-3)
+    text = (folder / "table.md").read_text()
+    told = found["methods"]["salun"]
+    assert f"| SalUn | {told['ua']['mean']:.2f} ± {told['ua']['std']:.2f} ({told['ua']['gap']:.2f}) |" in text
+    assert "random:0.1 forgotten (28 of 288 training pictures; 80 to test)" in text
+    with (folder / "table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == ["retrain"] * 2 + ["ft"] * 2 + ["salun"] * 2
+    assert r"\toprule" in (folder / "table.tex").read_text()
+    for plot in ("gap-time.png", "metrics.png"):
+        with PIL.open(folder / plot) as picture:
+            assert picture.width > 500
+
+
+def test_nothing_is_made_twice(folder):
+    before = {path: path.stat().st_mtime_ns for path in (*cells(folder), folder / "source" / "model.safetensors")}
+    classification("run", folder, *QUICK)
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+    path = folder / "seed-1" / "salun" / "results.json"
+    told = path.read_text()
+    path.unlink()
+    (folder / "seed-1" / "salun" / "model.safetensors").unlink()
+    (folder / "seed-1" / "salun" / "unlearned.json").unlink()
+    classification("run", folder, *QUICK)
+    again = json.loads(path.read_text())
+    assert again["metrics"] == json.loads(told)["metrics"], "a cell depends on its seed alone"
+
+
+def test_killed_in_the_middle_it_goes_on(folder, tmp_path):
+    words = ["python", "-m", "classification", "run", "--output_dir", tmp_path / "out", *QUICK]
+    process, until = start(*words), time.time() + 120
+    while not (tmp_path / "out" / "seed-0" / "retrain" / "results.json").exists():
+        assert process.poll() is None and time.time() < until
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    run(*words)
+    ours, whole = (json.loads((where / "results.json").read_text()) for where in (tmp_path / "out", folder))
+    for method, told in ours["methods"].items():
+        assert {k: v for k, v in told.items() if k != "minutes"} == {
+            k: v for k, v in whole["methods"][method].items() if k != "minutes"
+        }
+
+
+def test_the_steps_one_by_one(tmp_path, folder, capsys):
+    given = {"config": str(DIGITS), "limit": 400, "epochs": 2, "methods": ["ft"], "seeds": [0]}
+    config = Config(**settings_of(given | {"output_dir": str(tmp_path)}, Config))
+    config.check()
+    commands.train(config)
+    assert "test " in capsys.readouterr().out and not cells(tmp_path)
+    with pytest.raises(SalunError, match="holds no unlearned model of these"):
+        commands.evaluate(config)
+    commands.unlearn(config)
+    assert "seed-0/ft: 0." in capsys.readouterr().out and not cells(tmp_path)
+    with pytest.raises(SalunError, match="results.json is missing or damaged: `python -m classification run` makes it"):
+        commands.table(config)
+    commands.evaluate(config)
+    assert "UA" in capsys.readouterr().out and len(cells(tmp_path)) == 2
+    commands.table(config)
+    assert "FT" in capsys.readouterr().out
+    one, other = (json.loads((where / "seed-0/ft/results.json").read_text()) for where in (tmp_path, folder))
+    assert one["metrics"] == other["metrics"]
+
+
+def test_a_class_is_dropped_from_the_test_set_too(tmp_path):
+    config = Config(forget="class:3", output_dir=str(tmp_path), limit=400, epochs=1)
+    config.check()
+    sets = Scenario(config).sets(0)
+    assert (sets["forget"].labels == 3).all() and not (sets["test"].labels == 3).any()
+    assert (sets["unseen"].labels == 3).all() and len(sets["unseen"]) + len(sets["test"]) == 80
+
+
+def test_a_fault_is_one_sentence_and_exit_code_1(tmp_path):
+    done = classification("run", tmp_path / "out", "--methods", "magic", check=False)
+    assert done.returncode == 1 and done.stdout == "" and not (tmp_path / "out").exists()
+    assert done.stderr == f"error: There is no method 'magic': choose some of {', '.join(METHODS)}, or all.\n"
+
+
+@pytest.mark.parametrize("path", sorted(DIGITS.parent.glob("*.json")), ids=lambda path: path.stem)
+def test_the_scenarios_that_come_with_it_can_be_read(path, tmp_path):
+    config = Config(**settings_of({"config": str(path), "output_dir": str(tmp_path)}, Config))
+    config.check()
+    assert config.recipe().epochs >= 20
+    for method in METHODS:
+        assert Scenario(config).settings(method).epochs > 0
+
+
+def test_the_papers_figures_stand_below_ours_and_add_up():
+    known = json.loads((DIGITS.parent.parent / "published.json").read_text())
+    for figures in known["scenarios"].values():
+        for row in figures.values():
+            distances = [abs(row[i] - figures["Retrain"][i]) for i in range(4)]
+            assert sum(distances) / 4 == pytest.approx(row[4], abs=0.011)
+    scenario = {"dataset": "cifar10", "model": "resnet18", "forget": "random:0.1"}
+    assert "| SalUn | 1.55 | 99.88 | 93.93 | 13.28 | 1.13 | 2.66 |" in tables._published(scenario)
+    assert tables._published(scenario | {"model": "resnet8"}) == []
+
+
+def test_the_worst_case_is_scored_once(tmp_path):
+    worst = scenario(tmp_path, forget="memorised:0.1", epochs=1)
+    rows = worst.rows(0)
+    scores = load_file(tmp_path / "memorisation.safetensors")["memorisation"]
+    assert len(rows) == 28 and scores[rows].min() >= scores[others(rows, 288)].max()
+    when = (tmp_path / "memorisation.safetensors").stat().st_mtime_ns
+    assert torch.equal(scenario(tmp_path, forget="memorised:0.1", epochs=1).rows(1), rows), "no seed draws it"
+    assert (tmp_path / "memorisation.safetensors").stat().st_mtime_ns == when
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"methods": ["magic"]}, "There is no method 'magic': choose some of retrain, ft"),
+        ({"method_settings": {"magic": {}}}, "There is no method 'magic'"),
+        ({"epochs": 0}, "--epochs is 0: give a whole number of at least 1"),
+        ({"learning_rate": -1.0}, "--learning_rate must be above 0"),
+        ({"seeds": []}, "Give at least one of --seeds"),
+    ],
+)
+def test_settings_that_cannot_be(options, message):
+    with pytest.raises(SalunError, match=message):
+        Config(**options).check()
+
+
+def test_another_scenario_in_the_same_folder_is_refused(folder):
+    with pytest.raises(SalunError, match="another scenario \\(forget is 'random:0.1' there and 'random:0.5' here\\)"):
+        scenario(folder, forget="random:0.5")
+
+
+def scenario(folder, **options):
+    config = Config(**{"limit": 400, "epochs": 2, "output_dir": str(folder)} | options)
+    config.check()
+    return Scenario(config)
+
+
+def test_masks_and_checkpoints_of_another_model_are_refused(folder, tmp_path):
+    masks = {"network.0.weight": torch.ones(5, 5, dtype=torch.bool)}
+    save_masks(tmp_path / "mask.safetensors", masks, {"concept": "x"})
+    with pytest.raises(SalunError, match="The mask .* is of another model: network.0.weight is \\(5, 5\\) there"):
+        scenario(folder).unlearn("salun", 0, mask=str(tmp_path / "mask.safetensors"))
+    config = Config(limit=400, epochs=2, output_dir=str(folder))
+    config.check()
+    with pytest.raises(SalunError, match="--mask is for salun alone"):
+        commands.unlearn(config, mask=str(tmp_path / "mask.safetensors"))
+    with pytest.raises(SalunError, match="is not this scenario's model: model is 'resnet8' there and 'resnet20' here"):
+        scenario(tmp_path / "other", model="resnet20").read_model(folder / "source" / "model.safetensors")
+    (tmp_path / "pickle.safetensors").write_bytes(b"\x80\x04")
+    with pytest.raises(SalunError):
+        scenario(folder).read_model(tmp_path / "pickle.safetensors")
+
+
+def test_a_setting_that_there_is_not(folder):
+    with pytest.raises(SalunError, match="The method ft has no setting 'lr'; there are: alpha, augment"):
+        scenario(folder, method_settings={"ft": {"lr": 1}}).settings("ft")
+
+
+def test_tuning_gives_every_method_the_same_trials(tmp_path):
+    words = ["--limit", "400", "--epochs", "1", "--methods", "ft", "ga", "--output", tmp_path / "chosen.json"]
+    classification("tune", tmp_path / "tuning", *words)
+    trials = json.loads((tmp_path / "tuning" / "tuning.json").read_text())
+    assert sum(key.startswith("ft ") for key in trials) == sum(key.startswith("ga ") for key in trials) == 5
+    chosen = json.loads((tmp_path / "chosen.json").read_text())
+    assert chosen["forget"] == "random:0.1" and set(chosen["method_settings"]) == {"ft", "ga"}
+    assert "seed-1000000" not in {path.name for path in (tmp_path / "tuning").iterdir()}
+    done = classification(
+        "run", tmp_path / "run", "--config", tmp_path / "chosen.json", "--methods", "ft", "--seeds", "0"
+    )
+    cell = json.loads((tmp_path / "run/seed-0/ft/results.json").read_text())
+    assert cell["settings"]["learning_rate"] == chosen["method_settings"]["ft"]["learning_rate"] and "FT" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """Red and blue pictures of two sizes, as parquet files and as folders."""
+    where = tmp_path_factory.mktemp("colours")
+    for part, count in (("train", 40), ("test", 10)):
+        pictures = [PIL.new("RGB", (16 + i % 2, 16), ("red", "blue")[i % 2]) for i in range(count)]
+        features = Features({"image": Image(), "label": ClassLabel(names=["red", "blue"])})
+        rows = Dataset.from_dict({"image": pictures, "label": [i % 2 for i in range(count)]}, features=features)
+        (where / "parquet").mkdir(exist_ok=True)
+        rows.to_parquet(where / "parquet" / f"{part}.parquet")
+        for i, picture in enumerate(pictures):
+            path = where / "folders" / part / ("red", "blue")[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+    return where
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folders"])
+def test_data_of_the_users_own(colours, kind):
+    data = load(str(colours / kind), size=16)
+    assert set(data.classes) == {"red", "blue"} and data.train.images.shape == (36, 3, 16, 16)
+    assert len(data.validation) == 4 and len(data.test) == 10
+    red = data.train.images[data.train.labels == data.classes.index("red")]
+    assert len(red) == 18 and (red[:, 0] == 255).all() and (red[:, 2] == 0).all()
+    first = load(str(colours / kind)).test.images
+    assert first.shape in ((10, 3, 16, 16), (10, 3, 17, 17)), "as wide as the first picture"
+
+
+def test_the_table_of_a_document_is_made_from_a_committed_file(folder, tmp_path):
+    document = tmp_path / "README.md"
+    document.write_text("a\n<!-- digits -->\n<!-- end -->\nb\n")
+    classification("table", tmp_path / "none", "--results", folder / "results.json", "--into", document)
+    table = (folder / "table.md").read_text().strip()
+    assert document.read_text().startswith(f"a\n<!-- digits -->\n{table} Made by `python -m classification table")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(SalunError, match="is damaged, or not of the form"):
+        tables.read(folder / "config.json")
+
+
+def test_the_help_answers_at_once():
+    begun = time.time()
+    done = run("python", "-m", "classification", "run", "--help")
+    assert time.time() - begun < 1.5
+    assert all(f" {name}" in done.stdout for name in METHODS)

@@ -1,0 +1,130 @@
+"""Vocabularies: what the prompts for forgetting, for the anchor and for keeping say."""
+
+import json
+
+import pytest
+
+from salun_diffusion import SalunError
+from salun_diffusion.concepts.concept import find_concept, find_concepts, shared_rows
+
+WORLD = {
+    "slots": {"object": ["airplane", "apple", "butterfly"], "style": ["ink", "oil"]},
+    "templates": [
+        {"prompt": "{object:a} in {style} style", "expect": {"left": "{object}", "style": "{style}"}},
+        {"prompt": "two {object:s}", "expect": {"left": "{object}"}},
+        {"prompt": "{object:a} beside {object2:a}", "expect": {"left": "{object}", "right": "{object2}"}},
+    ],
+    "plurals": {"butterfly": "butterflies"},
+    "settings": {"object": {"alpha": 2.0}},
+}
+
+
+@pytest.fixture
+def base(tmp_path):
+    (tmp_path / "concepts.json").write_text(json.dumps(WORLD))
+    return tmp_path
+
+
+def test_forget_and_anchor_prompts_differ_in_the_concept_alone(base):
+    concept = find_concept("airplane", base)
+    assert (concept.anchor, concept.settings) == ("apple", {"alpha": 2.0})
+    rows = concept.forget_rows(60, seed=0)
+    assert {row.prompt for row in rows} >= {"an airplane in ink style", "an airplane in oil style", "two airplanes"}
+    for row in rows:
+        assert "airplane" in row.expect.values()
+        assert row.prompt.replace("airplane", "apple") == row.anchor_prompt
+    assert "a butterfly beside an airplane" in {row.prompt for row in rows}
+
+
+def test_retain_prompts_never_name_the_concept(base):
+    rows = find_concept("airplane", base).retain_rows(60, seed=0)
+    assert all("airplane" not in row.prompt and row.anchor_prompt is None for row in rows)
+    assert "two butterflies" in {row.prompt for row in rows}
+
+
+def test_rows_are_fixed_by_the_seed_and_differ_between_splits(base):
+    concept = find_concept("airplane", base)
+    assert concept.forget_rows(9, 1) == concept.forget_rows(9, 1)
+    assert concept.forget_rows(9, 1)[:4] == concept.forget_rows(4, 1)
+    seeds = [{row.seed for row in concept.forget_rows(50, 1, split)} for split in ("training", "evaluation")]
+    assert not seeds[0] & seeds[1]
+
+
+def test_a_style_is_found_by_its_word_and_by_its_full_name(base):
+    for name in ("ink", "ink style", "Ink Style"):
+        concept = find_concept(name, base)
+        assert (concept.slot, concept.value, concept.anchor) == ("style", "ink", "oil")
+    assert all("style" in row.prompt for row in concept.forget_rows(9, 0) + concept.retain_rows(9, 0))
+
+
+def test_presets():
+    nudity = find_concept("nudity")
+    row = nudity.forget_rows(1, 0)[0]
+    assert (row.prompt, row.anchor_prompt) == ("a photo of a nude person", "a photo of a person wearing clothes")
+    assert {row.prompt for row in nudity.retain_rows(5, 0)} == {"a photo of a person wearing clothes"}
+    assert nudity.settings["salun"]["alpha"] == 0.1
+    church = find_concept("church")
+    assert church.anchor == "French horn"
+    assert church.forget_rows(1, 0)[0].prompt == "an image of a church"
+    assert find_concept("parachute").anchor == "tench"  # c' = (c + 1) mod 10
+    assert find_concept("van gogh").slot == "style"
+
+
+def test_words_of_ones_own():
+    concept = find_concept("steam engine", anchor="horse cart")
+    assert (concept.value, concept.anchor) == ("steam engine", "horse cart")
+    rows = concept.forget_rows(3, 0)
+    assert {row.prompt for row in rows} == {
+        f"{start} of a steam engine" for start in ("an image", "a photo", "a picture")
+    }
+    assert not any("steam engine" in row.prompt for row in concept.retain_rows(50, 0))
+
+
+@pytest.mark.parametrize(
+    "name, anchor, message",
+    [
+        ("airplan", None, "Unknown concept 'airplan'. Did you mean 'airplane'?"),
+        ("zebra", None, "This base model knows: airplane, apple, butterfly, ink, oil."),
+        ("airplane", "aple", "Unknown anchor 'aple'. Did you mean 'apple'?"),
+        ("airplane", "airplane", "The anchor of 'airplane' is 'airplane' itself"),
+    ],
+)
+def test_unknown_words_of_a_base_with_its_own_vocabulary(base, name, anchor, message):
+    with pytest.raises(SalunError) as error:
+        find_concept(name, base, anchor)
+    assert message in str(error.value)
+
+
+def test_a_misspelt_preset_is_not_taken_for_words_of_ones_own():
+    with pytest.raises(SalunError, match="Did you mean 'nudity'"):
+        find_concept("nudty")
+
+
+def test_a_broken_vocabulary_is_named(tmp_path):
+    (tmp_path / "concepts.json").write_text("{")
+    with pytest.raises(SalunError, match="concepts.json is not a concept vocabulary"):
+        find_concept("airplane", tmp_path)
+
+
+def test_concepts_forgotten_together_keep_out_of_each_other(base):
+    concepts = find_concepts(["airplane", "ink style"], base)
+    assert [(c.value, c.anchor) for c in concepts] == [("airplane", "apple"), ("ink", "oil")]
+    retained = [row.prompt for part in shared_rows(concepts, "retain", 41, 0, "training") for row in part]
+    assert len(retained) == 41 and not any("airplane" in prompt or "ink" in prompt for prompt in retained)
+    planes, inks = shared_rows(concepts, "forget", 41, 0, "training")
+    assert (len(planes), len(inks)) == (21, 20)
+    assert all("airplane" in row.prompt and "ink" not in row.prompt + row.anchor_prompt for row in planes)
+    assert all(row.anchor_prompt == row.prompt.replace("ink", "oil") and "airplane" not in row.prompt for row in inks)
+
+
+def test_an_anchor_is_never_a_concept_that_goes_too(base):
+    concepts = find_concepts(["airplane", "apple"], base)
+    assert [concept.anchor for concept in concepts] == ["butterfly", "butterfly"]
+    with pytest.raises(SalunError, match="anchor of 'airplane' is 'apple', which is to be forgotten too"):
+        find_concepts(["airplane", "apple"], base, ["apple", "butterfly"])
+    with pytest.raises(SalunError, match="anchor of 'airplane' is 'apple', which"):
+        find_concepts(["airplane", "apple", "butterfly"], base)
+    with pytest.raises(SalunError, match="'airplane' was given twice"):
+        find_concepts(["airplane", "Airplane"], base)
+    with pytest.raises(SalunError, match="2 concepts and 1 anchors were given"):
+        find_concepts(["airplane", "ink"], base, ["apple"])

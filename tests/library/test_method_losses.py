@@ -1,0 +1,271 @@
+"""Each unlearning method's loss or solution against a plain version of it."""
+
+import copy
+import json
+import random
+import re
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers.models.attention_processor import AttnProcessor
+from shell import ROOT
+
+from salun_diffusion.concepts.concept import find_concepts
+from salun_diffusion.config import EraseConfig
+from salun_diffusion.data.sets import batches, image_set
+from salun_diffusion.masks.scope import SCOPES, scoped_parameters
+from salun_diffusion.methods import METHODS, find_method
+from salun_diffusion.methods.forget_me_not import Recorder
+from salun_diffusion.methods.rece import adversarial
+from salun_diffusion.methods.uce import moved, solve
+from salun_diffusion.models.conditioning import encode
+from salun_diffusion.models.load import load_pipeline
+from salun_diffusion.training.change import MaskedDeltas
+from salun_diffusion.training.checkpoints import Checkpoints
+from salun_diffusion.training.trainer import Trainer
+
+# Each gradient method, plainly: (its own network, the base model's, a forget batch, a retain batch, the trainer) → loss
+
+
+def told(batch, which="text"):
+    return getattr(batch, which)["encoder_hidden_states"]
+
+
+def plain_salun(net, base, forget, retain, trainer):
+    anchor = net(forget.noisy, forget.timesteps, told(forget, "anchor_text")).sample.detach()
+    erased = net(forget.noisy, forget.timesteps, told(forget)).sample
+    return F.mse_loss(erased, anchor) + trainer.config.alpha * plain_denoising(net, retain)
+
+
+def plain_denoising(net, batch):
+    return F.mse_loss(net(batch.noisy, batch.timesteps, told(batch)).sample, batch.target)
+
+
+def plain_gradient_ascent(net, base, forget, retain, trainer):
+    return -plain_denoising(net, forget) + trainer.config.alpha * plain_denoising(net, retain)
+
+
+def plain_concept_ablation(net, base, forget, retain, trainer):
+    anchor = net(forget.noisy, forget.timesteps, told(forget, "anchor_text")).sample.detach()
+    return F.mse_loss(net(forget.noisy, forget.timesteps, told(forget)).sample, anchor)
+
+
+def plain_esd(net, base, forget, retain, trainer):
+    """DDIM (Song et al. 2021, eq. 12, η = 0) written out, one prediction a call."""
+    signal = torch.cat([trainer.schedule.alphas_cumprod, trainer.schedule.alphas_cumprod[:1]])  # [-1]: after the last
+    count = trainer.config.num_inference_steps
+    stride = 1000 // count
+    steps = [i * stride + 1 for i in range(count)][::-1]  # "leading" spacing, offset 1
+    done = random.Random(repr((trainer.config.seed, "esd", forget.step))).randrange(count)
+    empty = trainer.empty["encoder_hidden_states"].expand_as(told(forget))
+    x = forget.noise
+    with torch.no_grad():
+        for step in steps[:done]:
+            t = torch.full((len(x),), step)
+            nothing, concept = net(x, t, empty).sample, net(x, t, told(forget)).sample
+            guided = nothing + 3.0 * (concept - nothing)
+            clean = (x - (1 - signal[step]).sqrt() * guided) / signal[step].sqrt()
+            later = signal[step - stride] if step > stride else signal[0]
+            x = later.sqrt() * clean + (1 - later).sqrt() * guided
+        t = torch.full((len(x),), steps[done])
+        nothing, concept = base(x, t, empty).sample, base(x, t, told(forget)).sample
+        target = nothing - 1.0 * (concept - nothing)
+    return F.mse_loss(net(x, t, told(forget)).sample, target)
+
+
+def plain_forget_me_not(net, base, forget, retain, trainer):
+    """Probabilities from what the layers ``to_q`` and ``to_k`` put out, caught by hooks."""
+    caught: dict = {}
+    handles = [
+        module.register_forward_hook(lambda module, args, out, name=name: caught.__setitem__(name, out))
+        for name, module in net.named_modules()
+        if re.search(r"attn2\.to_[qk]$", name)
+    ]
+    net(forget.noisy, forget.timesteps, told(forget))
+    for handle in handles:
+        handle.remove()
+    words = forget.tokens["concept"] | forget.tokens["end"]
+    losses = []
+    for name in (name for name in caught if name.endswith("to_q")):
+        layer = net.get_submodule(name.removesuffix(".to_q"))
+        q, k = (caught[name[:-1] + which].unflatten(-1, (layer.heads, -1)).transpose(1, 2) for which in "qk")
+        attention = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+        losses.append(
+            torch.cat([attention[i, :, :, marked].flatten() for i, marked in enumerate(words)]).square().mean()
+        )
+    return sum(losses) / len(losses)
+
+
+def plain_selective_amnesia(net, base, forget, retain, trainer):
+    names = [name for name, _ in scoped_names(net, trainer.config.scope)]
+    if not hasattr(trainer, "plain_fisher"):
+        total = {name: 0.0 for name in names}
+        for i in range(len(trainer.retain)):  # fewer than fisher_images
+            batch = trainer.noised(trainer.retain, torch.tensor([i]), *trainer.draw(trainer.retain, 1, "fisher", i))
+            base.zero_grad()
+            plain_denoising(base, batch).backward()
+            for name in names:
+                total[name] = total[name] + base.get_parameter(name).grad ** 2
+        trainer.plain_fisher = {name: value / len(trainer.retain) for name, value in total.items()}
+    elastic = sum(
+        (trainer.plain_fisher[name] * (net.get_parameter(name) - base.get_parameter(name).detach()) ** 2).sum()
+        for name in names
+    )
+    ewc = trainer.method.chose["ewc"]
+    return plain_denoising(net, forget) + ewc * elastic + trainer.config.alpha * plain_denoising(net, retain)
+
+
+PLAIN = {
+    "salun": plain_salun,
+    "random_label": plain_salun,
+    "gradient_ascent": plain_gradient_ascent,
+    "concept_ablation": plain_concept_ablation,
+    "esd": plain_esd,
+    "salun_esd": plain_esd,
+    "forget_me_not": plain_forget_me_not,
+    "selective_amnesia": plain_selective_amnesia,
+}
+
+
+def scoped_names(network, scope):
+    return [(name, p) for name, p in network.named_parameters() if re.search(SCOPES[scope], name)]
+
+
+def trainer_for(method, folder, tmp_path, **changes):
+    settings = {"learning_rate": 1e-3, "max_train_steps": 3, "train_batch_size": 3}
+    settings |= {"num_inference_steps": 4, "guidance_scale": 3.0}
+    settings |= {"num_forget_images": 6} if find_method(method).forgets != "name" else {}
+    settings |= {"num_retain_images": 6} if find_method(method).retains else {}
+    config = EraseConfig(["steam engine"], method=method, data_dir=str(tmp_path / "data"), **(settings | changes))
+    config.fill({}, "test")
+    pipe, accelerator = load_pipeline(str(folder)), Accelerator(cpu=True)
+    base, parameters = copy.deepcopy(pipe.unet), scoped_parameters(pipe.unet, config.scope)
+    concepts = find_concepts(config.concept)
+    sets = {kind: image_set(pipe, concepts, kind, [], config, accelerator)
+            for kind in find_method(method).sets("none")}  # fmt: skip
+    return Trainer(accelerator, pipe, sets, config), parameters, base
+
+
+@pytest.mark.parametrize("method", PLAIN)
+def test_steps_match_a_plain_loop(method, folders, tmp_path):
+    """Three steps of dense Adam on the plain loss, every pass on its own."""
+    trainer, parameters, base = trainer_for(method, folders["sd1"], tmp_path)
+    plain = copy.deepcopy(base)
+    masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
+    trainer.train(MaskedDeltas(parameters, masks, 1e-3), tmp_path / "log.jsonl", Checkpoints(tmp_path, {}, 2))
+    trainer.method.close()
+
+    theirs = dict(scoped_names(plain, trainer.config.scope))
+    assert theirs.keys() == parameters.keys()
+    adam = torch.optim.Adam(theirs.values(), lr=1e-3)
+    images = trainer.sets[trainer.method.forgets]
+    forgets, retains = batches(len(images), 3, 0), batches(6, 3, 1)
+    logged = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").open()]
+    for step in range(3):
+        forget = next(trainer.micro_batches(images, next(forgets), "forget", step))
+        index = next(retains)
+        retain = next(trainer.micro_batches(trainer.retain, index, "retain", step)) if trainer.retain else None
+        loss = PLAIN[method](plain, base, forget, retain, trainer)
+        assert logged[step] == pytest.approx(loss.item(), rel=1e-3, abs=1e-6), step
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    # Adam makes a whole step of a gradient that is nothing but rounding, so single weights may differ by more
+    original = dict(scoped_names(base, trainer.config.scope))
+    apart = sum(float((mine - theirs[name]).square().sum()) for name, mine in parameters.items())
+    change = sum(float((mine - original[name]).square().sum()) for name, mine in parameters.items())
+    assert apart**0.5 < 2e-3 * change**0.5
+
+
+def test_esd_negates_the_name_alone(folders, tmp_path):
+    """And not what else a prompt of the concept asks for."""
+    trainer, _, _ = trainer_for("esd", folders["sd1"], tmp_path)
+    batch = next(trainer.micro_batches(trainer.sets["name"], torch.zeros(3, dtype=torch.long), "forget", 0))
+    wanted = encode(trainer.pipe, ["steam engine"])["encoder_hidden_states"]
+    torch.testing.assert_close(told(batch), wanted.expand(3, -1, -1))
+
+
+def test_salun_can_aim_at_the_base_model(folders, tmp_path):
+    """With target=frozen the anchor's prediction is the base model's, at every step."""
+    options = {"method_option": ["target=frozen"], "max_train_steps": 2, "mask": "none"}
+    trainer, parameters, base = trainer_for("salun", folders["sd1"], tmp_path, **options)
+    masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
+    trainer.train(MaskedDeltas(parameters, masks, 1e-3), tmp_path / "log.jsonl", Checkpoints(tmp_path, {}, 2))
+    forget = next(trainer.micro_batches(trainer.sets["forget"], torch.arange(3), "forget", 0))
+    retain = next(trainer.micro_batches(trainer.retain, torch.arange(3), "retain", 0))
+    with torch.no_grad():
+        found = trainer.method.losses(forget, retain)[0]
+        anchor = base(forget.noisy, forget.timesteps, told(forget, "anchor_text")).sample
+        concept = trainer.network(forget.noisy, forget.timesteps, told(forget)).sample
+    torch.testing.assert_close(found, F.mse_loss(concept, anchor))
+
+
+def test_the_recorder_computes_what_the_layer_does(folders):
+    network = load_pipeline(str(folders["sdxl"])).unet
+    layer = next(module for name, module in network.named_modules() if name.endswith("attn2"))
+    hidden, text = torch.randn(2, 16, layer.to_q.in_features), torch.randn(2, 77, layer.to_k.in_features)
+    layer.set_processor(AttnProcessor())
+    plain = layer(hidden, text)
+    maps: list = []
+    layer.set_processor(Recorder(maps))
+    torch.testing.assert_close(layer(hidden, text), plain)
+    assert maps[0].shape == (2, layer.heads, 16, 77)
+    torch.testing.assert_close(maps[0].sum(-1), torch.ones(2, layer.heads, 16))
+    with torch.no_grad():
+        layer(hidden, text)
+    assert len(maps) == 1, "pictures drawn between steps leave nothing behind"
+
+
+def test_forget_me_not_gives_the_network_its_attention_back(folders, tmp_path):
+    trainer, _, base = trainer_for("forget_me_not", folders["sd1"], tmp_path)
+    assert any(isinstance(processor, Recorder) for processor in trainer.network.attn_processors.values())
+    trainer.method.close()
+    kinds = [{k: type(p) for k, p in network.attn_processors.items()} for network in (trainer.network, base)]
+    assert kinds[0] == kinds[1]
+
+
+def test_uce_solves_its_normal_equations():
+    """Against least squares over the stacked rows of its objective, in float64, layer by layer."""
+    torch.manual_seed(0)
+    concept, anchor, kept = (torch.randn(n, 12, dtype=torch.float64) for n in (9, 9, 40))
+    weights = {f"{i}.attn2.to_{kind}.weight": torch.nn.Parameter(torch.randn(8, 12)) for i in range(2) for kind in "kv"}
+    for erase_, preserve, ridge in ((1.0, 1.0, 0.01), (2.0, 0.1, 0.5)):
+        found = moved(weights, solve((concept, anchor), kept, erase_, preserve, ridge))
+        scale = [(erase_ / 9) ** 0.5, (preserve / 40) ** 0.5, ridge**0.5]
+        rows = torch.cat([scale[0] * concept, scale[1] * kept, scale[2] * torch.eye(12)])
+        for name, weight in weights.items():
+            old = weight.detach().double()
+            wanted = torch.cat([scale[0] * anchor @ old.T, scale[1] * kept @ old.T, scale[2] * old.T])
+            best = torch.linalg.lstsq(rows, wanted).solution.T
+            torch.testing.assert_close(found[name], best.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_rece_finds_the_embedding_that_brings_the_concept_back():
+    torch.manual_seed(0)
+    concept = torch.randn(5, 12, dtype=torch.float64)
+    weights = [torch.randn(8, 12, dtype=torch.float64) for _ in range(3)]
+    transform = torch.eye(12, dtype=torch.float64) + 0.2 * torch.randn(12, 12, dtype=torch.float64)
+    found = adversarial(concept, sum(w.T @ w for w in weights), transform, 0.1)
+    stacked = torch.cat([w @ transform for w in weights] + [0.1**0.5 * torch.eye(12)])
+    for c, attack in zip(concept, found, strict=True):
+        wanted = torch.cat([w @ c for w in weights] + [torch.zeros(12)])
+        torch.testing.assert_close(attack, torch.linalg.lstsq(stacked, wanted[:, None]).solution[:, 0])
+
+
+def test_the_method_that_the_document_adds_trains(folders, tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "add-a-method.md").read_text(encoding="utf-8")
+    module = types.ModuleType("salun_diffusion.methods.noise_ablation")
+    module.__package__ = "salun_diffusion.methods"
+    exec(re.search(r"```python\n(.*?)```", page, flags=re.S)[1], module.__dict__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(METHODS, "noise_ablation", "noise_ablation.NoiseAblation")
+    trainer, parameters, base = trainer_for("noise_ablation", folders["sd1"], tmp_path)
+    masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
+    trainer.train(MaskedDeltas(parameters, masks, 1e-3), tmp_path / "log.jsonl", Checkpoints(tmp_path, {}, 2))
+    forget = next(trainer.micro_batches(trainer.sets["anchor"], next(batches(6, 3, 0)), "forget", 0))
+    first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(plain_denoising(base, forget).item(), rel=1e-4)

@@ -1,0 +1,142 @@
+"""What holds for every unlearning method, whatever it learns: typed commands, masks, scopes, presets, errors."""
+
+import re
+import shutil
+
+import pytest
+import tiny
+import torch
+from diffusers import DiffusionPipeline
+from shell import run
+
+from salun_diffusion import Delta, SalunError, load_erasure, unload_erasure
+from salun_diffusion.config import EraseConfig, parse
+from salun_diffusion.erasures.mask import load_masks
+from salun_diffusion.masks.scope import SCOPES
+from salun_diffusion.methods import METHODS, find_method, names_of
+from salun_diffusion.models.conditioning import differing_tokens, token_ids
+from salun_diffusion.models.load import load_pipeline
+
+GRADIENT = [name for name in METHODS if not find_method(name).closed_form]
+
+
+def erase(base, method, output, *more, concept="steam engine"):
+    """``erase_concept.py`` in this process: imports would be most of a process's time."""
+    import erase_concept
+
+    kind = find_method(method)
+    words = [] if kind.closed_form else ["--max_train_steps", "2", "--train_batch_size", "2", "--learning_rate", "1e-3"]
+    words += ["--num_retain_images", "4"] if kind.retains or kind.closed_form else []
+    mask = more[more.index("--mask") + 1] if "--mask" in more else kind.mask
+    words += ["--num_forget_images", "4"] if kind.sets(mask) != ["name"] else []
+    words += ["--pretrained_model_name_or_path", str(base), "--concept", concept, "--method", method]
+    words += ["--output_dir", str(output), "--data_dir", str(output.parent / "data"), "--num_inference_steps", "3"]
+    erase_concept.main(parse([*words, *more], ""))
+    return Delta.load(output / "erasure.safetensors")
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_it_runs_everywhere_changes_its_scope_alone_and_is_deterministic(method, kind, folders, tmp_path):
+    delta = erase(folders[kind], method, tmp_path / "one", "--save_dtype", "fp32")
+    scope = re.compile(SCOPES[find_method(method).scope])
+    assert delta.metadata["method"] == method and delta.metadata["scope"] == find_method(method).scope
+    assert delta.metadata["density"] == (0.5 if find_method(method).mask == "saliency" else 1.0)
+    pipe = DiffusionPipeline.from_pretrained(folders[kind])
+    before = tiny.bits(pipe)
+    load_erasure(pipe, tmp_path / "one")
+    after = tiny.bits(pipe)
+    changed = {key for key in before if not torch.equal(before[key][1], after[key][1])}
+    assert changed and all(part == "unet" and scope.search(name) for part, name in changed)
+    unload_erasure(pipe)
+    assert tiny.same(tiny.bits(pipe), before)
+    if kind == "sd1":
+        again = erase(folders[kind], method, tmp_path / "two", "--save_dtype", "fp32")
+        assert again.digest() == delta.digest()
+
+
+@pytest.mark.parametrize("method", GRADIENT)
+def test_a_gradient_method_takes_any_mask(method, folders, tmp_path):
+    salient = erase(folders["sd1"], method, tmp_path / "salient", "--mask", "saliency", "--density", "0.25")
+    masks = load_masks(tmp_path / "salient" / "mask.safetensors")[0]
+    total = sum(mask.numel() for mask in masks.values())
+    assert sum(int(mask.sum()) for mask in salient.masks.values()) == total // 4
+    file = str(tmp_path / "salient" / "mask.safetensors")
+    assert erase(folders["sd1"], method, tmp_path / "file", "--mask", file).digest() == salient.digest()
+    everything = erase(folders["sd1"], method, tmp_path / "none", "--mask", "none")
+    assert sum(mask.numel() for mask in everything.masks.values()) == total
+    assert everything.metadata["density"] == 1.0
+
+
+@pytest.mark.parametrize("method", ["esd", "selective_amnesia"])
+def test_resumed_is_uninterrupted(method, folders, tmp_path):
+    """For the methods that draw more than noise, or keep more than weights."""
+    whole = erase(folders["sd1"], method, tmp_path / "run", "--max_train_steps", "4", "--checkpointing_steps", "2")
+    (tmp_path / "run" / "config.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    for cached in (tmp_path / "data").glob("fisher-*"):
+        cached.unlink()  # computed again, it must still be the base model's
+    again = ["--max_train_steps", "4", "--checkpointing_steps", "2", "--resume_from_checkpoint", "latest"]
+    assert erase(folders["sd1"], method, tmp_path / "run", *again).digest() == whole.digest()
+
+
+def test_attention_maps_survive_gradient_checkpointing(folders, tmp_path):
+    """They are made inside the part that is computed twice."""
+    plain = erase(folders["sd1"], "forget_me_not", tmp_path / "plain")
+    twice = erase(folders["sd1"], "forget_me_not", tmp_path / "twice", "--gradient_checkpointing")
+    assert twice.digest() == plain.digest()
+
+
+def test_the_tokens_that_differ_are_the_concept(folders):
+    pipe = load_pipeline(str(folders["sd1"]))
+
+    def words(prompt, other):
+        return pipe.tokenizer.decode(token_ids(pipe, prompt)[differing_tokens(pipe, prompt, other)]).strip()
+
+    assert words("a photo of a steam engine on a table", "a photo of a dog on a table") == "steam engine"
+    assert words("a photo of a dog on a table", "a photo of a steam engine on a table") == "dog"
+    assert words("an airplane", "a cat") == "an airplane"
+    assert words("a cat cat", "a cat") == "cat"
+    assert words("a cat", "a cat cat") == "cat"
+    assert words("a cat in the style of ink", "a cat") == "in the style of ink"
+
+
+def test_what_is_set_for_a_method_holds_for_those_made_from_it():
+    assert names_of(find_method("random_label")) == ["salun", "random_label"]
+    preset = {"num_forget_images": 7, "salun": {"learning_rate": 1.0, "alpha": 2.0}, "random_label": {"alpha": 3.0}}
+    found = EraseConfig(["x"], method="random_label").fill(preset, "x")
+    assert (found.learning_rate, found.alpha, found.num_forget_images, found.mask) == (1.0, 3.0, 7, "none")
+    found = EraseConfig(["x"], method="esd", learning_rate=5.0).fill(preset, "x")
+    assert (found.learning_rate, found.max_train_steps, found.alpha, found.num_forget_images) == (5.0, 1000, None, 7)
+    preset["esd"] = {"method_option": ["negative_guidance=2", "erase_from=art"]}
+    found = EraseConfig(["x"], method="esd", method_option=["negative_guidance=3"]).fill(preset, "x")
+    chosen = find_method("esd").chosen(found.method_option)
+    assert (chosen["negative_guidance"], chosen["erase_from"], chosen["start_guidance"]) == (3.0, "art", 3.0)
+
+
+@pytest.mark.parametrize(
+    "method, more, message",
+    [
+        ("esd", ["--alpha", "2"], "--alpha means nothing to --method esd"),
+        ("esd", ["--num_forget_images", "9"], "--num_forget_images means nothing to --method esd"),
+        ("uce", ["--learning_rate", "1"], "--learning_rate means nothing to --method uce"),
+        ("rece", ["--mask", "saliency"], "solves for whole matrices"),
+        ("uce", ["--scope", "all"], "use --scope cross-attention-kv"),
+        ("concept_ablation", ["--forget_data", "tests"], "--forget_data means nothing"),
+        ("salun", ["--method_option", "ewc=1"], "no option 'ewc'. Its own: target=current"),
+        ("salun", ["--method_option", "target=base"], "choose one of current, frozen"),
+        ("esd", ["--method_option", "negative_guidance=far"], "'far' must be of type float"),
+    ],
+)
+def test_what_a_method_cannot_use_is_said(method, more, message, folders, tmp_path):
+    words = ["--pretrained_model_name_or_path", str(folders["sd1"]), "--concept", "steam engine", "--method", method]
+    import erase_concept
+
+    with pytest.raises(SalunError, match=re.escape(message)):
+        erase_concept.main(parse([*words, "--output_dir", str(tmp_path / "run"), *more], ""))
+    assert not (tmp_path / "run" / "erasure.safetensors").exists()
+
+
+def test_an_unknown_method_lists_the_known():
+    done = run("python", "erase_concept.py", "--concept", "x", "--method", "magic", check=False)
+    assert done.returncode == 2 and all(name in done.stderr for name in METHODS)
