@@ -92,7 +92,7 @@ def test_merge_equals_the_slow_twin(shape, seed, stored, dtype, scales, chunk):
         original = weight.to(dtype)
         terms = [(delta, name, scale) for delta, scale in zip(deltas, scales, strict=True)]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("salun_diffusion.delta.CHUNK", chunk)
+            patch.setattr("salun_diffusion.erasures.delta.CHUNK", chunk)
             assert torch.equal(merged(original, terms), slow_merge(original, terms))
         for delta in deltas:
             dense = delta.dense(name)
