@@ -1,13 +1,15 @@
 """Saliency unlearning (SalUn, ICLR 2024) for diffusers pipelines: erase a concept, save it as a masked delta, load it.
 
-from salun_diffusion import load_erasure, unload_erasure
-load_erasure(pipe, "runs/airplane")
+from salun_diffusion import erase, load_erasure, unload_erasure
+run = erase(pipe, "airplane")
+load_erasure(pipe, run.path)
 unload_erasure(pipe)
 """
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "erase": "erasing",
     "load_erasure": "loader",
     "unload_erasure": "loader",
     "fuse_erasure": "loader",

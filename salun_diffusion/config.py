@@ -1,12 +1,16 @@
 """The options of ``erase_concept.py``: one dataclass from which the command line and ``--config FILE`` are derived."""
 
 import argparse
+import difflib
 import re
-from dataclasses import asdict, dataclass
+import sys
+import textwrap
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 from .errors import SalunError
-from .methods import METHODS, find_method, names_of
-from .options import add_options, option, settings_of
+from .methods import METHODS, NEEDS_DRAWING, NEEDS_SALIENCY, find_method, names_of
+from .options import add_fields, add_options, option, settings_of
 
 THRESHOLDS = ("global", "layer")
 RETAIN_TARGETS = ("noise", "base")
@@ -16,6 +20,8 @@ FREE = (  # what may differ between a run and its checkpoint
     "output_dir", "data_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "report_to",
     "validation_steps",
 )  # fmt: skip
+LISTS = ("concept", "anchor", "forget_data", "method_option")  # of which one may be given without a list from Python
+SOURCES = ("command line", "the call", "config file", "preset", "method", "default")
 LR_SCHEDULERS = ("constant", "linear", "cosine")
 
 
@@ -67,7 +73,9 @@ class EraseConfig:
     )
     threshold: str = option("global", "take the density of all scores together, or of each layer", THRESHOLDS)
     saliency_guidance: float = option(
-        7.5, "guidance scale s of the prediction in the saliency loss; 0 is the plain denoising loss"
+        8.5,
+        "guidance scale of the prediction in the saliency loss, as everywhere in diffusers (the paper's code counts "
+        "from the conditional prediction: its 7.5 is this 8.5); 1 is the plain denoising loss",
     )
     alpha: float | None = option(None, "weight of the retain loss; the preset's, or the method's, or 1")
     retain_target: str | None = option(
@@ -113,49 +121,123 @@ class EraseConfig:
     validation_steps: int | None = option(None, "draw a few prompts every N steps into validation/")
     seed: int = option(0, "fixes data, noise, saliency and training")
 
+    @classmethod
+    def from_call(cls, base: str, concept: str | list[str] | None, options: dict) -> "EraseConfig":
+        """The config of a call from Python: ``options`` are fields by name, or options of the method.
+
+        Raises:
+            SalunError: no concept, or an unknown option.
+        """
+        names, settings, own = {item.name for item in fields(cls)}, {}, []
+        method = find_method(check_method(options.get("method", "salun")))
+        known = {item.name for item in fields(method.Options)}
+        for name, value in ({"concept": concept} | options).items():
+            if name in names:
+                settings[name] = [value] if name in LISTS and isinstance(value, str) else value
+            elif name in known:
+                own.append(f"{name}={value}")
+            else:
+                close = difflib.get_close_matches(name, names | known, 1)
+                raise SalunError(
+                    f"erase() has no option '{name}'."
+                    + (f" Did you mean '{close[0]}'?" if close else f" Options: {', '.join(sorted(names | known))}.")
+                )
+        if isinstance(settings.get("output_dir"), Path):
+            settings["output_dir"] = str(settings["output_dir"])
+        if own:
+            settings["method_option"] = [*(settings.get("method_option") or []), *own]
+        sources = dict.fromkeys([name for name, value in settings.items() if value is not None], "the call")
+        return cls.given(settings | {"pretrained_model_name_or_path": base}, sources)
+
+    @classmethod
+    def given(cls, settings: dict, sources: dict[str, str]) -> "EraseConfig":
+        """A config of ``settings``, of which those in ``sources`` were given, there.
+
+        Raises:
+            SalunError: no concept, or a value out of range.
+        """
+        if not settings.get("concept"):
+            raise SalunError("No concept was given: say what to forget with --concept, for example --concept nudity.")
+        config = cls(**settings)
+        config.sources = dict(sources)
+        config.check()
+        return config
+
     def fill(self, preset: dict, name: str) -> "EraseConfig":
         """Put the preset's settings, then the method's, then the general defaults, where the user said nothing; the run
         folder is named by ``name``. In a preset, what stands under a method's name is for that method.
 
+        ``sources`` then says of every setting where it came from.
+
         Raises:
-            SalunError: a value outside its range, or one that the method has no use for.
+            SalunError: a value outside its range, or one that was given and of which the method has no use.
         """
         method = find_method(self.method)
-        used = method.sets(self.mask or method.mask)
-        unused = [*method.unused]
-        unused += ["forget_data"] if "forget" not in used else []
-        unused += ["num_forget_images"] if used == ["name"] else []
-        for setting in unused:
-            if getattr(self, setting) is not None:
-                raise SalunError(f"--{setting} means nothing to --method {self.method}: leave it out.")
-        general = {
+        given = getattr(self, "sources", None)
+        if given is None:  # made in Python, field by field: what differs from the defaults was given
+            defaults = type(self)(concept=self.concept)
+            given = {item.name: "the call" for item in fields(self)
+                     if getattr(self, item.name) != getattr(defaults, item.name)}  # fmt: skip
+        self.sources = {item.name: "default" for item in fields(self)} | given
+        filled = {
             "alpha": 1.0, "retain_target": "noise", "learning_rate": 1e-5, "lr_scheduler": "constant",
             "max_train_steps": 500, "train_batch_size": 8, "num_forget_images": 400, "num_retain_images": 800,
             "num_inference_steps": 50, "guidance_scale": 7.5, "sample_batch_size": 8,
             "mask": method.mask, "scope": method.scope, "method_option": [],
         }  # fmt: skip
-        layers = [method.settings, {key: value for key, value in preset.items() if key not in METHODS}]
-        layers += [preset.get(name, {}) for name in names_of(method)]
-        for layer in layers:
-            unknown = set(layer) - set(general)
+        sources = dict.fromkeys(filled, "default") | dict.fromkeys(("mask", "scope"), "method")
+        layers = [("method", method.settings)]
+        layers += [("preset", {key: value for key, value in preset.items() if key not in METHODS})]
+        layers += [("preset", preset.get(name, {})) for name in names_of(method)]
+        for source, layer in layers:
+            unknown = set(layer) - set(filled)
             if unknown:
                 raise SalunError(
-                    f"The concept's settings name {sorted(unknown)}; only {sorted(general)} or methods may stand there."
+                    f"The concept's settings name {sorted(unknown)}; only {sorted(filled)} or methods may stand there."
                 )
-            own = layer.get("method_option", [])
-            general |= layer | {"method_option": general["method_option"] + own}
-        self.method_option = general["method_option"] + (self.method_option or [])  # the last one counts
-        method.chosen(self.method_option)
-        for setting, value in general.items():
-            if getattr(self, setting) is None and setting not in method.unused:
+            options = filled["method_option"] + layer.get("method_option", [])
+            filled |= layer | {"method_option": options}
+            sources |= dict.fromkeys(layer, source)
+        mask = self.mask or filled["mask"]
+        if method.closed_form and mask != "none":
+            raise SalunError(f"--mask {mask}: --method {self.method} solves for whole matrices; only none goes.")
+        self.unused = method.unused(mask)
+        if self.validation_steps:  # those pictures are drawn whatever the method trains on
+            self.unused = [name for name in self.unused if name not in NEEDS_DRAWING]
+        for setting in self.unused:
+            if setting in given and getattr(self, setting) is not None:
+                without = " without --mask saliency" if setting in NEEDS_SALIENCY else ""
+                raise SalunError(f"--{setting} means nothing to --method {self.method}{without}: leave it out.")
+        self.method_option = filled["method_option"] + (self.method_option or [])  # the last one counts
+        method.parse(self.method_option)
+        for setting, value in filled.items():
+            if getattr(self, setting) is None and setting not in method.ignores:
                 setattr(self, setting, value)
-        if method.closed_form and self.mask != "none":
-            raise SalunError(f"--mask {self.mask}: --method {self.method} solves for whole matrices; only none goes.")
+                self.sources[setting] = sources[setting]
         if not self.output_dir:
             method_too = "" if self.method == "salun" else f"-{self.method}"
             self.output_dir = "runs/" + re.sub(r"\W+", "-", name.lower()).strip("-") + method_too
         self.check()
         return self
+
+    def table(self) -> str:
+        """The resolved settings that this run uses, by where each came from: a line or more for each source."""
+        shown: dict[str, list[str]] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value in (None, [], False) or item.name in self.unused:
+                continue
+            text = " + ".join(map(str, value)) if isinstance(value, list) else str(value)
+            shown.setdefault(self.sources[item.name], []).append(f"{item.name}={text}")
+        width = max(map(len, shown))
+        order = sorted(shown, key=lambda source: SOURCES.index(source))
+        return "\n".join(
+            textwrap.fill(
+                "  ".join(shown[source]), 118, initial_indent=f"  {source:{width}}  ",
+                subsequent_indent=" " * (width + 4), break_long_words=False, break_on_hyphens=False,
+            )
+            for source in order
+        )  # fmt: skip
 
     def check(self) -> None:
         """Raise SalunError for the first value out of range, in a sentence."""
@@ -193,18 +275,46 @@ class EraseConfig:
 
 
 def parse(arguments: list[str] | None, description: str) -> EraseConfig:
-    """Command line → settings; ``--config FILE`` (JSON or YAML, the same names) is read first and the line wins.
+    """Command line → settings; ``--config FILE`` (JSON or YAML, the same names) is read first and the line wins. The
+    method's own options are options of the line too: ``--method esd --help`` lists them.
 
     Raises:
         SalunError: an unknown key or a wrong type in the file, or no concept.
     """
     parser = argparse.ArgumentParser(
-        prog="erase_concept.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        prog="erase_concept.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, epilog="--method NAME --help lists the method's own options too.",
+    )  # fmt: skip
     add_options(parser, EraseConfig)
-    settings = settings_of(vars(parser.parse_args(arguments)), EraseConfig)
-    if not settings.get("concept"):
-        raise SalunError("No concept was given: say what to forget with --concept, for example --concept nudity.")
-    config = EraseConfig(**settings)
-    config.check()
-    return config
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_options(first, EraseConfig)
+    words = sys.argv[1:] if arguments is None else arguments
+    Options = None
+    asks = {"-h", "--help"} & set(words)
+    if not asks or any(word == "--method" or word.startswith("--method=") for word in words):
+        line, rest = first.parse_known_args([word for word in words if word not in ("-h", "--help")])
+        if rest or asks:  # only then is the method imported, which takes a second
+            settings = settings_of(dict(vars(line)), EraseConfig)
+            Options = find_method(check_method(settings.get("method", "salun"))).Options
+            group = parser.add_argument_group(f"options of --method {settings.get('method', 'salun')} alone")
+            add_fields(group, Options)
+    line = vars(parser.parse_args(words))
+    own = [f"{item.name}={line.pop(item.name)}" for item in (fields(Options) if Options else ()) if item.name in line]
+    sources = dict.fromkeys(line, "command line")
+    settings = settings_of(line, EraseConfig)
+    if own:
+        settings["method_option"] = [*(settings.get("method_option") or []), *own]
+        sources["method_option"] = "command line"
+    sources = dict.fromkeys(settings, "config file") | {key: text for key, text in sources.items() if key != "config"}
+    return EraseConfig.given(settings, sources)
+
+
+def check_method(name: str) -> str:
+    """``name``, if it is one of ``METHODS``.
+
+    Raises:
+        SalunError: it is not.
+    """
+    if name not in METHODS:
+        raise SalunError(f"There is no method '{name}': choose one of {', '.join(METHODS)}.")
+    return name

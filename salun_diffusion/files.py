@@ -116,6 +116,27 @@ def read_safetensors(path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+def read_metadata(path) -> dict[str, str]:
+    """The metadata alone of a safetensors file.
+
+    Raises:
+        SalunError: as :func:`read_safetensors`, but for the values.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise SalunError(f"{path} is a folder; give the safetensors file inside it.")
+    if not path.is_file():
+        raise SalunError(f"{path} does not exist; check the path.")
+    try:
+        _check_layout(path)
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise SalunError(f"{path} is not a valid safetensors file ({error}); fetch or save it again.") from error
+    except OSError as error:
+        raise SalunError(f"Cannot read {path}: {error.strerror or error}.") from error
+
+
 def sha256(*paths: Path) -> str:
     """The SHA-256 of a file's content, or of several files' one after the other, as 64 hex digits."""
     found = hashlib.sha256()
@@ -124,6 +145,16 @@ def sha256(*paths: Path) -> str:
             while block := file.read(1 << 22):
                 found.update(block)
     return found.hexdigest()
+
+
+def key_of(content, length: int = 16) -> str:
+    """The first ``length`` hex digits of the SHA-256 of ``content`` as JSON with sorted names: what caches, checkpoints
+    and pictures are known by. Data alone goes in, so that the key is the same in every process.
+
+    Raises:
+        TypeError: a set or an object, whose order or text would differ from run to run.
+    """
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:length]
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

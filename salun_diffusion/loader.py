@@ -1,20 +1,12 @@
-"""Erasures on a live pipeline: load, unload (bit for bit), list, and fuse for good.
-
-Works on the pipeline's denoiser, `pipe.unet` or `pipe.transformer`. With several erasures at once a weight is
-original + the sum of scale * delta, computed in float32 on the CPU and rounded to the parameter's dtype. The originals
-of the changed weights, and of no others, are kept on the CPU, and unloading puts them back.
-"""
+"""Erasures on a live pipeline, of any kind: load, unload (without a trace), list, and fuse for good."""
 
 import logging
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from .erasures.delta import DTYPES, Delta, is_finite, merge
-from .erasures.fingerprint import check_have_values, fingerprint, matches
+from .erasures import load
+from .erasures.base import Applied
 from .errors import SalunError
 from .files import listed
 from .models.load import denoiser
@@ -23,17 +15,6 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "erasure.safetensors"
 STATE = "_salun_erasures"  # the attribute of the denoiser that holds what is applied to it
-
-
-@dataclass(frozen=True)
-class _Erasure:
-    name: str
-    scale: float
-    delta: Delta
-    digest: str
-    source: str
-    revision: str | None
-    originals: dict[str, torch.Tensor]  # parameter name -> the base model's weights at the delta's places
 
 
 def load_erasure(pipe, source, *, scale: float = 1.0, name=None, revision=None, check_base: bool = True) -> str:
@@ -50,21 +31,22 @@ def load_erasure(pipe, source, *, scale: float = 1.0, name=None, revision=None, 
     no sound masked-delta file; parameters that the denoiser lacks or that have other shapes; another base model; a
     delta that is applied already; a name in use; weights that would overflow.
     """
-    module, scale = denoiser(pipe), _finite(scale)
+    denoiser(pipe)  # anything else has no weights to erase from, whatever the source is
+    scale = _finite(scale)
     path, commit = _locate(source, revision)
-    delta = Delta.load(path)
-    digest, applied = delta.digest(), _applied(module)
-    name = name or delta.metadata.get("concept") or Path(path).stem
-    for erasure in applied:
-        if erasure.digest == digest:
+    erasure = load(path)
+    digest, applied = erasure.digest(), _applied(pipe)
+    name = name or erasure.metadata.get("concept") or Path(path).stem
+    for one in applied:
+        if one.digest == digest:
             raise SalunError(
-                f"{path} is already applied, as {erasure.name!r}; unload that first to apply it at another scale."
+                f"{path} is already applied, as {one.name!r}; unload that first to apply it at another scale."
             )
-        if erasure.name == name:
-            raise SalunError(f"The name {name!r} is taken by {erasure.source}; pass another name=...")
-    _check_fit(path, delta, module, check_base)
-    erasure = _Erasure(name, scale, delta, digest, str(source), commit, {})
-    _change(module, (*applied, erasure), delta.masks)
+        if one.name == name:
+            raise SalunError(f"The name {name!r} is taken by {one.source}; pass another name=...")
+    alike = tuple(one for one in applied if type(one.erasure) is type(erasure))
+    erasure.check_fit(pipe, path, check_base, alike)
+    _change(pipe, (*applied, Applied(name, scale, erasure, digest, str(source), commit)))
     return name
 
 
@@ -74,16 +56,14 @@ def unload_erasure(pipe, name: str | None = None) -> None:
     Weights that no other erasure changes get back their original bits; the others are computed anew.
     Raises SalunError for a name that is not applied, and for weights that are on the meta device by now.
     """
-    module = denoiser(pipe)
-    applied = _applied(module)
-    leaving = [erasure for erasure in applied if name is None or erasure.name == name]
+    applied = _applied(pipe)
+    leaving = [one for one in applied if name is None or one.name == name]
     if not leaving:
         if name is None:
             return
-        names = listed(erasure.name for erasure in applied) or "none"
+        names = listed(one.name for one in applied) or "none"
         raise SalunError(f"No erasure called {name!r} is applied; applied now: {names}.")
-    staying = tuple(erasure for erasure in applied if name is not None and erasure.name != name)
-    _change(module, staying, {parameter for erasure in leaving for parameter in erasure.delta.masks})
+    _change(pipe, tuple(one for one in applied if one not in leaving))
 
 
 def fuse_erasure(pipe) -> None:
@@ -91,10 +71,9 @@ def fuse_erasure(pipe) -> None:
 
     Raises SalunError if none is applied.
     """
-    module = denoiser(pipe)
-    if not _applied(module):
+    if not _applied(pipe):
         raise SalunError("There is no erasure to fuse; load one first.")
-    delattr(module, STATE)
+    delattr(denoiser(pipe), STATE)
 
 
 def list_erasures(pipe) -> list[dict]:
@@ -102,20 +81,25 @@ def list_erasures(pipe) -> list[dict]:
     the file does not say), weights (how many it changes), source, revision (the hub commit or None), digest."""
     return [
         {
-            "name": erasure.name,
-            "scale": erasure.scale,
-            **{key: erasure.delta.metadata.get(key) for key in ("concept", "method", "density")},
-            "weights": sum(value.numel() for value in erasure.delta.values.values()),
-            "source": erasure.source,
-            "revision": erasure.revision,
-            "digest": erasure.digest,
+            "name": one.name,
+            "scale": one.scale,
+            **{key: one.erasure.metadata.get(key) for key in ("concept", "method", "density")},
+            **one.erasure.describe(),
+            "source": one.source,
+            "revision": one.revision,
+            "digest": one.digest,
         }
-        for erasure in _applied(denoiser(pipe))
+        for one in _applied(pipe)
     ]
 
 
-def _applied(module) -> tuple[_Erasure, ...]:
-    return getattr(module, STATE, ())
+def idle_erasures(pipe) -> list[str]:
+    """The names of applied erasures that do nothing at all: whose every change is lost in rounding, or is zero."""
+    return [one.name for one in _applied(pipe) if not one.erasure.acts(one)]
+
+
+def _applied(pipe) -> tuple[Applied, ...]:
+    return getattr(denoiser(pipe), STATE, ())
 
 
 def _finite(scale) -> float:
@@ -162,90 +146,20 @@ def _download(hub_id: str, revision) -> tuple[Path, str]:
     return path, path.parent.name  # the hub's cache keeps each file in a folder named by its commit
 
 
-def _check_fit(path, delta: Delta, module, check_base: bool) -> None:
-    """Raises SalunError if the delta does not belong on this module."""
-    parameters = dict(module.named_parameters())
-    base = f" (base model {delta.metadata['base_model']})" if delta.metadata.get("base_model") else ""
-    unknown = set(delta.masks) - set(parameters)
-    if unknown:
-        raise SalunError(
-            f"{path} changes {len(unknown)} of {len(delta.masks)} parameters that this pipeline's denoiser does not "
-            f"have: {listed(unknown)}; load the model that it was made for{base}."
-        )
-    for name, mask in delta.masks.items():
-        if mask.shape != parameters[name].shape:
-            raise SalunError(
-                f"{path} was made for another base model: {name} has shape {tuple(mask.shape)} there and "
-                f"{tuple(parameters[name].shape)} here; load the model that it was made for{base}."
-            )
-    quantized = [name for name in delta.masks if parameters[name].dtype not in DTYPES]
-    if quantized:
-        raise SalunError(
-            f"{path} can be applied to float32, float16 and bfloat16 weights only, which these are not: "
-            f"{listed(quantized)}; load the model unquantized."
-        )
-    check_have_values(parameters)
-    if check_base:
-        here = fingerprint(_base_parameters(module))
-        if not matches(delta.fingerprint, here):
-            raise SalunError(
-                f"{path} was made for another base model{base}: fingerprint {delta.fingerprint.digest()} there and "
-                f"{here.digest()} here; load that model, or pass check_base=False to apply it to this one all the same."
-            )
-
-
-def _change(module, erasures: tuple[_Erasure, ...], touched) -> None:
-    """Makes `erasures` the applied ones, where only the parameters `touched` differ; on a failure nothing changes."""
-    before = _applied(module)
-    parameters = dict(module.named_parameters())
-    gone = set(touched) - set(parameters)
-    if gone:
-        raise SalunError(f"The denoiser no longer has {listed(gone)}; undo what was added to it since, then try again.")
-    check_have_values({name: parameters[name] for name in touched})
-    known = max(before, erasures, key=len)  # loading adds to `before` and unloading takes away: all those of both
+def _change(pipe, after: tuple[Applied, ...]) -> None:
+    """Makes `after` the applied erasures, kind by kind; on a failure nothing changes."""
+    before, done = _applied(pipe), []
     try:
-        _write(parameters, touched, known, erasures)
-    except BaseException:  # an overflow, a device out of memory, Ctrl-C: never leave it half applied
-        _write(parameters, touched, known, before)
+        for kind in dict.fromkeys(type(one.erasure) for one in (*before, *after)):
+            parts = [tuple(one for one in part if type(one.erasure) is kind) for part in (before, after)]
+            if parts[0] != parts[1]:
+                kind.change(pipe, *parts)
+                done.append((kind, *parts))
+    except BaseException:
+        for kind, old, new in done:
+            kind.change(pipe, new, old)
         raise
-    if erasures:
-        setattr(module, STATE, erasures)
+    if after:
+        setattr(denoiser(pipe), STATE, after)
     else:
-        delattr(module, STATE)
-
-
-@torch.no_grad()
-def _write(parameters, names, known, wanted) -> None:
-    """Takes the erasures `known` off the parameters `names`, and puts `wanted` on."""
-    for name in names:
-        weight, terms = parameters[name], []
-        flat = weight.cpu().contiguous().view(-1)  # no copy, but the weight itself, if it is row-major on the CPU
-        _restore(flat, name, known)
-        for erasure in wanted:
-            if name in erasure.delta.masks:
-                places = erasure.delta.places(name)
-                erasure.originals.setdefault(name, flat.index_select(0, places))
-                terms.append((places, erasure.delta.values[name], erasure.scale))
-        merge(flat, terms)
-        if terms and not is_finite(flat):
-            raise SalunError(f"{name} would hold NaN or Inf in {weight.dtype}; choose a smaller scale.")
-        if flat.data_ptr() != weight.data_ptr():
-            weight.copy_(flat.view(weight.shape))
-
-
-def _restore(flat, name, erasures) -> None:
-    """Makes `flat`, the parameter `name` with `erasures` on, the base model's again."""
-    for erasure in erasures:
-        if name in erasure.originals:
-            flat.index_copy_(0, erasure.delta.places(name), erasure.originals[name].to(flat.dtype))
-
-
-def _base_parameters(module):
-    """The parameters as the base model has them, under what is applied; they are made one at a time."""
-    for name, weight in module.named_parameters():
-        touching = [erasure for erasure in _applied(module) if name in erasure.originals]
-        if touching:
-            flat = weight.detach().flatten().to("cpu", copy=True)
-            _restore(flat, name, touching)
-            weight = flat.view(weight.shape)
-        yield name, weight
+        delattr(denoiser(pipe), STATE)

@@ -25,10 +25,15 @@ def option(default, text: str, choices: tuple = (), several: bool = False):
 
 def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
     """An option for each field of the dataclass ``kind`` (a mapping comes from the file alone), and ``--config``."""
-    hints = get_type_hints(kind)
     parser.add_argument(
         "--config", metavar="FILE", help="read settings from this JSON or YAML file; options on the command line win"
     )
+    add_fields(parser, kind)
+
+
+def add_fields(parser, kind: type) -> None:
+    """:func:`add_options` without ``--config``, for a parser or a group of it."""
+    hints = get_type_hints(kind)
     for item in fields(kind):
         told, about = _plain(hints[item.name]), item.metadata
         text = about["help"].replace("%", "%%")
@@ -97,6 +102,8 @@ def _read(path: str, kind: type) -> dict:
         told, choices = _plain(hints[name]), wanted[name]["choices"]
         if get_origin(told) is list:
             inner = get_args(told)[0]
+            if isinstance(value, dict) and inner is str:  # NAME: value, as the line has NAME=value
+                value = [f"{key}={part}" for key, part in value.items()]
             found[name] = [value] if isinstance(value, inner) else value
             if not (isinstance(found[name], list) and all(isinstance(part, inner) for part in found[name])):
                 what = {str: "text or a list of texts", int: "a number or a list of numbers"}[inner]

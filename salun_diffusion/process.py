@@ -1,44 +1,93 @@
-"""How a run sits in its surroundings: accelerate's object for it, and how it is asked to stop."""
+"""How a run sits in its surroundings: accelerate's object for it, its progress bars, and how it is asked to stop."""
 
 import importlib.util
 import os
 import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from tqdm import tqdm
 
-from .config import EraseConfig
 from .errors import SalunError
 
+Callback = Callable[[str, int, int], None]
+_CALLBACK: ContextVar[Callback | None] = ContextVar("callback", default=None)
 
-def accelerator_for(config: EraseConfig) -> Accelerator:
-    """accelerate's own object for this run.
+
+@contextmanager
+def accelerator_for(mixed_precision: str, output_dir: Path, report_to: str | None = None) -> Iterator[Accelerator]:
+    """accelerate's own object for a run. What it leaves behind in the process is taken away, so that the next run of
+    the same process may have another precision; an accelerator that the caller has made stays as it is.
 
     Raises:
-        SalunError: a precision that the device lacks, or a tracker that is not installed.
+        SalunError: a precision that the device lacks, one that differs from the caller's own accelerator's, or a
+            tracker that is not installed.
     """
-    if config.report_to and importlib.util.find_spec(config.report_to) is None:
-        raise SalunError(f"--report_to {config.report_to} needs a package: pip install {config.report_to}.")
+    if report_to and importlib.util.find_spec(report_to) is None:
+        raise SalunError(f"--report_to {report_to} needs a package: pip install {report_to}.")
+    callers = bool(AcceleratorState._shared_state)
     try:
         accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            log_with=config.report_to,
-            project_dir=str(Path(config.output_dir) / "logs"),
+            mixed_precision=mixed_precision, log_with=report_to, project_dir=str(Path(output_dir) / "logs")
         )
     except ValueError as error:
-        raise SalunError(f"--mixed_precision {config.mixed_precision} cannot be used here: {error}") from None
+        raise SalunError(f"--mixed_precision {mixed_precision} cannot be used here: {error}") from None
     spread_threads(accelerator)
-    return accelerator
+    try:
+        yield accelerator
+    finally:
+        if not callers:
+            AcceleratorState._reset_state()  # the place among the processes (PartialState) stays
 
 
 def spread_threads(state: Accelerator | PartialState) -> None:
     """Share the processor's cores among the processes: accelerate launch and torchrun leave each one thread unless told
     otherwise."""
     if state.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
-        mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, mine // state.num_processes))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // state.num_processes))
+
+
+class Bar(tqdm):
+    """tqdm that also tells :func:`reporting_to`'s callback of every step, hidden or not."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.done, self.stage, self.whole = self.initial, options.get("desc") or "", options.get("total") or 0
+
+    def update(self, n=1):
+        self.done += n
+        callback = _CALLBACK.get()
+        if callback:
+            callback(self.stage, self.done, self.whole)
+        return super().update(n)
+
+    def __iter__(self):
+        for item in self.iterable:
+            yield item
+            self.update()
+
+
+def progress(stage: str, total: int, unit: str, shown: bool, initial: int = 0, over=None) -> Bar:
+    """A bar for ``total`` ``unit``s of work, drawn in the main process alone (``shown``), or over an iterable."""
+    return Bar(over, desc=stage, total=total, unit=unit, initial=initial, disable=not shown)
+
+
+@contextmanager
+def reporting_to(callback: Callback | None) -> Iterator[None]:
+    """Within it, and in this thread alone, every bar calls ``callback(stage, done, total)``."""
+    token = _CALLBACK.set(callback)
+    try:
+        yield
+    finally:
+        _CALLBACK.reset(token)
 
 
 class Stopped(KeyboardInterrupt):
@@ -46,11 +95,13 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignal:
-    """Within it, Ctrl-C and SIGTERM set ``wanted`` once; a second one acts as usual."""
+    """Within it, Ctrl-C and SIGTERM set ``wanted`` once; a second one acts as usual. Python lets only the main thread
+    take signals: in any other it does nothing."""
 
     def __enter__(self) -> "StopSignal":
-        self.wanted = False
-        self.old = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.wanted, self.old = False, {}
+        if threading.current_thread() is threading.main_thread():
+            self.old = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _note(self, number: int, frame) -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "demo" / "model"
 QUICK = "--max_train_steps 3 --num_forget_images 8 --num_retain_images 8 --num_inference_steps 4".split()
 QUICK += ["--train_batch_size", "4"]
 

@@ -14,7 +14,7 @@ import json
 import random
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..errors import SalunError
@@ -54,6 +54,10 @@ class Concept:
     def settings(self) -> dict:
         """The vocabulary's training defaults for this slot."""
         return self.vocabulary.settings.get(self.slot, {})
+
+    def as_data(self) -> dict:
+        """All that determines its prompts, as JSON holds it: the same in every process."""
+        return asdict(self) | {"others": sorted(self.others)}
 
     def forget_rows(self, count: int, seed: int, split: str = "evaluation") -> list[Row]:
         """``count`` prompts that ask for the concept, each with the anchor's version of the very same prompt."""

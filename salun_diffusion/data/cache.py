@@ -1,6 +1,5 @@
 """Latents on the disk: made shard by shard, each by one process; mapped into memory, not read into it."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -12,7 +11,8 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from ..errors import SalunError
-from ..files import read_safetensors, write_json, write_safetensors
+from ..files import key_of, read_safetensors, write_json, write_safetensors
+from ..process import progress
 
 SHARD = 32  # pictures a file
 
@@ -65,8 +65,7 @@ def cached(
         SalunError: NaN or Inf was made, or the disk refuses a file.
     """
     settings = json.loads(json.dumps({"format": "salun-latents 2"} | settings))
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(data_dir) / f"{kind}-{key}"
+    folder = Path(data_dir) / f"{kind}-{key_of(settings)}"
     manifest = folder / "manifest.json"
     if manifest.exists():
         prompts = json.loads(manifest.read_text())["prompts"]
@@ -75,7 +74,7 @@ def cached(
             return shards, prompts
     folder.mkdir(parents=True, exist_ok=True)
     shards, prompts, items = [], [], iter(items)
-    with tqdm(total=count, desc=title, unit="image", disable=not accelerator.is_main_process) as bar:
+    with progress(title, count, "image", accelerator.is_main_process) as bar:
         while part := list(islice(items, SHARD)):
             shard = _shard(folder, len(prompts))
             if len(shards) % accelerator.num_processes == accelerator.process_index and not shard.exists():
@@ -92,6 +91,25 @@ def cached(
     if accelerator.is_main_process:
         write_json(manifest, {"settings": settings, "prompts": prompts})
     return shards, prompts
+
+
+def cached_tensors(
+    data_dir: str, kind: str, settings: dict, make: Callable[[], dict[str, torch.Tensor]], accelerator: Accelerator
+) -> dict[str, torch.Tensor]:
+    """The tensors that ``make`` gives, from one file of ``data_dir`` that is named by the hash of ``settings``; made by
+    all processes together where the file is missing.
+
+    Raises:
+        SalunError: a damaged file, or a disk that refuses it.
+    """
+    path = Path(data_dir) / f"{kind}-{key_of(settings)}.safetensors"
+    if not path.exists():
+        tensors = make()
+        if accelerator.is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_safetensors(path, tensors, {"format": f"salun-{kind}"})
+        accelerator.wait_for_everyone()
+    return read_safetensors(path)[0]
 
 
 def _shard(folder: Path, start: int) -> Path:

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from PIL import Image
 from tqdm import tqdm
@@ -21,27 +21,28 @@ from tqdm import tqdm
 from ..concepts.concept import Concept, Row, shared_rows
 from ..config import EraseConfig
 from ..errors import SalunError
-from ..models import load as models
-from ..models.conditioning import differing_tokens, encode, token_ids
-from ..models.sampling import sample
+from ..models.base import Condition, Model
+from ..models.load import digest, sampler
 from .cache import Latents, cached
-from .sources import Picture, Source
+
+if TYPE_CHECKING:
+    from .sources import Picture, Source
 
 
 @dataclass
 class ImageSet:
     """Latents ``(n, channels, height, width)`` in fp32, and for each the number of its prompt and of its anchor prompt.
 
-    ``text`` holds the denoiser's conditioning by argument name, one entry per distinct prompt (``prompts`` order);
-    ``shares`` says how many pictures are of the first concept, of the second, and so on; ``tokens``, for sets with
-    anchors, which tokens of each picture's prompt are the "concept" and which the "end", bool ``(n, sequence)``.
+    ``condition`` holds one row for each distinct prompt (``prompts`` order); ``shares`` says how many pictures are of
+    the first concept, of the second, and so on; ``tokens``, for sets with anchors of models with text, which tokens of
+    each picture's prompt are the "concept" and which the "end", bool ``(n, sequence)``.
     """
 
     latents: Latents | torch.Tensor
     prompts: list[str]
     prompt_index: torch.Tensor
     anchor_index: torch.Tensor | None
-    text: dict[str, torch.Tensor]
+    condition: Condition
     shares: tuple[int, ...] = ()
     tokens: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -50,10 +51,10 @@ class ImageSet:
 
 
 def image_set(
-    pipe: DiffusionPipeline,
+    model: Model,
     concepts: list[Concept],
     kind: str,
-    sources: list[Source],
+    sources: "list[Source]",
     config: EraseConfig,
     accelerator: Accelerator,
 ) -> ImageSet:
@@ -71,32 +72,33 @@ def image_set(
     """
     count = config.num_retain_images if kind == "retain" else config.num_forget_images
     if kind == "name":
-        network = models.denoiser(pipe).config
-        empty = torch.zeros(len(concepts), network.in_channels, network.sample_size, network.sample_size)
-        return _assembled(pipe, [[Row(concept.name, concept.anchor, {}, 0)] for concept in concepts], empty)
+        empty = torch.zeros(len(concepts), *model.sample_shape)
+        return _assembled(model, [[Row(concept.name, concept.anchor, {}, 0)] for concept in concepts], empty)
     if not sources:
         wanted = "retain" if kind == "retain" else "forget"
-        return drawn_set(pipe, shared_rows(concepts, wanted, count, config.seed, "training"), config, kind, accelerator)
+        return drawn_set(
+            model, shared_rows(concepts, wanted, count, config.seed, "training"), config, kind, accelerator
+        )
     if kind == "retain":
-        shards, prompts = _encoded(pipe, sources[0], kind, concepts, count, config, accelerator)
+        shards, prompts = _encoded(model, sources[0], kind, concepts, count, config, accelerator)
         rows = [Row(prompt, None, {}, 0) for prompt in prompts]
-        return _assembled(pipe, [rows], _stored(shards, rows, kind, accelerator))
+        return _assembled(model, [rows], _stored(shards, rows, kind, accelerator))
     parts, shards = [], []
     for concept, source in zip(concepts, sources, strict=True):
-        found, prompts = _encoded(pipe, source, kind, [concept], count // len(concepts), config, accelerator)
+        found, prompts = _encoded(model, source, kind, [concept], count // len(concepts), config, accelerator)
         parts.append(concept.forget_rows(len(prompts), config.seed, "training"))
         shards += found
-    return _assembled(pipe, parts, _stored(shards, sum(parts, []), kind, accelerator))
+    return _assembled(model, parts, _stored(shards, sum(parts, []), kind, accelerator))
 
 
 def drawn_set(
-    pipe: DiffusionPipeline, parts: list[list[Row]], config: EraseConfig, kind: str, accelerator: Accelerator
+    model: Model, parts: list[list[Row]], config: EraseConfig, kind: str, accelerator: Accelerator
 ) -> ImageSet:
     """Draw the rows of each concept with the base model. Raises SalunError as :func:`image_set`."""
     rows = sum(parts, [])
     shown = [replace(row, prompt=row.anchor_prompt) for row in rows] if kind == "anchor" else rows
-    shards = _drawn(pipe, shown, config, kind, accelerator)
-    return _assembled(pipe, parts, _stored(shards, rows, kind, accelerator))
+    shards = _drawn(model, shown, config, kind, accelerator)
+    return _assembled(model, parts, _stored(shards, rows, kind, accelerator))
 
 
 def _stored(shards: list[Path], rows: list[Row], kind: str, accelerator: Accelerator) -> Latents:
@@ -114,47 +116,45 @@ def _stored(shards: list[Path], rows: list[Row], kind: str, accelerator: Acceler
     return latents
 
 
-def _assembled(pipe: DiffusionPipeline, parts: list[list[Row]], latents: Latents | torch.Tensor) -> ImageSet:
+def _assembled(model: Model, parts: list[list[Row]], latents: Latents | torch.Tensor) -> ImageSet:
     """The set of ``parts``' prompts with their ``latents``, in the same order."""
     rows = sum(parts, [])
     anchors = [row.anchor_prompt for row in rows if row.anchor_prompt is not None]
     prompts = list(dict.fromkeys([row.prompt for row in rows] + anchors))
     place = {prompt: i for i, prompt in enumerate(prompts)}
-    text = encode(pipe, prompts)
+    condition = model.encode(prompts)
     return ImageSet(
         latents,
         prompts,
         torch.tensor([place[row.prompt] for row in rows]),
         torch.tensor([place[prompt] for prompt in anchors]) if anchors else None,
-        text,
+        condition,
         tuple(len(part) for part in parts),
-        _tokens(pipe, rows, text["encoder_hidden_states"].shape[1]) if anchors else {},
+        _tokens(model, rows, model.tokens(condition).shape[1]) if anchors and "text" in model.capabilities else {},
     )
 
 
-def _tokens(pipe: DiffusionPipeline, rows: list[Row], length: int) -> dict[str, torch.Tensor]:
+def _tokens(model: Model, rows: list[Row], length: int) -> dict[str, torch.Tensor]:
     """:attr:`ImageSet.tokens` for prompts of ``length`` tokens, padding included."""
     marked = {kind: torch.zeros(len(rows), length, dtype=torch.bool) for kind in ("concept", "end")}
     for i, row in enumerate(rows):
-        marked["concept"][i, differing_tokens(pipe, row.prompt, row.anchor_prompt)] = True
-        marked["end"][i, len(token_ids(pipe, row.prompt)) - 1 :] = True
+        marked["concept"][i, model.differing_tokens(row.prompt, row.anchor_prompt)] = True
+        marked["end"][i, model.token_count(row.prompt) - 1 :] = True
     return marked
 
 
-def _drawn(
-    pipe: DiffusionPipeline, rows: list[Row], config: EraseConfig, kind: str, accelerator: Accelerator
-) -> list[Path]:
+def _drawn(model: Model, rows: list[Row], config: EraseConfig, kind: str, accelerator: Accelerator) -> list[Path]:
     how = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
     settings = how | {
-        "model": models.digest(pipe),
-        "pipeline": type(pipe).__name__,
-        **models.sampler(pipe),
-        "dtype": str(pipe.dtype),
+        "model": digest(model.pipe),
+        "pipeline": type(model.pipe).__name__,
+        **sampler(model.pipe),
+        "dtype": str(model.pipe.dtype),
         "rows": [[row.prompt, row.seed] for row in rows],
     }
 
     def latents(part: list[Row], bar: tqdm) -> torch.Tensor:
-        drawn = sample(pipe, part, batch_size=config.sample_batch_size, output_type="latent", bar=bar, **how)
+        drawn = model.draw(part, batch_size=config.sample_batch_size, output_type="latent", bar=bar, **how)
         return torch.stack(drawn)
 
     title = f"drawing the {kind} set"
@@ -162,8 +162,8 @@ def _drawn(
 
 
 def _encoded(
-    pipe: DiffusionPipeline,
-    source: Source,
+    model: Model,
+    source: "Source",
     kind: str,
     concepts: list[Concept],
     count: int,
@@ -171,25 +171,23 @@ def _encoded(
     accelerator: Accelerator,
 ) -> tuple[list[Path], list[str]]:
     """Up to ``count`` pictures of ``source`` in the sampler's scale: the mode of what the autoencoder says."""
-    side = models.denoiser(pipe).config.sample_size * pipe.vae_scale_factor
+    model.need(["pictures"], f"A set from {source.text}")
+    side = model.picture_side
     settings = {
         "source": source.key,
         "concepts": [[concept.name, concept.value] for concept in concepts],
         "count": count,
         "side": side,
-        "vae": models.digest(pipe, "vae"),
+        "vae": digest(model.pipe, "vae"),
     }
     pictures = source.forget(concepts[0]) if kind == "forget" else source.retain(concepts)
-    shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
 
-    @torch.no_grad()
-    def latents(part: list[Picture], bar: tqdm) -> torch.Tensor:
-        found = []
-        for picture in part:  # one by one: the autoencoder's fp32 activations at 512 pixels would fill a small card
-            pixels = pipe.image_processor.preprocess(picture.square(side)).to(pipe.vae.device, pipe.vae.dtype)
-            found.append((pipe.vae.encode(pixels).latent_dist.mode() - shift) * pipe.vae.config.scaling_factor)
+    def latents(part: "list[Picture]", bar: tqdm) -> torch.Tensor:
+        samples = []
+        for picture in part:
+            samples.append(model.encode_pictures([picture.square(side)]))
             bar.update()
-        return torch.cat(found)
+        return torch.cat(samples)
 
     title = f"encoding {source.text}"
     found = cached(config.data_dir, kind, settings, islice(pictures, count), count, latents, accelerator, title)
@@ -210,20 +208,9 @@ def batches(count: int, size: int, seed: int) -> Iterator[torch.Tensor]:
         left = left[size:]
 
 
-@torch.no_grad()
-def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> list[Image.Image]:
-    """Latents ``(n, channels, height, width)`` as the sampler left them → PIL pictures, in the autoencoder's dtype."""
-    shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
-    decoded = [
-        pipe.vae.decode(z.to(pipe.vae.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor + shift).sample.cpu()
-        for z in latents.split(1)  # the autoencoder's fp32 activations at 512 pixels would fill a small card
-    ]
-    return pipe.image_processor.postprocess(torch.cat(decoded).float(), output_type="pil")
-
-
-def contact_sheet(pipe: DiffusionPipeline, latents: torch.Tensor, path: Path, columns: int = 8) -> None:
+def contact_sheet(model: Model, latents: torch.Tensor, path: Path, columns: int = 8) -> None:
     """Write the pictures of ``latents`` as one PNG, for people to look at what the training sees, or makes."""
-    pictures = decode(pipe, latents)
+    pictures = model.decode(latents)
     rows = -(-len(pictures) // columns)
     empty = Image.new("RGB", pictures[0].size, "white")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -49,16 +49,8 @@ import torch
 from ..errors import SalunError
 from ..files import listed, raw_bytes, read_safetensors, write_safetensors
 from .fingerprint import SAMPLES, Fingerprint
-from .mask import (
-    RESERVED,
-    check_keys,
-    check_not_empty,
-    metadata_from_text,
-    metadata_to_text,
-    pack,
-    read_shapes,
-    unpack_all,
-)
+from .format import RESERVED, check_keys, metadata_from_text, metadata_to_text, read_shapes
+from .mask import check_not_empty, pack, unpack_all
 
 FORMAT, VERSION = "salun-delta", 1
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -10,7 +10,6 @@ A mask file is a safetensors file with one uint8 tensor `NAME.mask` a parameter 
     ...      whatever the writer adds: the keys in TEXT are plain text, every other value is JSON.
 """
 
-import json
 import math
 from typing import NamedTuple
 
@@ -18,11 +17,10 @@ import numpy as np
 import torch
 
 from ..errors import SalunError
-from ..files import listed, read_safetensors, write_safetensors
+from ..files import read_safetensors, write_safetensors
+from .format import RESERVED, check_keys, metadata_from_text, metadata_to_text, read_shapes
 
 FORMAT, VERSION = "salun-mask", 1
-TEXT = ("format", "concept", "method", "scope", "base_model", "base_revision", "structure")
-RESERVED = ("format", "version", "shapes", "structure")  # written by the library, never by its caller
 
 
 def pack(mask: torch.Tensor) -> torch.Tensor:
@@ -99,64 +97,6 @@ def load_masks(path) -> tuple[dict[str, torch.Tensor], dict]:
     masks = unpack_all(path, tensors, shapes)
     check_not_empty(path, masks)
     return masks, {key: value for key, value in metadata.items() if key not in RESERVED}
-
-
-# What the mask file and the delta file have in common.
-
-
-def metadata_to_text(path, metadata: dict, **reserved) -> dict[str, str]:
-    """Metadata as safetensors stores it, text to text; a value of None is left out."""
-    taken = set(metadata) & set(RESERVED)
-    if taken:
-        raise SalunError(f"Cannot write {path}: the format itself fills the metadata {listed(taken)}; rename yours.")
-    text = {}
-    for key, value in {**metadata, **reserved}.items():
-        if value is None:
-            continue
-        if key in TEXT and not isinstance(value, str):
-            raise SalunError(f"Cannot write {path}: metadata {key!r} must be text, not {type(value).__name__}.")
-        try:
-            text[key] = value if key in TEXT else json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise SalunError(f"Cannot write {path}: JSON cannot hold metadata {key!r} ({error}).") from error
-    return text
-
-
-def metadata_from_text(path, text: dict[str, str], format: str, version: int) -> dict:
-    """The inverse of `metadata_to_text`; refuses another format, or a version that is not ours."""
-    found = text.get("format")
-    if found != format:
-        raise SalunError(f"{path} is not a {format} file (its metadata says {found!r}); give one that this tool wrote.")
-    metadata = {}
-    for key, value in text.items():
-        try:
-            metadata[key] = value if key in TEXT else json.loads(value)
-        except ValueError as error:
-            raise SalunError(f"{path} is damaged: its metadata {key!r} is not JSON.") from error
-    if metadata.get("version") != version:
-        raise SalunError(
-            f"{path} has version {metadata.get('version')!r} of the {format} format where {version} is known; "
-            "update salun_diffusion."
-        )
-    return metadata
-
-
-def read_shapes(path, metadata: dict) -> dict[str, list[int]]:
-    shapes = metadata.get("shapes")
-    sound = isinstance(shapes, dict) and all(
-        isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape) for shape in shapes.values()
-    )
-    if not sound:
-        raise SalunError(f"{path} is damaged: its metadata 'shapes' must map each parameter to its sizes.")
-    return shapes
-
-
-def check_keys(path, tensors: dict, expected: set[str]) -> None:
-    missing, unexpected = expected - set(tensors), set(tensors) - expected
-    if missing:
-        raise SalunError(f"{path} is damaged: it lacks the tensors {listed(missing)}.")
-    if unexpected:
-        raise SalunError(f"{path} is damaged: it holds tensors that its metadata does not name: {listed(unexpected)}.")
 
 
 def unpack_all(path, tensors: dict, shapes: dict) -> dict[str, torch.Tensor]:

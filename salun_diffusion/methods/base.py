@@ -1,26 +1,52 @@
-"""What every unlearning method has; a new one subclasses :class:`Gradient` or :class:`ClosedForm` in a file of its own
-and gets a line in ``METHODS``. Data, masks, checkpoints, the delta file and the evaluation come with that."""
+"""What every unlearning method has; a new one subclasses :class:`GradientMethod` or :class:`ClosedForm` in a file of
+its own and gets a line in ``METHODS``. Data, masks, checkpoints, the delta file and the evaluation come with that.
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+A method sees the model, its own options, the batches and the change: never the trainer that calls it.
+"""
+
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 
 from ..errors import SalunError
+from ..models.base import Condition, Model
+from . import NEEDS_DRAWING, NEEDS_SALIENCY
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
-    from ..concepts.concept import Concept
-    from ..config import EraseConfig
-    from ..training.batches import Batch
-    from ..training.trainer import Trainer
+    from ..training.batches import Batches
+    from ..training.change import MaskedChange
 
 NEEDS_RETAIN = ("alpha", "retain_target", "retain_data", "num_retain_images")
 NEEDS_TRAINING = (
-    "learning_rate", "lr_scheduler", "max_train_steps", "train_batch_size", "validation_steps",
-    "alpha", "retain_target", "retain_data",
+    "learning_rate", "lr_scheduler", "max_train_steps", "train_batch_size", "validation_steps", "alpha",
+    "retain_target", "retain_data", "gradient_accumulation_steps", "auto_batch_size", "gradient_checkpointing",
+    "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "report_to", "num_inference_steps",
 )  # fmt: skip
+
+
+@dataclass
+class Batch:
+    """Noised pictures of one set: ``noisy``, ``noise`` and ``target`` ``(batch, channels, height, width)``,
+    ``timesteps`` ``(batch,)``, and the prompts' ``condition``. In a forget batch also that of the anchor prompts, and
+    which ``tokens`` are the "concept" and which the "end" of the prompt, bool ``(batch, sequence)``.
+
+    ``step`` counts the steps of the training from 0. ``noisy`` and ``target`` are unused for sets of names.
+    """
+
+    noisy: torch.Tensor
+    noise: torch.Tensor
+    target: torch.Tensor
+    timesteps: torch.Tensor
+    condition: Condition
+    anchor_condition: Condition | None
+    tokens: dict[str, torch.Tensor]
+    step: int
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Of a method that has none of its own."""
 
 
 class Method:
@@ -30,55 +56,100 @@ class Method:
     scope = "cross-attention"  # which weights may move (masks.scope.SCOPES)
     mask = "none"  # or "saliency"
     settings: dict[str, Any] = {}  # of EraseConfig: what the paper used, where it is not the general default
-    options: dict[str, Any] = {}  # for --method_option: a number, a text, or a tuple of words, of which one is taken
-    forgets = "forget"  # the set that forget batches are of: pictures of the concept, of its "anchor", or its "name"
-    anchored = True  # whether the concept is to be drawn as its anchor
-    retains = True  # whether it has a retain term
-    unused: tuple[str, ...] = ()  # settings that mean nothing to it: naming one is an error
+    Options: type = NoOptions  # the method's own options: a dataclass of `option` fields
+    needs: tuple[str, ...] = ()  # capabilities of the model (models.base.CAPABILITIES)
+    forget_set = "forget"  # what forget batches are of: pictures of the concept, of its "anchor", or its "name" alone
+    has_anchor = True  # whether the concept is to be drawn as its anchor
+    uses_retain = True  # whether it has a retain term
+    ignores: tuple[str, ...] = ()  # settings that it has no use for: giving one is an error
     closed_form = False
 
     @classmethod
     def sets(cls, mask: str | None) -> list[str]:
         """The sets of pictures that a run with ``mask`` needs."""
-        wanted = [cls.forgets, *(["forget"] if mask == "saliency" else []), *(["retain"] if cls.retains else [])]
+        wanted = [
+            cls.forget_set,
+            *(["forget"] if mask == "saliency" else []),
+            *(["retain"] if cls.uses_retain else []),
+        ]
         return list(dict.fromkeys(wanted))
 
     @classmethod
-    def chosen(cls, given: Iterable[str]) -> dict[str, Any]:
-        """``options`` with those ``NAME=VALUE`` put in that were ``given``.
+    def unused(cls, mask: str | None) -> list[str]:
+        """The settings that a run with ``mask`` has no use for."""
+        sets = cls.sets(mask)
+        return [
+            *cls.ignores,
+            *(NEEDS_SALIENCY if mask != "saliency" else ()),
+            *(["forget_data"] if "forget" not in sets else []),
+            *(["num_forget_images", *NEEDS_DRAWING] if sets == ["name"] else []),
+            *(NEEDS_DRAWING if not sets else ()),
+        ]
+
+    @classmethod
+    def parse(cls, given: list[str]) -> Any:
+        """:attr:`Options` with those ``NAME=VALUE`` put in that were ``given``; the last one of a name counts.
 
         Raises:
             SalunError: a name that the method lacks, or a value of another type.
         """
-        found = {name: own[0] if isinstance(own, tuple) else own for name, own in cls.options.items()}
+        hints = get_type_hints(cls.Options)
+        known = {item.name: item for item in fields(cls.Options)}
+        values: dict[str, Any] = {}
         for text in given:
             name, _, value = text.partition("=")
-            if name not in found:
-                listed = ", ".join(f"{name}={own}" for name, own in found.items()) or "none"
+            if name not in known:
+                listed = ", ".join(f"{item.name}={_default(item)}" for item in known.values()) or "none"
                 raise SalunError(f"--method_option {text}: this method has no option '{name}'. Its own: {listed}.")
-            own = cls.options[name]
-            if isinstance(own, tuple) and value not in own:
-                raise SalunError(f"--method_option {text}: choose one of {', '.join(own)}.")
+            choices = known[name].metadata["choices"]
+            if choices and value not in choices:
+                raise SalunError(f"--method_option {text}: choose one of {', '.join(choices)}.")
             try:
-                found[name] = value if isinstance(own, tuple) else type(own)(value)
+                values[name] = hints[name](value)
             except ValueError:
-                raise SalunError(f"--method_option {text}: '{value}' must be of type {type(own).__name__}.") from None
-        return found
+                raise SalunError(f"--method_option {text}: '{value}' must be of type {hints[name].__name__}.") from None
+        return cls.Options(**values)
+
+    @classmethod
+    def options_as_text(cls, options: Any) -> list[str]:
+        """``NAME=VALUE`` for each field of ``options``: the reverse of :meth:`parse`."""
+        return [f"{name}={value}" for name, value in asdict(options).items()]
 
 
-class Gradient(Method):
+def _default(item) -> Any:
+    return None if item.default is MISSING else item.default
+
+
+class GradientMethod(Method):
     """A method that trains: it gives the two losses of a step, and the trainer minimises ``forget + alpha · retain``.
 
     It is made once, before the saliency and the training, when the network still has the base model's weights.
+
+    Args:
+        model: whose network is edited.
+        options: of the class's ``Options``.
+        batches: the sets, and what the seed fixes.
     """
 
-    def __init__(self, trainer: "Trainer"):
-        self.trainer = trainer
-        self.predict = trainer.predict
-        self.chose = self.chosen(trainer.config.method_option)
+    change: "MaskedChange"
 
-    def losses(self, forget: "Batch", retain: "Batch | None") -> tuple[torch.Tensor, torch.Tensor]:
-        """Scalars, each a mean over its batch; the second is 0 where ``retains`` is false (``retain`` is then None)."""
+    def __init__(self, model: Model, options: Any, batches: "Batches"):
+        self.model, self.options, self.batches = model, options, batches
+        self.predict = model.predict
+
+    def begin(self, change: "MaskedChange") -> None:
+        """Called once before the first step, with the change that is trained (still zero)."""
+        self.change = change
+
+    def predict_both(self, forget: Batch, retain: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The predictions for a forget and a retain batch by their own conditions, in one call."""
+        condition = {key: torch.cat([forget.condition[key], retain.condition[key]]) for key in forget.condition}
+        noisy, t = (torch.cat(pair) for pair in ((forget.noisy, retain.noisy), (forget.timesteps, retain.timesteps)))
+        return self.predict(noisy, t, condition).split([len(forget.noisy), len(retain.noisy)])
+
+    def losses(self, forget: Batch, retain: Batch | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scalars, each a mean over its batch; the second is 0 where ``uses_retain`` is false (``retain`` is then
+        None)."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -86,23 +157,33 @@ class Gradient(Method):
 
 
 class ClosedForm(Method):
-    """A method that computes the new weights from prompts alone."""
+    """A method that computes the new weights from prompts alone.
+
+    Args:
+        model: whose network is edited.
+        options: of the class's ``Options``.
+    """
 
     closed_form = True
     scope = "cross-attention-kv"
-    retains = False
-    unused = NEEDS_TRAINING
+    uses_retain = False
+    ignores = NEEDS_TRAINING
 
     @classmethod
     def sets(cls, mask: str | None) -> list[str]:
         return []
 
-    def __init__(self, config: "EraseConfig"):
-        self.config = config
-        self.chose = self.chosen(config.method_option)
+    def __init__(self, model: Model, options: Any):
+        self.model, self.options = model, options
 
     def solve(
-        self, pipe: "DiffusionPipeline", parameters: dict[str, torch.nn.Parameter], concepts: "list[Concept]"
+        self, parameters: dict[str, torch.nn.Parameter], pairs: list[tuple[str, str]], kept: list[str]
     ) -> dict[str, torch.Tensor]:
-        """The new values of ``parameters``, by name, float32."""
+        """The new values of ``parameters``, by name, float32.
+
+        Args:
+            parameters: those of the scope, at the base model's weights.
+            pairs: each concept prompt, and the anchor's wording of it; distinct.
+            kept: distinct prompts that must be drawn as before.
+        """
         raise NotImplementedError

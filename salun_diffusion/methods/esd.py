@@ -1,16 +1,27 @@
 """ESD: Gandikota et al., "Erasing concepts from diffusion models", ICCV 2023, eq. 6-7."""
 
 import random
+from dataclasses import dataclass
 
 import torch
 from diffusers import DDIMScheduler
 
-from ..models.conditioning import encode
-from .base import NEEDS_RETAIN, Gradient
+from ..models.base import Condition
+from ..options import option
+from .base import NEEDS_RETAIN, GradientMethod
 from .losses import denoising
 
 
-class ESD(Gradient):
+@dataclass(frozen=True)
+class ESDOptions:
+    """Guidance scales as diffusers counts them, from the empty prompt."""
+
+    negative_guidance: float = option(1.0, "how far to go away from the concept: η of eq. 7")
+    start_guidance: float = option(3.0, "guidance scale of the half-way denoising")
+    erase_from: str = option("", "a wider prompt to start from, such as 'a painting', in place of the empty one")
+
+
+class ESD(GradientMethod):
     """The concept's name is to predict what guides *away* from the concept, on pictures that the model being edited has
     denoised half-way itself. The name alone: what else a prompt asks for would be negated too.
 
@@ -22,43 +33,42 @@ class ESD(Gradient):
 
     title = "ESD"
     settings = {"max_train_steps": 1000, "learning_rate": 1e-5, "train_batch_size": 1}
-    options = {"negative_guidance": 1.0, "start_guidance": 3.0, "erase_from": ""}
-    forgets = "name"
-    anchored = False
-    retains = False
-    unused = NEEDS_RETAIN
+    Options = ESDOptions
+    forget_set = "name"
+    has_anchor = False
+    uses_retain = False
+    ignores = NEEDS_RETAIN
 
-    def __init__(self, trainer):
-        super().__init__(trainer)
-        wider = self.chose["erase_from"]
-        self.wider = encode(trainer.pipe, [wider]) if wider else trainer.empty
+    def __init__(self, model, options, batches):
+        super().__init__(model, options, batches)
+        self.wider = model.encode([options.erase_from]) if options.erase_from else model.empty
         # latents are no pixels: by default DDIM would clip them to [-1, 1]
-        self.sampler = DDIMScheduler.from_config(trainer.pipe.scheduler.config, clip_sample=False)
-        self.sampler.set_timesteps(trainer.config.num_inference_steps)
+        self.sampler = DDIMScheduler.from_config(model.pipe.scheduler.config, clip_sample=False)
+        self.sampler.set_timesteps(batches.num_inference_steps)
 
     def losses(self, forget, retain):
         steps = self.sampler.timesteps.tolist()
-        done = random.Random(repr((self.trainer.config.seed, "esd", forget.step))).randrange(len(steps))
-        noisy = self.partly_denoised(forget.noise, forget.text, steps[:done])
+        done = random.Random(repr((self.batches.seed, "esd", forget.step))).randrange(len(steps))
+        noisy = self.partly_denoised(forget.noise, forget.condition, steps[:done])
         t = torch.full_like(forget.timesteps, steps[done])
-        empty, wider = (self.trainer.repeated(text, len(noisy)) for text in (self.trainer.empty, self.wider))
-        texts = {key: torch.cat([forget.text[key], empty[key], wider[key]]) for key in empty}
-        with self.trainer.at_base(), torch.no_grad():
-            concept, nothing, origin = self.predict(noisy.repeat(3, 1, 1, 1), t.repeat(3), texts).chunk(3)
-        target = origin - self.chose["negative_guidance"] * (concept - nothing)
-        erased = self.predict(noisy, t, forget.text)
+        empty, wider = (self.model.repeated(part, len(noisy)) for part in (self.model.empty, self.wider))
+        three = {key: torch.cat([forget.condition[key], empty[key], wider[key]]) for key in empty}
+        with self.change.at_base(), torch.no_grad():
+            concept, nothing, origin = self.predict(noisy.repeat(3, 1, 1, 1), t.repeat(3), three).chunk(3)
+        target = origin - self.options.negative_guidance * (concept - nothing)
+        erased = self.predict(noisy, t, forget.condition)
         return denoising(erased, target), erased.new_zeros(())
 
     @torch.no_grad()
-    def partly_denoised(self, noise: torch.Tensor, text: dict[str, torch.Tensor], steps: list[int]) -> torch.Tensor:
+    def partly_denoised(self, noise: torch.Tensor, condition: Condition, steps: list[int]) -> torch.Tensor:
         """DDIM from ``noise`` through ``steps`` with guidance, by the model as it is now."""
-        empty = self.trainer.repeated(self.trainer.empty, len(noise))
-        both = {key: torch.cat([empty[key], text[key]]) for key in empty}
+        empty = self.model.repeated(self.model.empty, len(noise))
+        both = {key: torch.cat([empty[key], condition[key]]) for key in empty}
         noisy = noise
         for step in steps:
             t = torch.full((2 * len(noisy),), step, device=noisy.device)
             nothing, concept = self.predict(noisy.repeat(2, 1, 1, 1), t, both).chunk(2)
-            guided = nothing + self.chose["start_guidance"] * (concept - nothing)
+            guided = nothing + self.options.start_guidance * (concept - nothing)
             noisy = self.sampler.step(guided.float(), step, noisy.float()).prev_sample.to(noise)
         return noisy
 

@@ -1,10 +1,13 @@
 """Forget-Me-Not: Zhang et al., "Forget-Me-Not: Learning to forget in text-to-image diffusion models", 2023 (arXiv
 2303.17591), attention re-steering."""
 
+from dataclasses import dataclass
+
 import torch
 from diffusers.models.attention_processor import Attention
 
-from .base import NEEDS_RETAIN, Gradient
+from ..options import option
+from .base import NEEDS_RETAIN, GradientMethod
 
 
 class Recorder:
@@ -26,7 +29,14 @@ class Recorder:
         return attn.to_out[1](attn.to_out[0](hidden)) / attn.rescale_output_factor
 
 
-class ForgetMeNot(Gradient):
+@dataclass(frozen=True)
+class ForgetMeNotOptions:
+    """Which tokens count as the concept's."""
+
+    end_tokens: int = option(1, "1: the end of the prompt and the padding too (published); 0: its words alone")
+
+
+class ForgetMeNot(GradientMethod):
     """No pixel of the concept's pictures is to attend to the concept's words: the squared cross-attention maps of their
     tokens, averaged over pixels, heads and layers.
 
@@ -36,24 +46,25 @@ class ForgetMeNot(Gradient):
 
     title = "Forget-Me-Not"
     settings = {"max_train_steps": 35, "learning_rate": 2e-6, "train_batch_size": 1}
-    options = {"end_tokens": 1}
-    anchored = False
-    retains = False
-    unused = NEEDS_RETAIN
+    Options = ForgetMeNotOptions
+    has_anchor = False
+    uses_retain = False
+    needs = ("text", "cross-attention")
+    ignores = NEEDS_RETAIN
 
-    def __init__(self, trainer):
-        super().__init__(trainer)
+    def __init__(self, model, options, batches):
+        super().__init__(model, options, batches)
         self.maps: list[torch.Tensor] = []
-        self.layers = [m for name, m in trainer.network.named_modules() if name.endswith("attn2")]
+        self.layers = [m for name, m in model.network.named_modules() if name.endswith("attn2")]
         self.before = [layer.processor for layer in self.layers]
         for layer in self.layers:
             layer.set_processor(Recorder(self.maps))
 
     def losses(self, forget, retain):
         self.maps.clear()
-        self.predict(forget.noisy, forget.timesteps, forget.text)
+        self.predict(forget.noisy, forget.timesteps, forget.condition)
         found, words = list(self.maps), forget.tokens["concept"]
-        words = (words | forget.tokens["end"] if self.chose["end_tokens"] else words).float()
+        words = (words | forget.tokens["end"] if self.options.end_tokens else words).float()
         self.maps.clear()
         loss = sum(attention_norm(attention, words) for attention in found) / len(found)
         return loss, loss.new_zeros(())

@@ -5,8 +5,9 @@ import torch.nn.functional as F
 
 
 def guided(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float) -> torch.Tensor:
-    """Classifier-free guidance, ``(1 + s)·ε_c − s·ε_∅`` (Ho & Salimans 2022, eq. 6). Any one shape; same dtype out."""
-    return conditional if scale == 0 else (1 + scale) * conditional - scale * unconditional
+    """Classifier-free guidance, ``g·ε_c − (g − 1)·ε_∅``, with diffusers' guidance scale g (Ho & Salimans 2022, eq. 6,
+    and SalUn's code count from the conditional prediction: their s is g − 1). Any one shape; same dtype out."""
+    return conditional if scale == 1 else scale * conditional - (scale - 1) * unconditional
 
 
 def misaligned_prompt(predicted: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
@@ -18,14 +19,3 @@ def misaligned_prompt(predicted: torch.Tensor, anchor: torch.Tensor) -> torch.Te
 def denoising(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """The diffusion model's own training loss (Ho et al. 2020, eq. 14), SalUn's retain term ``ℓ_MSE(θ; D_r)``."""
     return F.mse_loss(predicted.float(), target.float())
-
-
-def denoising_target(scheduler, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """What a network with this scheduler predicts for ``clean`` with ``noise`` at steps ``t``: the noise, or the
-    velocity (Salimans & Ho 2022). Raises ValueError for any other prediction type."""
-    kind = scheduler.config.prediction_type
-    if kind == "epsilon":
-        return noise
-    if kind == "v_prediction":
-        return scheduler.get_velocity(clean, noise, t)
-    raise ValueError(f"The scheduler's prediction_type is '{kind}'; epsilon and v_prediction can be trained.")

@@ -1,8 +1,19 @@
 """RECE: Gong et al., "Reliable and efficient concept erasure of text-to-image diffusion models", ECCV 2024."""
 
+from dataclasses import dataclass
+
 import torch
 
-from .uce import UCE, check_keys_and_values, kept_tokens, moved, solve, token_pairs
+from ..options import option
+from .uce import UCE, UCEOptions, check_keys_and_values, kept_tokens, moved, solve, token_pairs
+
+
+@dataclass(frozen=True)
+class RECEOptions(UCEOptions):
+    """UCE's, and those of the attack."""
+
+    rounds: int = option(3, "of attack and edit")
+    regular: float = option(0.1, "λ that keeps the attack's embeddings short")
 
 
 class RECE(UCE):
@@ -14,18 +25,18 @@ class RECE(UCE):
     """
 
     title = "RECE"
-    options = UCE.options | {"rounds": 3, "regular": 0.1}
+    Options = RECEOptions
 
-    def solve(self, pipe, parameters, concepts):
+    def solve(self, parameters, pairs, kept):
         check_keys_and_values(parameters)
-        concept, anchor = token_pairs(pipe, concepts, self.config)
-        kept = kept_tokens(pipe, concepts, self.config)
-        how = [self.chose[name] for name in ("erase", "preserve", "ridge")]
+        concept, anchor = token_pairs(self.model, pairs)
+        kept = kept_tokens(self.model, kept)
+        how = self.options.erase, self.options.preserve, self.options.ridge
         transform = solve((concept, anchor), kept, *how)
         weights = [p.detach().cpu().double() for p in parameters.values()]
         gram = sum(weight.T @ weight for weight in weights)  # of all layers: Σ W0ᵀW0
-        for _ in range(self.chose["rounds"]):
-            attack = adversarial(concept, gram, transform, self.chose["regular"])
+        for _ in range(self.options.rounds):
+            attack = adversarial(concept, gram, transform, self.options.regular)
             # what the concept's own tokens give by now is kept with the rest: moving the attack would undo it
             transform = transform @ solve((attack, anchor), torch.cat([kept, concept]), *how)
         return moved(parameters, transform)

@@ -2,19 +2,26 @@
 models", NeurIPS 2023, eq. 7."""
 
 import hashlib
-import json
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
-from ..files import read_safetensors, write_safetensors
-from ..models import load as models
-from .base import Gradient
+from ..models.load import digest
+from ..options import option
+from ..process import progress
+from .base import GradientMethod
 from .losses import denoising
 
 
-class SelectiveAmnesia(Gradient):
+@dataclass(frozen=True)
+class SelectiveAmnesiaOptions:
+    """How strongly, and by how many pictures' gradients, the rest is held."""
+
+    ewc: float = option(500.0, "λ of the elastic term")
+    fisher_images: int = option(200, "retain pictures that the Fisher information is a mean over")
+
+
+class SelectiveAmnesia(GradientMethod):
     """The concept's prompt is taught with pictures of its anchor (the surrogate), ``ewc`` · Σ F d² holds back the
     change d of weights that the rest needs, and the retain set is replayed.
 
@@ -25,55 +32,48 @@ class SelectiveAmnesia(Gradient):
     """
 
     title = "Selective Amnesia"
-    forgets = "anchor"
+    forget_set = "anchor"
     settings = {"learning_rate": 4e-5, "train_batch_size": 4}
-    options = {"ewc": 500.0, "fisher_images": 200}
+    Options = SelectiveAmnesiaOptions
 
-    def __init__(self, trainer):
-        super().__init__(trainer)
-        self.fisher = cached_fisher(trainer, self.chose["fisher_images"])
-        self.packed: dict[str, torch.Tensor] = {}
+    def __init__(self, model, options, batches):
+        super().__init__(model, options, batches)
+        self.fisher = cached_fisher(model, batches, options.fisher_images)
+
+    def begin(self, change):
+        super().begin(change)
+        self.packed = {name: change.packed(name, self.fisher[name]) for name in change.values}
 
     def losses(self, forget, retain):
-        deltas = self.trainer.deltas
-        if not self.packed:
-            self.packed = {name: deltas.packed(name, self.fisher[name]) for name in deltas.values}
-        erased, kept = self.trainer.predict_both(forget, retain)
-        elastic = sum((self.packed[name] * value.square()).sum() for name, value in deltas.values.items())
-        return denoising(erased, forget.target) + self.chose["ewc"] * elastic, denoising(kept, retain.target)
+        erased, kept = self.predict_both(forget, retain)
+        elastic = sum((self.packed[name] * value.square()).sum() for name, value in self.change.values.items())
+        return denoising(erased, forget.target) + self.options.ewc * elastic, denoising(kept, retain.target)
 
 
-def cached_fisher(trainer, count: int) -> dict[str, torch.Tensor]:
-    """:func:`fisher`, read from ``data_dir`` if it was computed before."""
-    count = min(count, len(trainer.retain))
-    about = {
-        "base": models.digest(trainer.pipe),
-        "scope": trainer.config.scope,
-        "retain": hashlib.sha256(trainer.retain.latents[:count].numpy().tobytes()).hexdigest(),
-        "prompts": [trainer.retain.prompts[i] for i in trainer.retain.prompt_index[:count].tolist()],
-        "seed": trainer.config.seed,
-        "precision": trainer.config.mixed_precision,
+def cached_fisher(model, batches, count: int) -> dict[str, torch.Tensor]:
+    """:func:`fisher`, from the cache if it was computed before."""
+    count = min(count, len(batches.retain))
+    settings = {
+        "base": digest(model.pipe),
+        "parameters": [name for name, p in model.network.named_parameters() if p.requires_grad],
+        "retain": hashlib.sha256(batches.retain.latents[:count].numpy().tobytes()).hexdigest(),
+        "prompts": [batches.retain.prompts[i] for i in batches.retain.prompt_index[:count].tolist()],
+        "seed": batches.seed,
+        "precision": batches.accelerator.mixed_precision,
     }
-    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-    path = Path(trainer.config.data_dir) / f"fisher-{key}.safetensors"
-    if not path.exists():
-        found = fisher(trainer, count)
-        if trainer.accelerator.is_main_process:
-            write_safetensors(path, found, {"format": "salun-fisher"})
-        trainer.accelerator.wait_for_everyone()
-    return read_safetensors(path)[0]
+    return batches.cached("fisher", settings, lambda: fisher(model, batches, count))
 
 
-def fisher(trainer, count: int) -> dict[str, torch.Tensor]:
+def fisher(model, batches, count: int) -> dict[str, torch.Tensor]:
     """The mean over ``count`` retain pictures of the squared gradient of each one's denoising loss: by parameter that
     requires a gradient, fp32, on the CPU."""
-    accelerator, retain = trainer.accelerator, trainer.retain
-    parameters = {name: p for name, p in trainer.network.named_parameters() if p.requires_grad}
+    accelerator, retain = batches.accelerator, batches.retain
+    parameters = {name: p for name, p in model.network.named_parameters() if p.requires_grad}
     total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
-    mine = range(accelerator.process_index, count, accelerator.num_processes)
-    for i in tqdm(mine, desc="Fisher", unit="image", disable=not accelerator.is_main_process):
-        batch = trainer.noised(retain, torch.tensor([i]), *trainer.draw(retain, 1, "fisher", i))
-        loss = denoising(trainer.predict(batch.noisy, batch.timesteps, batch.text), batch.target)
+    share = range(accelerator.process_index, count, accelerator.num_processes)
+    for i in progress("Fisher", len(share), "image", accelerator.is_main_process, over=share):
+        batch = batches.noised(retain, torch.tensor([i]), *batches.draw(retain, 1, "fisher", i))
+        loss = denoising(model.predict(batch.noisy, batch.timesteps, batch.condition), batch.target)
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:

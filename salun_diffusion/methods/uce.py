@@ -1,11 +1,22 @@
 """UCE: Gandikota et al., "Unified concept editing in diffusion models", WACV 2024, eq. 7."""
 
+from dataclasses import dataclass
+
 import torch
 
-from ..concepts.concept import shared_rows
 from ..errors import SalunError
-from ..models.conditioning import differing_tokens, encode
+from ..models.base import Model
+from ..options import option
 from .base import ClosedForm
+
+
+@dataclass(frozen=True)
+class UCEOptions:
+    """The weights of the three terms."""
+
+    erase: float = option(1.0, "of the concept's tokens")
+    preserve: float = option(1.0, "of the retain prompts' tokens")
+    ridge: float = option(0.01, "of the distance to the base model's weights")
 
 
 class UCE(ClosedForm):
@@ -22,13 +33,14 @@ class UCE(ClosedForm):
     """
 
     title = "UCE"
-    options = {"erase": 1.0, "preserve": 1.0, "ridge": 0.01}
+    needs = ("text", "cross-attention")
+    Options = UCEOptions
 
-    def solve(self, pipe, parameters, concepts):
+    def solve(self, parameters, pairs, kept):
         check_keys_and_values(parameters)
-        pairs = token_pairs(pipe, concepts, self.config)
-        kept = kept_tokens(pipe, concepts, self.config)
-        transform = solve(pairs, kept, self.chose["erase"], self.chose["preserve"], self.chose["ridge"])
+        options = self.options
+        tokens = token_pairs(self.model, pairs), kept_tokens(self.model, kept)
+        transform = solve(*tokens, options.erase, options.preserve, options.ridge)
         return moved(parameters, transform)
 
 
@@ -42,25 +54,22 @@ def check_keys_and_values(parameters: dict[str, torch.nn.Parameter]) -> None:
             )
 
 
-def token_pairs(pipe, concepts, config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token embeddings of the forget prompts, and of the anchor prompts they are to be mapped to, float64,
+def token_pairs(model: Model, pairs: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token embeddings of the concept's prompts, and of the anchor prompts they are to be mapped to, float64,
     ``(n, width)`` each: from the last token of what differs between the two prompts on, as far as both reach."""
-    rows = sum(shared_rows(concepts, "forget", config.num_forget_images, config.seed, "training"), [])
-    prompts = list(dict.fromkeys((row.prompt, row.anchor_prompt) for row in rows))
-    found: tuple[list, list] = ([], [])
-    for prompt, anchor in prompts:
-        embedded = encode(pipe, [prompt, anchor])["encoder_hidden_states"].double()
-        starts = [differing_tokens(pipe, one, other).stop - 1 for one, other in ((prompt, anchor), (anchor, prompt))]
+    tokens: tuple[list, list] = ([], [])
+    for prompt, anchor in pairs:
+        embedded = model.tokens(model.encode([prompt, anchor])).double()
+        starts = [model.differing_tokens(one, other).stop - 1 for one, other in ((prompt, anchor), (anchor, prompt))]
         length = embedded.shape[1] - max(starts)
-        for part, start, sequence in zip(found, starts, embedded, strict=True):
+        for part, start, sequence in zip(tokens, starts, embedded, strict=True):
             part.append(sequence[start : start + length])
-    return torch.cat(found[0]), torch.cat(found[1])
+    return torch.cat(tokens[0]), torch.cat(tokens[1])
 
 
-def kept_tokens(pipe, concepts, config) -> torch.Tensor:
-    """Every token embedding of the retain prompts, float64, ``(n, width)``."""
-    rows = sum(shared_rows(concepts, "retain", config.num_retain_images, config.seed, "training"), [])
-    return encode(pipe, list(dict.fromkeys(row.prompt for row in rows)))["encoder_hidden_states"].double().flatten(0, 1)
+def kept_tokens(model: Model, prompts: list[str]) -> torch.Tensor:
+    """Every token embedding of ``prompts``, float64, ``(n, width)``."""
+    return model.tokens(model.encode(prompts)).double().flatten(0, 1)
 
 
 def solve(

@@ -1,0 +1,38 @@
+"""Base models, one family a file: what a method may ask of one is in ``base.py``. A new family is a subclass of
+``Model`` in a file of its own and a line in ``FAMILIES``."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from ..errors import SalunError
+
+if TYPE_CHECKING:
+    from .base import Model
+
+FAMILIES = {
+    "text_unet": "salun_diffusion.models.text_unet.TextUNet",  # Stable Diffusion 1.x, 2.x, XL
+}
+
+
+def model_of(pipe) -> "Model":
+    """The loaded diffusers pipeline ``pipe`` as a model of the first family that accepts it.
+
+    Raises:
+        SalunError: no family does.
+    """
+    for path in FAMILIES.values():
+        module, name = path.rsplit(".", 1)
+        family = getattr(import_module(module), name)
+        if family.accepts(pipe):
+            return family(pipe)
+    raise SalunError(
+        f"{type(pipe).__name__} is of no known family of base models ({', '.join(FAMILIES)}): give a Stable Diffusion "
+        "1.x, 2.x or XL pipeline."
+    )
+
+
+def load_model(name: str, revision: str | None = None, dtype=None, variant: str | None = None) -> "Model":
+    """:func:`salun_diffusion.models.load.load_pipeline`, then :func:`model_of`."""
+    from .load import load_pipeline
+
+    return model_of(load_pipeline(name, revision, dtype, variant))

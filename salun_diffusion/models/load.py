@@ -1,6 +1,7 @@
 """Find and load a base model: a local diffusers folder, a hub id, or the name ``demo``."""
 
 import hashlib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,13 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-DEMO = Path(__file__).resolve().parents[2] / "demo" / "model"
+
+def packaged(name: str) -> Path | None:
+    """The folder ``model/`` inside the importable Python package ``name``, if that brings one: so does ``demo`` in a
+    clone of the repository."""
+    spec = find_spec(name) if name.isidentifier() else None
+    folders = [Path(folder) / "model" for folder in (spec.submodule_search_locations or [])] if spec else []
+    return next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
 
 
 def resolve(name: str, revision: str | None = None) -> tuple[str, str | None]:
@@ -21,15 +28,17 @@ def resolve(name: str, revision: str | None = None) -> tuple[str, str | None]:
     Raises:
         SalunError: no such folder, no pipeline in it, or a hub that cannot be reached or has no such model.
     """
-    path = DEMO if name == "demo" else Path(name).expanduser()
+    path = Path(name).expanduser()
+    if not (path / "model_index.json").is_file():
+        path = packaged(name) or path
+        if name == "demo" and path == Path("demo"):
+            raise SalunError(
+                "The demo model comes with a clone of the repository, not with the installed package: clone it."
+            )
     if path.is_dir():
         if not (path / "model_index.json").exists():
             raise SalunError(f"{path} holds no diffusers pipeline (no model_index.json): give the folder that has one.")
         return str(path), None
-    if name == "demo":
-        raise SalunError(
-            "The demo model comes with a clone of the repository, not with the installed package: clone it."
-        )
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise SalunError(f"There is no model folder {name}: give a folder with a model_index.json, a hub id or 'demo'.")
     from huggingface_hub import hf_hub_download
@@ -93,15 +102,6 @@ def denoiser(pipe: "DiffusionPipeline") -> "torch.nn.Module":
         if isinstance(module, torch.nn.Module):
             return getattr(module, "_orig_mod", module)  # torch.compile wraps the module and prefixes its names
     raise SalunError(f"{type(pipe).__name__} has neither a unet nor a transformer; give a diffusion pipeline.")
-
-
-def move_others(pipe: "DiffusionPipeline", device: "torch.device | str") -> None:
-    """Move every module but the denoiser: text encoders and autoencoder have nothing to do while it trains."""
-    import torch
-
-    for module in pipe.components.values():
-        if isinstance(module, torch.nn.Module) and module is not denoiser(pipe):
-            module.to(device)
 
 
 def sampler(pipe: "DiffusionPipeline") -> dict:

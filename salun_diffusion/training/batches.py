@@ -1,4 +1,4 @@
-"""Forward passes of the network being edited, and the noised pictures that go through it: what a method's losses see.
+"""The sets as noised batches: what a method's losses see.
 
 All randomness is a function of the seed and of what it is for: the noise and timestep of a saliency image, or of a row
 of the global batch of a step. So neither the number of processes nor that of accumulation steps changes what is
@@ -6,113 +6,80 @@ computed, and a resumed run draws what the uninterrupted one would have.
 """
 
 import random
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, DiffusionPipeline
 
-from ..config import EraseConfig
+from ..data.cache import cached_tensors
 from ..data.sets import ImageSet
-from ..methods.losses import denoising_target
-from ..models.conditioning import arguments, encode_empty
-from ..models.load import denoiser
-from .change import MaskedDeltas
+from ..methods.base import Batch
+from ..models.base import Condition, Model
 
 
-@dataclass
-class Batch:
-    """Noised pictures of one set: ``noisy``, ``noise`` and ``target`` ``(batch, channels, height, width)``,
-    ``timesteps`` ``(batch,)``, and the conditioning of the prompts. In a forget batch also that of the anchor prompts,
-    and which ``tokens`` are the "concept" and which the "end" of the prompt, bool ``(batch, sequence)``.
+class Batches:
+    """The sets by kind, and what the seed fixes.
 
-    ``step`` counts the steps of the training from 0. Of a set of names, ``noisy`` and ``target`` mean nothing.
+    Args:
+        accelerator: whose device the batches are on, and which share of a global batch is this process's.
+        sets: "forget", "retain", "anchor", "name": as :func:`salun_diffusion.data.sets.image_set` makes them.
+        seed: of all noise and timesteps.
+        size: pictures of each set at once; it may shrink while memory is short.
+        num_inference_steps: of the model's sampler, for methods that denoise themselves.
+        data_dir: where :meth:`cached` keeps files.
     """
-
-    noisy: torch.Tensor
-    noise: torch.Tensor
-    target: torch.Tensor
-    timesteps: torch.Tensor
-    text: dict[str, torch.Tensor]
-    anchor_text: dict[str, torch.Tensor] | None
-    tokens: dict[str, torch.Tensor]
-    step: int
-
-
-class Passes:
-    """The network, the noise schedule, the sets by kind, and what the seed fixes.
-
-    ``deltas`` are there once the training has begun.
-    """
-
-    deltas: MaskedDeltas
 
     def __init__(
-        self, accelerator: Accelerator, pipe: DiffusionPipeline, sets: dict[str, ImageSet], config: EraseConfig
+        self,
+        accelerator: Accelerator,
+        model: Model,
+        sets: dict[str, ImageSet],
+        seed: int,
+        size: int,
+        num_inference_steps: int,
+        data_dir: str,
     ):
-        self.accelerator, self.pipe, self.sets, self.config = accelerator, pipe, sets, config
-        self.batch_size = config.train_batch_size  # pictures of each set at once
-        self.network = denoiser(pipe).to(accelerator.device).eval()
-        if config.gradient_checkpointing:
-            self.network.enable_gradient_checkpointing()
-        self.schedule = DDPMScheduler.from_config(pipe.scheduler.config)
-        self.empty = encode_empty(pipe)
+        self.accelerator, self.model, self.sets, self.seed, self.size = accelerator, model, sets, seed, size
+        self.num_inference_steps, self.data_dir = num_inference_steps, data_dir
 
     @property
     def retain(self) -> ImageSet | None:
         return self.sets.get("retain")
 
-    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, text: dict[str, torch.Tensor]) -> torch.Tensor:
-        with self.accelerator.autocast():
-            return self.network(noisy, timesteps, return_dict=False, **arguments(text))[0]
-
-    def predict_both(self, forget: Batch, retain: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The predictions for a forget and a retain batch by their own prompts, in one call."""
-        text = {key: torch.cat([forget.text[key], retain.text[key]]) for key in forget.text}
-        noisy, t = (torch.cat(pair) for pair in ((forget.noisy, retain.noisy), (forget.timesteps, retain.timesteps)))
-        return self.predict(noisy, t, text).split([len(forget.noisy), len(retain.noisy)])
-
-    def at_base(self) -> AbstractContextManager:
-        """Within it, the network has the base model's weights."""
-        return self.deltas.at_base()
-
-    def repeated(self, text: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
-        """The conditioning of one prompt for a batch of ``count``, where the network is."""
-        where = {"device": self.accelerator.device, "dtype": self.network.dtype}
-        return {key: value.to(**where).expand(count, *value.shape[1:]) for key, value in text.items()}
+    def cached(self, kind: str, settings: dict, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """As :func:`salun_diffusion.data.cache.cached_tensors`."""
+        return cached_tensors(self.data_dir, kind, settings, make, self.accelerator)
 
     def noised(
         self, images: ImageSet, index: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, step: int = 0
     ) -> Batch:
         """The pictures ``index`` of a set with ``noise`` at timesteps ``t``."""
-        device, dtype = self.accelerator.device, self.network.dtype
+        device, dtype = self.accelerator.device, self.model.dtype
         clean = images.latents[index]
 
-        def text(which: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {key: value[which[index]].to(device, dtype) for key, value in images.text.items()}
+        def condition(which: torch.Tensor) -> Condition:
+            return {key: self.model.moved(value[which[index]]) for key, value in images.condition.items()}
 
         return Batch(
-            noisy=self.schedule.add_noise(clean, noise, t).to(device, dtype),
+            noisy=self.model.noise(clean, noise, t).to(device, dtype),
             noise=noise.to(device, dtype),
-            target=denoising_target(self.schedule, clean, noise, t).to(device, dtype),
+            target=self.model.target(clean, noise, t).to(device, dtype),
             timesteps=t.to(device),
-            text=text(images.prompt_index),
-            anchor_text=None if images.anchor_index is None else text(images.anchor_index),
+            condition=condition(images.prompt_index),
+            anchor_condition=None if images.anchor_index is None else condition(images.anchor_index),
             tokens={kind: marked[index].to(device) for kind, marked in images.tokens.items()},
             step=step,
         )
 
     def draw(self, images: ImageSet, count: int, *key) -> tuple[torch.Tensor, torch.Tensor]:
         """``count`` noises and timesteps that depend on the seed and ``key`` alone."""
-        generator = torch.Generator().manual_seed(random.Random(repr((self.config.seed, *key))).getrandbits(63))
+        generator = torch.Generator().manual_seed(random.Random(repr((self.seed, *key))).getrandbits(63))
         noise = torch.randn(count, *images.latents.shape[1:], generator=generator)
-        return noise, torch.randint(self.schedule.config.num_train_timesteps, (count,), generator=generator)
+        return noise, torch.randint(self.model.schedule.config.num_train_timesteps, (count,), generator=generator)
 
     def micro_batches(self, images: ImageSet, index: torch.Tensor, name: str, step: int) -> Iterator[Batch]:
         """This process's share of the global batch ``index``, in parts that fit."""
         noise, t = self.draw(images, len(index), name, step)
         share = torch.arange(len(index)).chunk(self.accelerator.num_processes)[self.accelerator.process_index]
-        for rows in share.split(self.batch_size):
+        for rows in share.split(self.size):
             yield self.noised(images, index[rows], noise[rows], t[rows], step)

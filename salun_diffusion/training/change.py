@@ -1,8 +1,8 @@
-"""Adam on the weights that may move, and on nothing else.
+"""The change of the weights that may move, and of nothing else: what a training or a closed form makes.
 
 The trained quantity is the change itself: ``θ = θ0 + d`` with one fp32 value of ``d`` per masked weight, packed in
-row-major order as the masked-delta file stores it. Adam's moments are as long as ``d``; weights outside the mask are
-never written, so they end bit-identical to the base whatever the optimizer does.
+row-major order as the masked-delta file stores it. Weights outside the mask are never written, so they end
+bit-identical to the base whatever moves ``d``.
 """
 
 from collections.abc import Iterator
@@ -16,13 +16,12 @@ from ..erasures.delta import CHUNK
 from ..erasures.mask import pack, places
 
 
-class MaskedDeltas:
-    """Packed fp32 deltas of the masked weights of some parameters, and the Adam that trains them.
-
-    While it is active, a parameter's dense gradient is packed and freed as soon as backward has made it (a
-    post-accumulate hook), so that only one dense gradient exists at a time.
+class MaskedChange:
+    """Packed fp32 changes of the masked weights of some parameters, and the base model's values of those weights.
 
     Args:
+        parameters: by name; those whose mask is all zero stop requiring gradients.
+        masks: bool, of the parameters' shapes.
         keep_places: hold the places of the masked weights, 4 bytes each, rather than find them from one bit a weight
             whenever they are needed. By default on a CPU alone, where memory is cheap and time is not.
     """
@@ -31,7 +30,6 @@ class MaskedDeltas:
         self,
         parameters: dict[str, nn.Parameter],
         masks: dict[str, torch.Tensor],
-        learning_rate: float,
         keep_places: bool | None = None,
     ):
         self.parameters = {name: parameters[name] for name, mask in masks.items() if mask.any()}
@@ -45,8 +43,12 @@ class MaskedDeltas:
         self.where = {name: places(bits).int() if keep_places else bits for name, bits in packed.items()}
         self.base = {name: p.detach().flatten()[self._places(name)] for name, p in self.parameters.items()}
         self.values = {name: nn.Parameter(torch.zeros_like(b, dtype=torch.float32)) for name, b in self.base.items()}
-        self.gradients = {name: torch.empty_like(value) for name, value in self.values.items()}  # packed, as value.grad
-        self.adam = torch.optim.Adam(self.values.values(), lr=learning_rate, fused=True)
+        self.hooks: list = []
+
+    def pack_gradients(self) -> None:
+        """From now until :meth:`close`, a parameter's dense gradient is packed into its value's ``grad`` and freed as
+        soon as backward has made it (a post-accumulate hook), so that only one dense gradient exists at a time."""
+        self.gradients = {name: torch.empty_like(value) for name, value in self.values.items()}
         self.hooks = [
             p.register_post_accumulate_grad_hook(lambda p, name=name: self._pack(name, p))
             for name, p in self.parameters.items()
@@ -89,28 +91,6 @@ class MaskedDeltas:
         for value in self.values.values():
             value.grad = None
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """What training changes: ``value.NAME``, ``exp_avg.NAME`` and ``exp_avg_sq.NAME``, fp32 and packed."""
-        found = {f"value.{name}": value.detach() for name, value in self.values.items()}
-        for name, value in self.values.items():
-            moments = self.adam.state[value]
-            found |= {f"{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
-        return found
-
-    @property
-    def updates(self) -> int:
-        """Steps that Adam took: fewer than the training's where fp16 gradients overflowed."""
-        return int(next(iter(self.adam.state.values()))["step"]) if self.adam.state else 0
-
-    @torch.no_grad()
-    def load_state(self, tensors: dict[str, torch.Tensor], updates: int) -> None:
-        """Restore :meth:`state` after ``updates`` steps of Adam, and the weights with it."""
-        for name, value in self.values.items():
-            value.copy_(tensors[f"value.{name}"])
-            moments = {key: tensors[f"{key}.{name}"].to(value.device) for key in ("exp_avg", "exp_avg_sq")}
-            self.adam.state[value] = {"step": torch.tensor(float(updates), device=value.device)} | moments
-        self.write()
-
     @torch.no_grad()
     def write(self) -> None:
         """Put ``θ0 + d``, summed in fp32 and rounded to the parameter's dtype, where the mask is set."""
@@ -135,6 +115,12 @@ class MaskedDeltas:
         finally:  # also where memory ran out: the step is then tried again, and not with the base model's weights
             self.write()
 
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the network the base model's weights back, bit for bit."""
+        for name in self.parameters:
+            self._put(name, None)
+
     def snap(self, dtype: torch.dtype) -> None:
         """Round the deltas to the dtype they will be saved in, and the weights with them."""
         for value in self.values.values():
@@ -145,3 +131,4 @@ class MaskedDeltas:
         """Stop packing gradients."""
         for hook in self.hooks:
             hook.remove()
+        self.hooks = []

@@ -13,56 +13,70 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import find_executable_batch_size
-from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
-from tqdm import tqdm
 
 from ..config import EraseConfig
 from ..data.sets import ImageSet, batches
 from ..errors import SalunError
 from ..masks.saliency import scores
 from ..methods import find_method
-from ..methods.base import Gradient
+from ..methods.base import GradientMethod
 from ..methods.losses import denoising, guided
-from ..process import Stopped, StopSignal
-from .batches import Passes
-from .change import MaskedDeltas
+from ..models.base import Model
+from ..process import Stopped, StopSignal, progress
+from .batches import Batches
+from .change import MaskedChange
 from .checkpoints import Checkpoint, Checkpoints
+from .optimizer import PackedAdam
 
 
-class Trainer(Passes):
-    """Makes the method, and trains by it."""
+class Trainer:
+    """Makes the method, and trains by it.
 
-    def __init__(
-        self, accelerator: Accelerator, pipe: DiffusionPipeline, sets: dict[str, ImageSet], config: EraseConfig
-    ):
-        super().__init__(accelerator, pipe, sets, config)
-        self.method: Gradient = find_method(config.method)(self)
+    Args:
+        accelerator: accelerate's object for this run.
+        model: whose network is trained; it goes to the accelerator's device.
+        sets: the image sets by kind.
+        config: the run's settings, filled.
+    """
+
+    def __init__(self, accelerator: Accelerator, model: Model, sets: dict[str, ImageSet], config: EraseConfig):
+        self.accelerator, self.model, self.config = accelerator, model, config
+        model.network.to(accelerator.device).eval()
+        model.autocast = accelerator.autocast
+        if config.gradient_checkpointing:
+            model.network.enable_gradient_checkpointing()
+        self.batches = Batches(
+            accelerator, model, sets, config.seed, config.train_batch_size, config.num_inference_steps, config.data_dir
+        )
+        method = find_method(config.method)
+        self.method: GradientMethod = method(model, method.parse(config.method_option), self.batches)
 
     def saliency(self, parameters: dict[str, torch.nn.Parameter], rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """Scores of ``parameters`` from one pass over ``rows`` of the forget set (indices: one concept's), with the
         reference's loss: minus the denoising error of the guided prediction, averaged over them."""
-        guidance, count, forget = self.config.saliency_guidance, len(rows), self.sets["forget"]
+        guidance, count, forget = self.config.saliency_guidance, len(rows), self.batches.sets["forget"]
+        predict = self.model.predict
 
         def loss(index: torch.Tensor) -> torch.Tensor:
-            drawn = [self.draw(forget, 1, "saliency", i) for i in index.tolist()]
+            drawn = [self.batches.draw(forget, 1, "saliency", i) for i in index.tolist()]
             noise, t = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-            batch, share = self.noised(forget, index, noise, t), len(index) / count
-            if guidance == 0:
-                return -share * denoising(self.predict(batch.noisy, batch.timesteps, batch.text), batch.target)
-            empty = self.repeated(self.empty, len(index))
-            both = {key: torch.cat([batch.text[key], empty[key]]) for key in batch.text}
-            conditional, unconditional = self.predict(
-                batch.noisy.repeat(2, 1, 1, 1), batch.timesteps.repeat(2), both
-            ).chunk(2)
+            batch, share = self.batches.noised(forget, index, noise, t), len(index) / count
+            if guidance <= 1:  # as everywhere in diffusers: no guidance
+                return -share * denoising(predict(batch.noisy, batch.timesteps, batch.condition), batch.target)
+            empty = self.model.repeated(self.model.empty, len(index))
+            both = {key: torch.cat([batch.condition[key], empty[key]]) for key in batch.condition}
+            conditional, unconditional = predict(batch.noisy.repeat(2, 1, 1, 1), batch.timesteps.repeat(2), both).chunk(
+                2
+            )
             return -share * denoising(guided(conditional, unconditional, guidance), batch.target)
 
         accelerator = self.accelerator
-        mine = rows[accelerator.process_index :: accelerator.num_processes]
+        share_of_rows = rows[accelerator.process_index :: accelerator.num_processes]
 
         def work() -> dict[str, torch.Tensor]:
-            parts = mine.split(self.batch_size)
-            bar = tqdm(parts, desc="saliency", unit="batch", disable=not accelerator.is_main_process)
+            parts = share_of_rows.split(self.batches.size)
+            bar = progress("saliency", len(parts), "batch", accelerator.is_main_process, over=parts)
             return scores(parameters, ((lambda part=part: loss(part)) for part in bar), accelerator.reduce)
 
         return self.fitting(work)
@@ -77,13 +91,13 @@ class Trainer(Passes):
             return work()
 
         def halve() -> int:
-            self.batch_size //= 2
-            if self.batch_size:
-                self.accelerator.print(f"Out of memory: going on with {self.batch_size} pictures at once.")
-            return self.batch_size
+            self.batches.size //= 2
+            if self.batches.size:
+                self.accelerator.print(f"Out of memory: going on with {self.batches.size} pictures at once.")
+            return self.batches.size
 
         try:
-            return find_executable_batch_size(lambda batch_size: work(), self.batch_size, halve)()
+            return find_executable_batch_size(lambda batch_size: work(), self.batches.size, halve)()
         except RuntimeError as error:
             if "No executable batch size" in str(error):
                 raise SalunError("Not even one picture at a time fits: try --gradient_checkpointing or bf16.") from None
@@ -91,7 +105,7 @@ class Trainer(Passes):
 
     def train(
         self,
-        deltas: MaskedDeltas,
+        change: MaskedChange,
         log: Path,
         checkpoints: Checkpoints,
         resumed: Checkpoint | None = None,
@@ -110,44 +124,40 @@ class Trainer(Passes):
             Stopped: Ctrl-C or SIGTERM; the step was finished and a checkpoint saved.
         """
         config, accelerator = self.config, self.accelerator
-        self.deltas = deltas
+        self.change, adam = change, PackedAdam(change, config.learning_rate)
+        self.method.begin(change)
         size = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-        forget_batches = batches(len(self.sets[self.method.forgets]), size, config.seed)
-        retain_batches = batches(len(self.retain), size, config.seed + 1) if self.retain else repeat(None)
-        optimizer = accelerator.prepare(deltas.adam)
+        forget_batches = batches(len(self.batches.sets[self.method.forget_set]), size, config.seed)
+        retain = self.batches.retain
+        retain_batches = batches(len(retain), size, config.seed + 1) if retain else repeat(None)
+        optimizer = accelerator.prepare(adam.adam)
         learning_rate = get_scheduler(
             config.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=config.max_train_steps
         )
         start = 0
         if resumed:
             start = resumed.step
-            deltas.load_state(resumed.tensors, resumed.state["updates"])
+            adam.load_state(resumed.tensors, resumed.state["updates"])
             learning_rate.load_state_dict(resumed.state["learning_rate"])
-            deltas.adam.param_groups[0]["lr"] = learning_rate.get_last_lr()[0]
+            adam.adam.param_groups[0]["lr"] = learning_rate.get_last_lr()[0]
             if accelerator.scaler:
                 accelerator.scaler.load_state_dict(resumed.state["scaler"])
         started = time.perf_counter()
 
         def save(step: int) -> None:
             state = {
-                "updates": deltas.updates,
+                "updates": adam.updates,
                 "learning_rate": learning_rate.state_dict(),
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
             }
             if accelerator.is_main_process:
-                checkpoints.save(step, deltas.state(), deltas.masks, {"concept": ", ".join(config.concept)}, log, state)
+                checkpoints.save(step, adam.state(), change.masks, {"concept": ", ".join(config.concept)}, log, state)
             accelerator.wait_for_everyone()
 
         with (
             open(log if accelerator.is_main_process else os.devnull, "w", buffering=1) as lines,
             StopSignal() as stop,
-            tqdm(
-                total=config.max_train_steps,
-                initial=start,
-                desc="erasing",
-                unit="step",
-                disable=not accelerator.is_main_process,
-            ) as bar,
+            progress("erasing", config.max_train_steps, "step", accelerator.is_main_process, initial=start) as bar,
         ):
             lines.write(resumed.log if resumed else "")
             for step in range(config.max_train_steps):
@@ -157,8 +167,8 @@ class Trainer(Passes):
                 work = partial(self.accumulate, forget_index, retain_index, step)
                 losses = self.fitting(work) if step == start else work()
                 # one reduction tells every process the mean losses, and whether anyone wants to stop
-                told = accelerator.reduce(torch.cat([losses, losses.new_tensor([float(stop.wanted)])]), "mean")
-                forget_loss, retain_loss, wanted = told.tolist()
+                means = accelerator.reduce(torch.cat([losses, losses.new_tensor([float(stop.wanted)])]), "mean")
+                forget_loss, retain_loss, wanted = means.tolist()
                 row = {
                     "step": step + 1,
                     "loss": forget_loss + (config.alpha or 0) * retain_loss,
@@ -172,10 +182,10 @@ class Trainer(Passes):
                         f"The loss is not finite at step {step + 1}: lower --learning_rate, or use --mixed_precision "
                         + (f"no. {kept} holds the last state that was saved." if kept else "no. Nothing was saved.")
                     )
-                deltas.reduce(accelerator)
+                change.reduce(accelerator)
                 optimizer.step()
                 optimizer.zero_grad()
-                deltas.write()
+                change.write()
                 learning_rate.step()
                 lines.write(json.dumps(row | {"seconds": round(time.perf_counter() - started, 3)}) + "\n")
                 accelerator.log(row, step=step + 1)
@@ -194,17 +204,18 @@ class Trainer(Passes):
         """Add up this process's share of a step's gradient, batch by batch; returns its mean forget and retain loss,
         ``(2,)``."""
         config = self.config
-        self.deltas.clear_gradients()
+        self.change.clear_gradients()
         losses = torch.zeros(2, device=self.accelerator.device)
-        mine = config.train_batch_size * config.gradient_accumulation_steps
-        forgets = self.micro_batches(self.sets[self.method.forgets], forget_index, "forget", step)
-        retains = self.micro_batches(self.retain, retain_index, "retain", step) if self.retain else repeat(None)
+        whole = config.train_batch_size * config.gradient_accumulation_steps
+        sets, parts = self.batches.sets, self.batches.micro_batches
+        forgets = parts(sets[self.method.forget_set], forget_index, "forget", step)
+        retains = parts(sets["retain"], retain_index, "retain", step) if "retain" in sets else repeat(None)
         for forget, retain in zip(forgets, retains, strict=False):  # the same number of each, or endless Nones
             if retain and config.retain_target == "base":
-                with self.at_base(), torch.no_grad():
-                    retain.target = self.predict(retain.noisy, retain.timesteps, retain.text)
+                with self.change.at_base(), torch.no_grad():
+                    retain.target = self.model.predict(retain.noisy, retain.timesteps, retain.condition)
             forget_loss, retain_loss = self.method.losses(forget, retain)
-            share = len(forget.noisy) / mine
+            share = len(forget.noisy) / whole
             self.accelerator.backward(share * (forget_loss + (config.alpha or 0) * retain_loss))
             losses += share * torch.stack([forget_loss.detach(), retain_loss.detach()])
         return losses

@@ -7,11 +7,10 @@ import time
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from shell import QUICK, erase, run
+from shell import DEMO, QUICK, erase, run
 
 from salun_diffusion import Delta, load_erasure, unload_erasure
 from salun_diffusion.erasures.mask import load_masks
-from salun_diffusion.models.load import DEMO
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import pytest
 from shell import ROOT, run
 
 from benchmarks import methods_page
+from salun_diffusion import erase
 from salun_diffusion.config import parse
 from salun_diffusion.methods import METHODS, find_method
 
@@ -16,18 +17,16 @@ TOGETHER = ("uce", "rece", "salun")  # methods that define what several concepts
 def demo_scores(tmp_path_factory):
     """UA by concept and model, as ``python -m eval accuracy`` says, after short erasures with the demo model's own
     settings: of the airplane by every method, and of the airplane and the cat together (``METHOD-both``)."""
-    import erase_concept
-
     folder = tmp_path_factory.mktemp("demo")
 
     def erased(name, method, *concepts):
         kind = find_method(method)
         words = [] if kind.closed_form else ["--train_batch_size", "6", "--max_train_steps", "32"]
-        words += ["--num_retain_images", "48"] if kind.retains else []
+        words += ["--num_retain_images", "48"] if kind.uses_retain else []
         words += ["--num_forget_images", "32"] if kind.sets(kind.mask) != ["name"] else []
         words += [word for concept in concepts for word in ("--concept", concept)]
         words += ["--pretrained_model_name_or_path", "demo", "--method", method]
-        erase_concept.main(parse([*words, "--output_dir", str(folder / name), "--data_dir", str(folder / "data")], ""))
+        erase(parse([*words, "--output_dir", str(folder / name), "--data_dir", str(folder / "data")], ""))
         return folder / name
 
     alone = [erased(method, method, "airplane") for method in METHODS]

@@ -6,8 +6,9 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from shell import QUICK, run
 
-from salun_diffusion import load_erasure, losses, unload_erasure
-from salun_diffusion.models.conditioning import arguments, encode, encode_empty
+from salun_diffusion import SalunError, load_erasure, unload_erasure
+from salun_diffusion.models import model_of
+from salun_diffusion.models.text_unet import arguments, encode, encode_empty
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -45,15 +46,18 @@ def test_sdxl_is_told_what_its_own_pipeline_tells_it(folders):
         assert torch.equal(told[0]["added_cond_kwargs"][key], expected), key
 
 
-def test_a_velocity_is_compared_with_a_velocity():
+def test_a_velocity_is_compared_with_a_velocity(folders):
     """v = α·ε − σ·x (Salimans & Ho 2022), written out."""
     schedule = DDPMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction")
     clean, noise, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999])
     signal = schedule.alphas_cumprod[t].view(3, 1, 1, 1)
     expected = signal.sqrt() * noise - (1 - signal).sqrt() * clean
-    torch.testing.assert_close(losses.denoising_target(schedule, clean, noise, t), expected)
-    with pytest.raises(ValueError, match="prediction_type is 'sample'"):
-        losses.denoising_target(DDPMScheduler(prediction_type="sample"), clean, noise, t)
+    model = model_of(DiffusionPipeline.from_pretrained(folders["sd2"]))
+    model.schedule = schedule
+    torch.testing.assert_close(model.target(clean, noise, t), expected)
+    model.schedule = DDPMScheduler(prediction_type="sample")
+    with pytest.raises(SalunError, match="prediction_type is 'sample'"):
+        model.target(clean, noise, t)
 
 
 def test_gradient_checkpointing_and_precision_change_little(folders, tmp_path):

@@ -199,7 +199,7 @@ def test_an_interruption_leaves_nothing_half_done(pipe, tmp_path, monkeypatch, d
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr("salun_diffusion.loader.merge", interrupted)
+            patch.setattr("salun_diffusion.erasures.weights.merge", interrupted)
             action()
         assert tiny.same(before, tiny.bits(pipe)) and list_erasures(pipe) == listed
     unload_erasure(pipe)
@@ -209,7 +209,7 @@ def test_an_interruption_leaves_nothing_half_done(pipe, tmp_path, monkeypatch, d
 def test_the_originals_of_changed_weights_alone_are_kept(pipe, file, delta):
     load_erasure(pipe, file)
     (erasure,) = getattr(pipe.unet, STATE)
-    sizes = {name: original.shape for name, original in erasure.originals.items()}
+    sizes = {name: original.shape for name, original in erasure.memory.items()}
     assert sizes == {name: value.shape for name, value in delta.values.items()}
 
 

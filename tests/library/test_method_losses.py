@@ -22,21 +22,22 @@ from salun_diffusion.methods import METHODS, find_method
 from salun_diffusion.methods.forget_me_not import Recorder
 from salun_diffusion.methods.rece import adversarial
 from salun_diffusion.methods.uce import moved, solve
-from salun_diffusion.models.conditioning import encode
+from salun_diffusion.models import model_of
 from salun_diffusion.models.load import load_pipeline
-from salun_diffusion.training.change import MaskedDeltas
+from salun_diffusion.models.text_unet import encode
+from salun_diffusion.training.change import MaskedChange
 from salun_diffusion.training.checkpoints import Checkpoints
 from salun_diffusion.training.trainer import Trainer
 
 # Each gradient method, plainly: (its own network, the base model's, a forget batch, a retain batch, the trainer) → loss
 
 
-def told(batch, which="text"):
+def told(batch, which="condition"):
     return getattr(batch, which)["encoder_hidden_states"]
 
 
 def plain_salun(net, base, forget, retain, trainer):
-    anchor = net(forget.noisy, forget.timesteps, told(forget, "anchor_text")).sample.detach()
+    anchor = net(forget.noisy, forget.timesteps, told(forget, "anchor_condition")).sample.detach()
     erased = net(forget.noisy, forget.timesteps, told(forget)).sample
     return F.mse_loss(erased, anchor) + trainer.config.alpha * plain_denoising(net, retain)
 
@@ -50,18 +51,20 @@ def plain_gradient_ascent(net, base, forget, retain, trainer):
 
 
 def plain_concept_ablation(net, base, forget, retain, trainer):
-    anchor = net(forget.noisy, forget.timesteps, told(forget, "anchor_text")).sample.detach()
+    anchor = net(forget.noisy, forget.timesteps, told(forget, "anchor_condition")).sample.detach()
     return F.mse_loss(net(forget.noisy, forget.timesteps, told(forget)).sample, anchor)
 
 
 def plain_esd(net, base, forget, retain, trainer):
     """DDIM (Song et al. 2021, eq. 12, η = 0) written out, one prediction a call."""
-    signal = torch.cat([trainer.schedule.alphas_cumprod, trainer.schedule.alphas_cumprod[:1]])  # [-1]: after the last
+    signal = torch.cat(
+        [trainer.model.schedule.alphas_cumprod, trainer.model.schedule.alphas_cumprod[:1]]
+    )  # [-1]: after the last
     count = trainer.config.num_inference_steps
     stride = 1000 // count
     steps = [i * stride + 1 for i in range(count)][::-1]  # "leading" spacing, offset 1
     done = random.Random(repr((trainer.config.seed, "esd", forget.step))).randrange(count)
-    empty = trainer.empty["encoder_hidden_states"].expand_as(told(forget))
+    empty = trainer.model.empty["encoder_hidden_states"].expand_as(told(forget))
     x = forget.noise
     with torch.no_grad():
         for step in steps[:done]:
@@ -104,18 +107,19 @@ def plain_selective_amnesia(net, base, forget, retain, trainer):
     names = [name for name, _ in scoped_names(net, trainer.config.scope)]
     if not hasattr(trainer, "plain_fisher"):
         total = {name: 0.0 for name in names}
-        for i in range(len(trainer.retain)):  # fewer than fisher_images
-            batch = trainer.noised(trainer.retain, torch.tensor([i]), *trainer.draw(trainer.retain, 1, "fisher", i))
+        for i in range(len(trainer.batches.retain)):  # fewer than fisher_images
+            noise = trainer.batches.draw(trainer.batches.retain, 1, "fisher", i)
+            batch = trainer.batches.noised(trainer.batches.retain, torch.tensor([i]), *noise)
             base.zero_grad()
             plain_denoising(base, batch).backward()
             for name in names:
                 total[name] = total[name] + base.get_parameter(name).grad ** 2
-        trainer.plain_fisher = {name: value / len(trainer.retain) for name, value in total.items()}
+        trainer.plain_fisher = {name: value / len(trainer.batches.retain) for name, value in total.items()}
     elastic = sum(
         (trainer.plain_fisher[name] * (net.get_parameter(name) - base.get_parameter(name).detach()) ** 2).sum()
         for name in names
     )
-    ewc = trainer.method.chose["ewc"]
+    ewc = trainer.method.options.ewc
     return plain_denoising(net, forget) + ewc * elastic + trainer.config.alpha * plain_denoising(net, retain)
 
 
@@ -137,17 +141,18 @@ def scoped_names(network, scope):
 
 def trainer_for(method, folder, tmp_path, **changes):
     settings = {"learning_rate": 1e-3, "max_train_steps": 3, "train_batch_size": 3}
-    settings |= {"num_inference_steps": 4, "guidance_scale": 3.0}
-    settings |= {"num_forget_images": 6} if find_method(method).forgets != "name" else {}
-    settings |= {"num_retain_images": 6} if find_method(method).retains else {}
+    settings |= {"num_inference_steps": 4}
+    settings |= {"num_forget_images": 6, "guidance_scale": 3.0} if find_method(method).forget_set != "name" else {}
+    settings |= {"num_retain_images": 6} if find_method(method).uses_retain else {}
     config = EraseConfig(["steam engine"], method=method, data_dir=str(tmp_path / "data"), **(settings | changes))
     config.fill({}, "test")
     pipe, accelerator = load_pipeline(str(folder)), Accelerator(cpu=True)
     base, parameters = copy.deepcopy(pipe.unet), scoped_parameters(pipe.unet, config.scope)
     concepts = find_concepts(config.concept)
-    sets = {kind: image_set(pipe, concepts, kind, [], config, accelerator)
+    model = model_of(pipe)
+    sets = {kind: image_set(model, concepts, kind, [], config, accelerator)
             for kind in find_method(method).sets("none")}  # fmt: skip
-    return Trainer(accelerator, pipe, sets, config), parameters, base
+    return Trainer(accelerator, model, sets, config), parameters, base
 
 
 @pytest.mark.parametrize("method", PLAIN)
@@ -156,19 +161,20 @@ def test_steps_match_a_plain_loop(method, folders, tmp_path):
     trainer, parameters, base = trainer_for(method, folders["sd1"], tmp_path)
     plain = copy.deepcopy(base)
     masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
-    trainer.train(MaskedDeltas(parameters, masks, 1e-3), tmp_path / "log.jsonl", Checkpoints(tmp_path, {}, 2))
+    trainer.train(MaskedChange(parameters, masks), tmp_path / "log.jsonl", Checkpoints(tmp_path, {}, 2))
     trainer.method.close()
 
     theirs = dict(scoped_names(plain, trainer.config.scope))
     assert theirs.keys() == parameters.keys()
     adam = torch.optim.Adam(theirs.values(), lr=1e-3)
-    images = trainer.sets[trainer.method.forgets]
+    images = trainer.batches.sets[trainer.method.forget_set]
     forgets, retains = batches(len(images), 3, 0), batches(6, 3, 1)
     logged = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").open()]
     for step in range(3):
-        forget = next(trainer.micro_batches(images, next(forgets), "forget", step))
+        forget = next(trainer.batches.micro_batches(images, next(forgets), "forget", step))
         index = next(retains)
-        retain = next(trainer.micro_batches(trainer.retain, index, "retain", step)) if trainer.retain else None
+        kept = trainer.batches.retain
+        retain = next(trainer.batches.micro_batches(kept, index, "retain", step)) if kept else None
         loss = PLAIN[method](plain, base, forget, retain, trainer)
         assert logged[step] == pytest.approx(loss.item(), rel=1e-3, abs=1e-6), step
         adam.zero_grad()
@@ -184,8 +190,10 @@ def test_steps_match_a_plain_loop(method, folders, tmp_path):
 def test_esd_negates_the_name_alone(folders, tmp_path):
     """And not what else a prompt of the concept asks for."""
     trainer, _, _ = trainer_for("esd", folders["sd1"], tmp_path)
-    batch = next(trainer.micro_batches(trainer.sets["name"], torch.zeros(3, dtype=torch.long), "forget", 0))
-    wanted = encode(trainer.pipe, ["steam engine"])["encoder_hidden_states"]
+    batch = next(
+        trainer.batches.micro_batches(trainer.batches.sets["name"], torch.zeros(3, dtype=torch.long), "forget", 0)
+    )
+    wanted = encode(trainer.model.pipe, ["steam engine"])["encoder_hidden_states"]
     torch.testing.assert_close(told(batch), wanted.expand(3, -1, -1))
 
 
@@ -194,13 +202,13 @@ def test_salun_can_aim_at_the_base_model(folders, tmp_path):
     options = {"method_option": ["target=frozen"], "max_train_steps": 2, "mask": "none"}
     trainer, parameters, base = trainer_for("salun", folders["sd1"], tmp_path, **options)
     masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
-    trainer.train(MaskedDeltas(parameters, masks, 1e-3), tmp_path / "log.jsonl", Checkpoints(tmp_path, {}, 2))
-    forget = next(trainer.micro_batches(trainer.sets["forget"], torch.arange(3), "forget", 0))
-    retain = next(trainer.micro_batches(trainer.retain, torch.arange(3), "retain", 0))
+    trainer.train(MaskedChange(parameters, masks), tmp_path / "log.jsonl", Checkpoints(tmp_path, {}, 2))
+    forget = next(trainer.batches.micro_batches(trainer.batches.sets["forget"], torch.arange(3), "forget", 0))
+    retain = next(trainer.batches.micro_batches(trainer.batches.retain, torch.arange(3), "retain", 0))
     with torch.no_grad():
         found = trainer.method.losses(forget, retain)[0]
-        anchor = base(forget.noisy, forget.timesteps, told(forget, "anchor_text")).sample
-        concept = trainer.network(forget.noisy, forget.timesteps, told(forget)).sample
+        anchor = base(forget.noisy, forget.timesteps, told(forget, "anchor_condition")).sample
+        concept = trainer.model.network(forget.noisy, forget.timesteps, told(forget)).sample
     torch.testing.assert_close(found, F.mse_loss(concept, anchor))
 
 
@@ -222,9 +230,9 @@ def test_the_recorder_computes_what_the_layer_does(folders):
 
 def test_forget_me_not_gives_the_network_its_attention_back(folders, tmp_path):
     trainer, _, base = trainer_for("forget_me_not", folders["sd1"], tmp_path)
-    assert any(isinstance(processor, Recorder) for processor in trainer.network.attn_processors.values())
+    assert any(isinstance(processor, Recorder) for processor in trainer.model.network.attn_processors.values())
     trainer.method.close()
-    kinds = [{k: type(p) for k, p in network.attn_processors.items()} for network in (trainer.network, base)]
+    kinds = [{k: type(p) for k, p in network.attn_processors.items()} for network in (trainer.model.network, base)]
     assert kinds[0] == kinds[1]
 
 
@@ -265,7 +273,7 @@ def test_the_method_that_the_document_adds_trains(folders, tmp_path, monkeypatch
     monkeypatch.setitem(METHODS, "noise_ablation", "noise_ablation.NoiseAblation")
     trainer, parameters, base = trainer_for("noise_ablation", folders["sd1"], tmp_path)
     masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
-    trainer.train(MaskedDeltas(parameters, masks, 1e-3), tmp_path / "log.jsonl", Checkpoints(tmp_path, {}, 2))
-    forget = next(trainer.micro_batches(trainer.sets["anchor"], next(batches(6, 3, 0)), "forget", 0))
+    trainer.train(MaskedChange(parameters, masks), tmp_path / "log.jsonl", Checkpoints(tmp_path, {}, 2))
+    forget = next(trainer.batches.micro_batches(trainer.batches.sets["anchor"], next(batches(6, 3, 0)), "forget", 0))
     first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(plain_denoising(base, forget).item(), rel=1e-4)

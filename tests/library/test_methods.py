@@ -10,28 +10,28 @@ from diffusers import DiffusionPipeline
 from shell import run
 
 from salun_diffusion import Delta, SalunError, load_erasure, unload_erasure
+from salun_diffusion import erase as run_erasure
 from salun_diffusion.config import EraseConfig, parse
 from salun_diffusion.erasures.mask import load_masks
 from salun_diffusion.masks.scope import SCOPES
 from salun_diffusion.methods import METHODS, find_method, names_of
-from salun_diffusion.models.conditioning import differing_tokens, token_ids
 from salun_diffusion.models.load import load_pipeline
+from salun_diffusion.models.text_unet import differing_tokens, token_ids
 
 GRADIENT = [name for name in METHODS if not find_method(name).closed_form]
 
 
 def erase(base, method, output, *more, concept="steam engine"):
     """``erase_concept.py`` in this process: imports would be most of a process's time."""
-    import erase_concept
-
     kind = find_method(method)
     words = [] if kind.closed_form else ["--max_train_steps", "2", "--train_batch_size", "2", "--learning_rate", "1e-3"]
-    words += ["--num_retain_images", "4"] if kind.retains or kind.closed_form else []
+    words += ["--num_retain_images", "4"] if kind.uses_retain or kind.closed_form else []
     mask = more[more.index("--mask") + 1] if "--mask" in more else kind.mask
     words += ["--num_forget_images", "4"] if kind.sets(mask) != ["name"] else []
     words += ["--pretrained_model_name_or_path", str(base), "--concept", concept, "--method", method]
-    words += ["--output_dir", str(output), "--data_dir", str(output.parent / "data"), "--num_inference_steps", "3"]
-    erase_concept.main(parse([*words, *more], ""))
+    words += ["--output_dir", str(output), "--data_dir", str(output.parent / "data")]
+    words += [] if kind.closed_form else ["--num_inference_steps", "3"]
+    run_erasure(parse([*words, *more], ""))
     return Delta.load(output / "erasure.safetensors")
 
 
@@ -110,8 +110,8 @@ def test_what_is_set_for_a_method_holds_for_those_made_from_it():
     assert (found.learning_rate, found.max_train_steps, found.alpha, found.num_forget_images) == (5.0, 1000, None, 7)
     preset["esd"] = {"method_option": ["negative_guidance=2", "erase_from=art"]}
     found = EraseConfig(["x"], method="esd", method_option=["negative_guidance=3"]).fill(preset, "x")
-    chosen = find_method("esd").chosen(found.method_option)
-    assert (chosen["negative_guidance"], chosen["erase_from"], chosen["start_guidance"]) == (3.0, "art", 3.0)
+    options = find_method("esd").parse(found.method_option)
+    assert (options.negative_guidance, options.erase_from, options.start_guidance) == (3.0, "art", 3.0)
 
 
 @pytest.mark.parametrize(
@@ -130,10 +130,8 @@ def test_what_is_set_for_a_method_holds_for_those_made_from_it():
 )
 def test_what_a_method_cannot_use_is_said(method, more, message, folders, tmp_path):
     words = ["--pretrained_model_name_or_path", str(folders["sd1"]), "--concept", "steam engine", "--method", method]
-    import erase_concept
-
     with pytest.raises(SalunError, match=re.escape(message)):
-        erase_concept.main(parse([*words, "--output_dir", str(tmp_path / "run"), *more], ""))
+        run_erasure(parse([*words, "--output_dir", str(tmp_path / "run"), *more], ""))
     assert not (tmp_path / "run" / "erasure.safetensors").exists()
 
 

@@ -8,14 +8,14 @@ import datasets
 import pytest
 import torch
 from PIL import Image
-from shell import QUICK, erase, run
+from shell import DEMO, QUICK, erase, run
 
 from salun_diffusion.concepts.concept import find_concept
 from salun_diffusion.data.cache import Latents
 from salun_diffusion.data.sources import Source
 from salun_diffusion.erasures.delta import Delta
 from salun_diffusion.errors import SalunError
-from salun_diffusion.models.load import DEMO, load_pipeline
+from salun_diffusion.models.load import load_pipeline
 from salun_diffusion.models.sampling import sample
 
 PLANES, REST = Path("planes"), Path("rest")

@@ -15,8 +15,9 @@ from salun_diffusion.config import EraseConfig
 from salun_diffusion.data.sets import batches, drawn_set
 from salun_diffusion.masks.saliency import top_density
 from salun_diffusion.masks.scope import scoped_parameters
+from salun_diffusion.models import model_of
 from salun_diffusion.models.load import load_pipeline
-from salun_diffusion.training.change import MaskedDeltas
+from salun_diffusion.training.change import MaskedChange
 from salun_diffusion.training.checkpoints import Checkpoints
 from salun_diffusion.training.trainer import Trainer
 
@@ -42,10 +43,10 @@ def setup(tiny_folder, tmp_path):
             {}, "test"
         )
         pipe = load_pipeline(str(tiny_folder))
-        accelerator = Accelerator(cpu=True)
-        forget = drawn_set(pipe, [FORGET], config, "forget", accelerator)
-        retain = drawn_set(pipe, [RETAIN], config, "retain", accelerator)
-        return Trainer(accelerator, pipe, {"forget": forget, "retain": retain}, config), pipe, config
+        model, accelerator = model_of(pipe), Accelerator(cpu=True)
+        forget = drawn_set(model, [FORGET], config, "forget", accelerator)
+        retain = drawn_set(model, [RETAIN], config, "retain", accelerator)
+        return Trainer(accelerator, model, {"forget": forget, "retain": retain}, config), pipe, config
 
     return make
 
@@ -62,8 +63,8 @@ def test_saliency_matches_the_published_loss(setup):
     schedule = DDPMScheduler.from_config(pipe.scheduler.config)
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for i, row in enumerate(FORGET):  # one image at a time, in place of batches
-        clean = trainer.sets["forget"].latents[i : i + 1]
-        noise, t = trainer.draw(trainer.sets["forget"], 1, "saliency", i)
+        clean = trainer.batches.sets["forget"].latents[i : i + 1]
+        noise, t = trainer.batches.draw(trainer.batches.sets["forget"], 1, "saliency", i)
         noisy = schedule.add_noise(clean, noise, t)
         conditional = pipe.unet(noisy, t, text(pipe, [row.prompt])).sample
         unconditional = pipe.unet(noisy, t, text(pipe, [""])).sample
@@ -83,7 +84,7 @@ def test_steps_match_the_published_loop(retain_target, setup, tmp_path):
     original = {name: p.detach().clone() for name, p in pipe.unet.named_parameters()}
     parameters = scoped_parameters(pipe.unet, config.scope)
     masks = top_density({name: torch.rand_like(p) for name, p in parameters.items()}, 0.5)
-    deltas = MaskedDeltas(parameters, masks, config.learning_rate)
+    deltas = MaskedChange(parameters, masks)
     trainer.train(deltas, tmp_path / "log.jsonl", Checkpoints(tmp_path, {}, 2))
 
     theirs = dict(reference.named_parameters())
@@ -93,14 +94,17 @@ def test_steps_match_the_published_loop(retain_target, setup, tmp_path):
     for step in range(3):
         index = next(order)
         clean, (noise, t) = (
-            trainer.sets["forget"].latents[index],
-            trainer.draw(trainer.sets["forget"], 4, "forget", step),
+            trainer.batches.sets["forget"].latents[index],
+            trainer.batches.draw(trainer.batches.sets["forget"], 4, "forget", step),
         )
         noisy = schedule.add_noise(clean, noise, t)
         erased = reference(noisy, t, text(pipe, [FORGET[i].prompt for i in index])).sample
         target = reference(noisy, t, text(pipe, [FORGET[i].anchor_prompt for i in index])).sample.detach()
         index = next(other)
-        clean, (noise, t) = trainer.retain.latents[index], trainer.draw(trainer.retain, 4, "retain", step)
+        clean, (noise, t) = (
+            trainer.batches.retain.latents[index],
+            trainer.batches.draw(trainer.batches.retain, 4, "retain", step),
+        )
         noisy, words = schedule.add_noise(clean, noise, t), text(pipe, [RETAIN[i].prompt for i in index])
         kept = reference(noisy, t, words).sample
         wanted = noise if retain_target == "noise" else base(noisy, t, words).sample.detach()
@@ -135,11 +139,11 @@ def test_auto_batch_size_halves_until_it_fits_and_changes_nothing(setup, tmp_pat
         pipe.unet.register_forward_pre_hook(refuse)
         parameters = scoped_parameters(pipe.unet, config.scope)
         scores = trainer.saliency(parameters, torch.arange(len(FORGET)))
-        assert trainer.batch_size == (2 if limit else 4)
-        deltas = MaskedDeltas(parameters, top_density(scores, 0.5), config.learning_rate)
-        trainer.batch_size = 4
+        assert trainer.batches.size == (2 if limit else 4)
+        deltas = MaskedChange(parameters, top_density(scores, 0.5))
+        trainer.batches.size = 4
         trainer.train(deltas, tmp_path / "log.jsonl", Checkpoints(tmp_path, {}, 2))
-        assert trainer.batch_size == (2 if limit else 4)
+        assert trainer.batches.size == (2 if limit else 4)
         trained.append({name: p.detach().clone() for name, p in parameters.items()})
     for name, weights in trained[0].items():
         torch.testing.assert_close(trained[1][name], weights, rtol=1e-3, atol=1e-4)
@@ -154,7 +158,7 @@ def test_snapped_weights_are_base_plus_the_stored_values(setup, tmp_path):
     parameters = scoped_parameters(pipe.unet, config.scope)
     original = {name: p.detach().clone() for name, p in parameters.items()}
     masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
-    deltas = MaskedDeltas(parameters, masks, config.learning_rate)
+    deltas = MaskedChange(parameters, masks)
     trainer.train(deltas, tmp_path / "log.jsonl", Checkpoints(tmp_path, {}, 2))
     deltas.snap(torch.float16)
     for name, parameter in parameters.items():
@@ -170,7 +174,7 @@ def test_places_that_are_found_anew_are_the_kept_ones(setup, tmp_path):
         parameters = scoped_parameters(pipe.unet, "all")
         random = torch.Generator().manual_seed(0)
         masks = {n: torch.rand(p.shape, generator=random) < 0.3 for n, p in parameters.items()}
-        deltas = MaskedDeltas(parameters, masks, config.learning_rate, keep_places=keep)
+        deltas = MaskedChange(parameters, masks, keep_places=keep)
         assert {places.dtype for places in deltas.where.values()} == {torch.int32 if keep else torch.uint8}
         trainer.train(deltas, tmp_path / "log.jsonl", Checkpoints(tmp_path, {}, 2))
         trained.append({name: p.detach().clone() for name, p in parameters.items()})
@@ -181,7 +185,7 @@ def test_the_trained_weights_come_back_after_a_look_at_the_base_even_if_it_fails
     _, pipe, _ = setup()
     parameters = scoped_parameters(pipe.unet, "cross-attention")
     original = {name: p.detach().clone() for name, p in parameters.items()}
-    deltas = MaskedDeltas(parameters, {n: torch.ones_like(p, dtype=torch.bool) for n, p in parameters.items()}, 1e-3)
+    deltas = MaskedChange(parameters, {n: torch.ones_like(p, dtype=torch.bool) for n, p in parameters.items()})
     for value in deltas.values.values():
         value.data += 0.5
     deltas.write()
@@ -198,7 +202,8 @@ def test_no_gradient_is_made_or_kept_where_nothing_may_move(setup):
     masks = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in parameters.items()}
     first = next(iter(masks))
     masks[first].view(-1)[3] = True
-    deltas = MaskedDeltas(parameters, masks, 1e-3)
+    deltas = MaskedChange(parameters, masks)
+    deltas.pack_gradients()
     pipe.unet(torch.randn(1, 4, 8, 8), 5, torch.randn(1, 7, 16)).sample.sum().backward()
     assert [name for name, p in pipe.unet.named_parameters() if p.requires_grad] == [first]
     assert all(p.grad is None for p in pipe.unet.parameters())
@@ -209,7 +214,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(setup, tmp_path):
     trainer, pipe, config = setup(learning_rate=1e30, max_train_steps=5)
     parameters = scoped_parameters(pipe.unet, config.scope)
     masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
-    deltas = MaskedDeltas(parameters, masks, config.learning_rate)
+    deltas = MaskedChange(parameters, masks)
     with pytest.raises(SalunError, match="loss is not finite at step"):
         trainer.train(deltas, tmp_path / "log.jsonl", Checkpoints(tmp_path, {}, 2))
 
@@ -223,12 +228,12 @@ def test_an_interrupted_set_is_continued_and_equal(setup, tmp_path, monkeypatch)
     assert len(shards) == 3
     untouched = shards[0].stat().st_mtime_ns
     shards[1].unlink()
-    again = drawn_set(pipe, [FORGET], config, "forget", trainer.accelerator)
-    assert torch.equal(again.latents[:], trainer.sets["forget"].latents[:])
+    again = drawn_set(model_of(pipe), [FORGET], config, "forget", trainer.accelerator)
+    assert torch.equal(again.latents[:], trainer.batches.sets["forget"].latents[:])
     assert shards[0].stat().st_mtime_ns == untouched
     shards[2].write_bytes(shards[2].read_bytes()[:-3])
     with pytest.raises(SalunError, match="cut short"):
-        drawn_set(pipe, [FORGET], config, "forget", trainer.accelerator)
+        drawn_set(model_of(pipe), [FORGET], config, "forget", trainer.accelerator)
 
 
 def test_a_picture_does_not_depend_on_its_batch(setup):

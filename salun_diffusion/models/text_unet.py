@@ -1,12 +1,73 @@
-"""What a denoiser is told besides the noisy picture: prompts as tensors, for pipelines with one text encoder (SD 1.x,
-2.x) and with two (SDXL), kept as one flat dictionary so that batches can be indexed, joined and moved alike."""
+"""Stable Diffusion 1.x, 2.x and XL: a U-Net on latents that attends to the tokens of a prompt.
+
+Their condition holds ``encoder_hidden_states`` ``(batch, tokens, width)``; for SDXL also ``text_embeds`` (pooled) and
+``time_ids`` (a picture of the pipeline's own size, not cropped).
+"""
+
+from functools import cached_property
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from ..errors import SalunError
+from .base import Condition, Model
 
 ADDED = ("text_embeds", "time_ids")  # what SDXL's U-Net takes as added_cond_kwargs
+
+
+class TextUNet(Model):
+    """One text encoder (SD 1.x, 2.x) or two (SDXL), a ``UNet2DConditionModel``, an autoencoder."""
+
+    capabilities = frozenset({"text", "cross-attention", "pictures"})
+
+    @classmethod
+    def accepts(cls, pipe):
+        return hasattr(pipe, "tokenizer") and hasattr(pipe, "encode_prompt") and hasattr(pipe, "vae")
+
+    def encode(self, prompts):
+        return encode(self.pipe, prompts)
+
+    @cached_property
+    def empty(self):
+        return encode_empty(self.pipe)
+
+    def forward(self, noisy, timesteps, condition):
+        return self.network(noisy, timesteps, return_dict=False, **arguments(condition))[0]
+
+    def tokens(self, condition: Condition) -> torch.Tensor:
+        """The embedding of each token, ``(batch, tokens, width)``."""
+        return condition["encoder_hidden_states"]
+
+    def differing_tokens(self, prompt: str, other: str) -> slice:
+        """As :func:`differing_tokens`."""
+        return differing_tokens(self.pipe, prompt, other)
+
+    def token_count(self, prompt: str) -> int:
+        """How many tokens the encoder reads of ``prompt``, its start and end marks included."""
+        return len(token_ids(self.pipe, prompt))
+
+    @property
+    def picture_side(self):
+        return self.network.config.sample_size * self.pipe.vae_scale_factor
+
+    @torch.no_grad()
+    def decode(self, samples):
+        vae, shift = self.pipe.vae, getattr(self.pipe.vae.config, "shift_factor", None) or 0.0
+        decoded = [
+            vae.decode(z.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift).sample.cpu()
+            for z in samples.split(1)  # the autoencoder's fp32 activations at 512 pixels would fill a small card
+        ]
+        return self.pipe.image_processor.postprocess(torch.cat(decoded).float(), output_type="pil")
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: list[Image.Image]):
+        """The mode of what the autoencoder says of each, in the sampler's scale."""
+        vae, shift, samples = self.pipe.vae, getattr(self.pipe.vae.config, "shift_factor", None) or 0.0, []
+        for picture in pictures:  # one by one, as above
+            pixels = self.pipe.image_processor.preprocess(picture).to(vae.device, vae.dtype)
+            samples.append((vae.encode(pixels).latent_dist.mode() - shift) * vae.config.scaling_factor)
+        return torch.cat(samples)
 
 
 @torch.no_grad()

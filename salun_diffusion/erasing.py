@@ -1,0 +1,240 @@
+"""The algorithm, top to bottom: what to forget, in which model; pictures of it and of the rest; the weights that carry
+it; train or solve those; save what changed."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+
+from .concepts.concept import Concept, find_concepts, shared_rows
+from .config import EraseConfig
+from .data.sets import ImageSet, contact_sheet, image_set
+from .data.sources import Source
+from .erasures.fingerprint import fingerprint
+from .erasures.mask import load_masks, union
+from .errors import SalunError
+from .files import key_of
+from .masks.saliency import select
+from .masks.scope import check_reused, scoped_parameters
+from .methods import find_method
+from .models import load_model, model_of
+from .models.base import Model
+from .models.load import resolve
+from .process import Callback, accelerator_for, reporting_to
+from .run import DTYPES, Run, RunFolder, borrowed, check_is_base
+from .training.change import MaskedChange
+from .training.checkpoints import Checkpoints
+from .training.trainer import Trainer
+
+ONE_AT_A_TIME = threading.Lock()  # threads of one process would share accelerate's state and the processor's cores
+
+
+def erase(base, concept: str | list[str] | None = None, *, callback: Callback | None = None, **options) -> Run:
+    """Make a base model forget ``concept`` and save the change as a masked delta (SalUn, ICLR 2024, or any other method
+    of ``METHODS``).
+
+    Args:
+        base: a diffusers folder, a hub id, "demo", or a loaded pipeline, which comes back as it was: load the result
+            onto it with :func:`salun_diffusion.load_erasure`. Or a whole :class:`EraseConfig`, and nothing more.
+        concept: a preset, a word of the base model's concepts.json, any words, or a JSON file of prompts; several in a
+            list.
+        callback: called as ``callback(stage, done, total)`` with every progress bar's advance.
+        options: those of ``erase_concept.py`` by name, and those of the method.
+
+    Returns:
+        The run: its folder, file, resolved settings and seconds.
+
+    Raises:
+        SalunError: an option that is unknown, out of range or of no use here; a base model, concept or data set that
+            cannot be used; a loss that is not finite. Nothing is half-written, and a pipeline that was passed in is as
+            before.
+        KeyboardInterrupt: Ctrl-C or SIGTERM (:class:`salun_diffusion.process.Stopped` if a checkpoint was saved).
+    """
+    pipe = None
+    if isinstance(base, EraseConfig):
+        if concept is not None or options:
+            raise SalunError("erase(config) takes no concept or options beside the config: put them into it.")
+        config = base
+    else:
+        if not isinstance(base, str | Path):
+            pipe, base = base, getattr(base, "name_or_path", None) or type(base).__name__
+        config = EraseConfig.from_call(str(base), concept, options)
+    with ONE_AT_A_TIME, reporting_to(callback):
+        return _erase(config, pipe)
+
+
+def _erase(config: EraseConfig, pipe) -> Run:
+    # What to forget, in which model, by which method.
+    folder, commit = _resolved(config, pipe)
+    concepts = find_concepts(config.concept, folder, config.anchor)
+    config.fill(concepts[0].settings, ", ".join(concept.name for concept in concepts))
+    config.anchor = [concept.anchor for concept in concepts]
+    method = find_method(config.method)
+    sources = {
+        "forget": [Source(text) for text in config.forget_data or []],
+        "retain": [Source(config.retain_data)] if config.retain_data else [],
+    }
+    reused = load_masks(config.mask)[0] if config.mask not in ("saliency", "none") else None
+    with accelerator_for(config.mixed_precision, config.output_dir, config.report_to) as accelerator:
+        say, is_main = accelerator.print, accelerator.is_main_process
+        _check_counts(config, len(concepts), accelerator.num_processes)
+        for concept in concepts:
+            aim = f": to be drawn as '{concept.anchor}'" if method.has_anchor else ""
+            say(f"Erasing '{concept.value}' from {config.pretrained_model_name_or_path} by {config.method}{aim}.")
+        say(config.table())
+        with _model(config, pipe, commit) as model, ExitStack() as undo:
+            model.need(method.needs, f"--method {config.method}")
+            model.pipe.to(accelerator.device)
+            run = RunFolder(config, concepts, commit, fingerprint(model.network.named_parameters()))
+            parameters = scoped_parameters(model.network, config.scope)
+            if reused is not None:
+                check_reused(reused, parameters, config.mask)
+            checkpoints = Checkpoints(run.path, _same(config, run, concepts, sources, accelerator.num_processes),
+                                      config.checkpoints_total_limit)  # fmt: skip
+            resumed = checkpoints.load(config.resume_from_checkpoint) if config.resume_from_checkpoint else None
+            if resumed:
+                say(f"Going on from {resumed.path}, after step {resumed.step} of {config.max_train_steps}.")
+            else:
+                checkpoints.start_anew()
+            run.path.mkdir(parents=True, exist_ok=True)
+            if config.report_to:
+                accelerator.init_trackers("salun-diffusion", {k: str(v) for k, v in config.as_dict().items()})
+
+            # The forget set and the retain set.
+            sets = _sets(model, method, concepts, sources, config, accelerator)
+
+            # The weights that carry the concept.
+            begun = time.perf_counter()
+            trainer = None
+            if not method.closed_form:
+                trainer = Trainer(accelerator, model, sets, config)
+                undo.callback(trainer.method.close)
+                model.move_others("cpu")
+            if resumed:
+                mask = resumed.masks
+            elif reused is not None:
+                mask = reused
+            elif config.mask == "none":
+                mask = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
+            else:
+                concept_rows = torch.arange(len(sets["forget"])).split(sets["forget"].shares)
+                scores = (trainer.saliency(parameters, rows) for rows in concept_rows)
+                mask = union([select(score, config.density, config.threshold) for score in scores])
+            kept, total = run.save_mask(mask, write=is_main)
+            say(f"{kept:,} of the {total:,} weights in scope may change ({kept / total:.1%}).")
+
+            # Train or solve those, keep the rest.
+            change = MaskedChange(parameters, mask)
+            if pipe is not None:
+                undo.callback(change.restore)
+            undo.callback(change.close)
+            if trainer:
+                validate = _validation(model, concepts, config, run.path, accelerator)
+                trainer.train(change, run.path / "training.jsonl", checkpoints, resumed, validate)
+            else:
+                pairs, prompts = _prompts(concepts, config)
+                change.set(method(model, method.parse(config.method_option)).solve(parameters, pairs, prompts))
+            seconds = None if resumed else round(time.perf_counter() - begun, 1)  # of a run in parts, nobody knows
+            change.snap(DTYPES[config.save_dtype])
+            accelerator.end_training()
+
+            # Save what changed.
+            file = run.path / "erasure.safetensors"
+            if is_main:
+                run.save(change, mask, method.has_anchor, seconds)
+                say(f'Saved {file}: load it with salun_diffusion.load_erasure(pipe, "{run.path}").')
+            return Run(run.path, file, config, seconds)
+
+
+def _resolved(config: EraseConfig, pipe) -> tuple[Path | None, str | None]:
+    """The base model's local folder, if it has one, and its commit on the hub, if it comes from there."""
+    if pipe is not None:
+        folder = Path(config.pretrained_model_name_or_path)
+        return folder if folder.is_dir() else None, None
+    where, commit = resolve(config.pretrained_model_name_or_path, config.revision)
+    return Path(where) if commit is None else None, commit
+
+
+@contextmanager
+def _model(config: EraseConfig, pipe, commit: str | None) -> Iterator[Model]:
+    """The base model: loaded, or the caller's pipeline, given back as it was."""
+    if pipe is None:
+        name, dtype = config.pretrained_model_name_or_path, DTYPES[config.mixed_precision]
+        yield load_model(name, commit, dtype, config.variant)
+        return
+    model = model_of(pipe)
+    check_is_base(model)
+    if model.dtype != DTYPES[config.mixed_precision]:
+        raise SalunError(
+            f"The pipeline's weights are {str(model.dtype).removeprefix('torch.')} and mixed_precision is "
+            f"'{config.mixed_precision}': load it in float32, or give the precision that it has."
+        )
+    with borrowed(model):
+        yield model
+
+
+def _check_counts(config: EraseConfig, concepts: int, processes: int) -> None:
+    least = concepts * processes
+    for setting, count in (("forget", config.num_forget_images), ("retain", config.num_retain_images)):
+        if count is not None and count < least:
+            raise SalunError(
+                f"--num_{setting}_images {count} are too few (concepts: {concepts}, processes: {processes}): give at "
+                f"least {least}."
+            )
+
+
+def _same(config: EraseConfig, run: RunFolder, concepts: list[Concept], sources: dict, processes: int) -> dict:
+    """What a run must share with the checkpoint that it goes on from."""
+    return config.as_dict(resumable=True) | {
+        "base": run.base.digest(),
+        "processes": processes,
+        "prompts": key_of([concept.as_data() for concept in concepts]),
+        "pictures": {kind: [source.key for source in parts] for kind, parts in sources.items()},
+    }
+
+
+def _sets(model: Model, method, concepts, sources, config: EraseConfig, accelerator) -> dict[str, ImageSet]:
+    """The image sets that the method asks for, each with a sheet of its pictures in the run folder."""
+    sets = {}
+    for kind in method.sets(config.mask):
+        given = sources.get(kind, [])
+        sets[kind] = image_set(model, concepts, kind, given, config, accelerator)
+        if kind == "name":
+            names = ", ".join(sets[kind].prompts[i] for i in sets[kind].prompt_index)
+            accelerator.print(f"To forget from: {names}; no pictures.")
+            continue
+        made = f", from {', '.join(source.text for source in given)}" if given else ", drawn by the base model"
+        accelerator.print(f"The {kind} set: {len(sets[kind])} pictures{made}.")
+        if accelerator.is_main_process:
+            contact_sheet(model, sets[kind].latents[:32], Path(config.output_dir) / f"{kind}.png")
+    return sets
+
+
+def _prompts(concepts: list[Concept], config: EraseConfig) -> tuple[list[tuple[str, str]], list[str]]:
+    """A closed form's distinct pairs of concept and anchor prompts, and its retain prompts."""
+    forget = sum(shared_rows(concepts, "forget", config.num_forget_images, config.seed, "training"), [])
+    retain = sum(shared_rows(concepts, "retain", config.num_retain_images, config.seed, "training"), [])
+    pairs = dict.fromkeys((row.prompt, row.anchor_prompt) for row in forget)
+    return list(pairs), list(dict.fromkeys(row.prompt for row in retain))
+
+
+def _validation(model: Model, concepts: list[Concept], config: EraseConfig, folder: Path, accelerator):
+    """A function that draws a few prompts after a number of steps into ``validation/``."""
+
+    def validate(step: int) -> None:
+        if accelerator.is_main_process:
+            model.move_others(accelerator.device)
+            parts = [shared_rows(concepts, kind, 4, config.seed, "validation") for kind in ("forget", "retain")]
+            rows = [row for part in parts for share in part for row in share]
+            drawn = model.draw(
+                rows, batch_size=config.sample_batch_size, output_type="latent",
+                num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
+            )  # fmt: skip
+            contact_sheet(model, torch.stack(drawn), folder / "validation" / f"step-{step:05d}.png", columns=4)
+            model.move_others("cpu")
+        accelerator.wait_for_everyone()
+
+    return validate

@@ -1,0 +1,79 @@
+"""What a pipeline can wear, whatever it is made of: masked weights today, low-rank adapters or guards that change no
+weight tomorrow. A new kind is a subclass of :class:`Erasure` in a file of its own and a line in ``KINDS``."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class Erasure:
+    """One erasure, read from its file.
+
+    Attributes:
+        FORMAT: what the file's metadata calls its ``format``.
+        metadata: what the file says of itself: concept, method, density, base_model …
+    """
+
+    FORMAT: str
+    metadata: dict
+
+    @classmethod
+    def load(cls, path: Path) -> "Erasure":
+        """Read a file.
+
+        Raises:
+            SalunError: it is damaged, or of another format.
+        """
+        raise NotImplementedError
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of all that it does to a pipeline, whatever file it came from."""
+        raise NotImplementedError
+
+    def check_fit(self, pipe, path: Path, check_base: bool, applied: "tuple[Applied, ...]") -> None:
+        """Pass if it belongs on this pipeline.
+
+        Args:
+            pipe: the diffusers pipeline.
+            path: its file, for messages.
+            check_base: refuse another base model than it was made for, even if it would fit.
+            applied: the erasures of this kind that the pipeline wears already.
+
+        Raises:
+            SalunError: it does not.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def change(cls, pipe, before: "tuple[Applied, ...]", after: "tuple[Applied, ...]") -> None:
+        """Take the erasures of this kind that ``pipe`` wears from ``before`` to ``after``: apply what is new, remove
+        what is gone. If that fails, the pipeline is as before.
+
+        Raises:
+            SalunError: it cannot be done.
+        """
+        raise NotImplementedError
+
+    def acts(self, applied: "Applied") -> bool:
+        """Whether, as applied, it does anything at all."""
+        return True
+
+    def describe(self) -> dict[str, Any]:
+        """What ``list_erasures`` tells beside what every kind has: ``weights``, how many it changes."""
+        return {"weights": 0}
+
+
+@dataclass(frozen=True, eq=False)
+class Applied:
+    """An erasure on a pipeline: as called, at a scale, and where it came from.
+
+    ``memory`` is the kind's own: what it must remember to take the erasure off again.
+    """
+
+    name: str
+    scale: float
+    erasure: Erasure
+    digest: str
+    source: str
+    revision: str | None
+    memory: dict = field(default_factory=dict)

@@ -1,0 +1,131 @@
+"""Masked deltas on live weights: the first kind of erasure.
+
+With several at once a weight is original + the sum of scale * delta, computed in float32 on the CPU and rounded to the
+parameter's dtype. The originals of the changed weights, and of no others, are kept on the CPU, and removing an erasure
+puts them back.
+"""
+
+import torch
+
+from ..errors import SalunError
+from ..files import listed
+from ..models.load import denoiser
+from .base import Applied, Erasure
+from .delta import DTYPES, FORMAT, Delta, is_finite, merge
+from .fingerprint import check_have_values, fingerprint, matches
+
+
+class MaskedWeights(Erasure):
+    """A :class:`Delta` that goes onto the denoiser's weights; ``memory`` holds parameter name -> the base model's
+    weights at the delta's places."""
+
+    FORMAT = FORMAT
+
+    def __init__(self, delta: Delta):
+        self.delta, self.metadata = delta, delta.metadata
+
+    @classmethod
+    def load(cls, path):
+        return cls(Delta.load(path))
+
+    def digest(self):
+        return self.delta.digest()
+
+    def describe(self):
+        return {"weights": sum(value.numel() for value in self.delta.values.values())}
+
+    def acts(self, applied):
+        """Whether any weight, of those that it names, is another one with it than without."""
+        for name, original in applied.memory.items():
+            moved = original.float() + self.delta.values[name].float() * applied.scale
+            if not torch.equal(moved.to(original.dtype), original):
+                return True
+        return False
+
+    def check_fit(self, pipe, path, check_base, applied):
+        module, delta = denoiser(pipe), self.delta
+        parameters = dict(module.named_parameters())
+        base = f" (base model {delta.metadata['base_model']})" if delta.metadata.get("base_model") else ""
+        unknown = set(delta.masks) - set(parameters)
+        if unknown:
+            raise SalunError(
+                f"{path} changes {len(unknown)} of {len(delta.masks)} parameters that this pipeline's denoiser does "
+                f"not have: {listed(unknown)}; load the model that it was made for{base}."
+            )
+        for name, mask in delta.masks.items():
+            if mask.shape != parameters[name].shape:
+                raise SalunError(
+                    f"{path} was made for another base model: {name} has shape {tuple(mask.shape)} there and "
+                    f"{tuple(parameters[name].shape)} here; load the model that it was made for{base}."
+                )
+        quantized = [name for name in delta.masks if parameters[name].dtype not in DTYPES]
+        if quantized:
+            raise SalunError(
+                f"{path} can be applied to float32, float16 and bfloat16 weights only, which these are not: "
+                f"{listed(quantized)}; load the model unquantized."
+            )
+        check_have_values(parameters)
+        if check_base:
+            here = fingerprint(base_parameters(module, applied))
+            if not matches(delta.fingerprint, here):
+                raise SalunError(
+                    f"{path} was made for another base model{base}: fingerprint {delta.fingerprint.digest()} there and "
+                    f"{here.digest()} here; load that model, or pass check_base=False to apply it to this one all the "
+                    "same."
+                )
+
+    @classmethod
+    def change(cls, pipe, before, after):
+        """Only the parameters that an arriving or leaving erasure names are written."""
+        module = denoiser(pipe)
+        touched = {name for one in {*before} ^ {*after} for name in one.erasure.delta.masks}
+        parameters = dict(module.named_parameters())
+        gone = touched - set(parameters)
+        if gone:
+            raise SalunError(
+                f"The denoiser no longer has {listed(gone)}; undo what was added to it since, then try again."
+            )
+        check_have_values({name: parameters[name] for name in touched})
+        known = (*before, *(one for one in after if one not in before))
+        try:
+            _write(parameters, touched, known, after)
+        except BaseException:  # an overflow, a device out of memory, Ctrl-C: never leave it half applied
+            _write(parameters, touched, known, before)
+            raise
+
+
+@torch.no_grad()
+def _write(parameters, names, known, wanted) -> None:
+    """Takes the erasures `known` off the parameters `names`, and puts `wanted` on."""
+    for name in names:
+        weight, terms = parameters[name], []
+        flat = weight.cpu().contiguous().view(-1)  # no copy, but the weight itself, if it is row-major on the CPU
+        _restore(flat, name, known)
+        for one in wanted:
+            if name in one.erasure.delta.masks:
+                places = one.erasure.delta.places(name)
+                one.memory.setdefault(name, flat.index_select(0, places))
+                terms.append((places, one.erasure.delta.values[name], one.scale))
+        merge(flat, terms)
+        if terms and not is_finite(flat):
+            raise SalunError(f"{name} would hold NaN or Inf in {weight.dtype}; choose a smaller scale.")
+        if flat.data_ptr() != weight.data_ptr():
+            weight.copy_(flat.view(weight.shape))
+
+
+def _restore(flat, name, erasures) -> None:
+    """Makes `flat`, the parameter `name` with `erasures` on, the base model's again."""
+    for one in erasures:
+        if name in one.memory:
+            flat.index_copy_(0, one.erasure.delta.places(name), one.memory[name].to(flat.dtype))
+
+
+def base_parameters(module, applied: tuple[Applied, ...]):
+    """The parameters as the base model has them, under what is applied; they are made one at a time."""
+    for name, weight in module.named_parameters():
+        touching = [one for one in applied if name in one.memory]
+        if touching:
+            flat = weight.detach().flatten().to("cpu", copy=True)
+            _restore(flat, name, touching)
+            weight = flat.view(weight.shape)
+        yield name, weight

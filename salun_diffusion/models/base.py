@@ -1,0 +1,162 @@
+"""What the rest of the house may ask of a base model: one class a family, in a file of its own.
+
+A *condition* is whatever the network is told besides the noisy sample: prompt embeddings for one family, a class label
+for another. It is a flat dictionary of tensors that share their first dimension, so that it can be indexed, joined,
+repeated and moved without being understood; only its own family looks inside. A prompt is the text that stands for a
+condition in prompt lists, files and tables.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline
+
+from ..errors import SalunError
+from .load import denoiser
+from .sampling import sample
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..concepts.concept import Row
+
+Condition = dict[str, torch.Tensor]
+
+CAPABILITIES = {  # what a method or a measure may need, and how its lack is told
+    "text": "encodes prompts as sequences of tokens",
+    "cross-attention": "attends to its condition in layers called attn2",
+    "pictures": "encodes pictures as samples",
+}
+
+
+class Model:
+    """A base model: its pipeline, the network to be edited, and how samples are noised, predicted, drawn and shown.
+
+    Attributes:
+        pipe: the diffusers pipeline; nothing outside this seam looks for its parts.
+        network: the denoiser that is edited.
+        schedule: the noise schedule of training.
+        autocast: makes the context that :meth:`predict` runs in; the trainer puts accelerate's here.
+    """
+
+    capabilities: frozenset[str] = frozenset()
+
+    def __init__(self, pipe: DiffusionPipeline):
+        self.pipe, self.network = pipe, denoiser(pipe)
+        self.schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+        self.autocast: Any = nullcontext
+
+    @classmethod
+    def accepts(cls, pipe: DiffusionPipeline) -> bool:
+        """Whether ``pipe`` is of this family."""
+        raise NotImplementedError
+
+    def need(self, capabilities: Sequence[str], by: str) -> None:
+        """Pass if the model has all ``capabilities``.
+
+        Args:
+            capabilities: names of ``CAPABILITIES``.
+            by: who needs them, for the message, such as "--method uce".
+
+        Raises:
+            SalunError: one is missing.
+        """
+        for name in capabilities:
+            if name not in self.capabilities:
+                able = ", ".join(sorted(self.capabilities)) or "none of those that are asked for"
+                raise SalunError(
+                    f"{by} needs a base model that {CAPABILITIES[name]} ({name}), which {type(self.pipe).__name__} "
+                    f"does not (it has: {able}): choose another method or model."
+                )
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.dtype
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """``(channels, height, width)`` of what the network denoises, at the model's own size."""
+        config = self.network.config
+        return config.in_channels, config.sample_size, config.sample_size
+
+    def encode(self, prompts: list[str]) -> Condition:
+        """The conditions of ``prompts``, ``(len(prompts), …)`` each, on the CPU.
+
+        Raises:
+            SalunError: a prompt that the model does not know.
+        """
+        raise NotImplementedError
+
+    @cached_property
+    def empty(self) -> Condition:
+        """The unconditional side of classifier-free guidance, a batch of one."""
+        raise NotImplementedError
+
+    def repeated(self, condition: Condition, count: int) -> Condition:
+        """A condition of one for a batch of ``count``, where the network is."""
+        return {key: self.moved(value).expand(count, *value.shape[1:]) for key, value in condition.items()}
+
+    def moved(self, value: torch.Tensor) -> torch.Tensor:
+        """A part of a condition where the network is, in its dtype unless it holds integers."""
+        return value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """The network's own call, without the autocast of :meth:`predict`."""
+        raise NotImplementedError
+
+    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """What the network predicts, of ``noisy``'s shape ``(batch, channels, height, width)``.
+
+        Args:
+            timesteps: integers ``(batch,)``.
+            condition: of the same batch.
+        """
+        with self.autocast():
+            return self.forward(noisy, timesteps, condition)
+
+    def noise(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """``clean`` with ``noise`` as it is at ``timesteps``, all on the CPU (Ho et al. 2020, eq. 4)."""
+        return self.schedule.add_noise(clean, noise, timesteps)
+
+    def target(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """What a perfect network predicts for that: the noise, or the velocity (Salimans & Ho 2022).
+
+        Raises:
+            SalunError: any other prediction type.
+        """
+        kind = self.schedule.config.prediction_type
+        if kind == "epsilon":
+            return noise
+        if kind == "v_prediction":
+            return self.schedule.get_velocity(clean, noise, timesteps)
+        raise SalunError(f"The scheduler's prediction_type is '{kind}': epsilon and v_prediction can be trained.")
+
+    def draw(self, rows: "Sequence[Row]", **how) -> list:
+        """One picture (or latent) for each row, from its own seed; ``how`` is as for :func:`.sampling.sample`."""
+        return sample(self.pipe, rows, **how)
+
+    def decode(self, samples: torch.Tensor) -> "list[Image.Image]":
+        """Samples ``(n, channels, height, width)`` as :meth:`draw` leaves them, as pictures."""
+        raise NotImplementedError
+
+    def encode_pictures(self, pictures: "list[Image.Image]") -> torch.Tensor:
+        """Square RGB pictures of :attr:`picture_side` pixels, as samples ``(n, channels, height, width)``."""
+        raise NotImplementedError
+
+    @property
+    def picture_side(self) -> int:
+        """Pixels of a picture's side at the model's own size."""
+        return self.network.config.sample_size
+
+    def move_others(self, device: torch.device | str) -> None:
+        """Move every module but the network to ``device``: the rest has nothing to do while the network trains."""
+        for module in self.pipe.components.values():
+            if isinstance(module, torch.nn.Module) and module is not self.network:
+                module.to(device)

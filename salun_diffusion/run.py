@@ -1,0 +1,128 @@
+"""One erasure's run: its folder, what its files say of it, and how a pipeline of the caller's is given back."""
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .concepts.concept import Concept
+from .config import EraseConfig
+from .erasures.delta import Delta
+from .erasures.fingerprint import Fingerprint
+from .erasures.mask import describe, save_masks
+from .errors import SalunError
+from .files import write_json
+from .loader import FILE_NAME, list_erasures
+from .models.base import Model
+
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished erasure.
+
+    Attributes:
+        path: the run folder; :func:`salun_diffusion.load_erasure` takes it.
+        file: the masked delta in it.
+        config: every resolved setting.
+        seconds: wall time of mask and training or solution; None for a run that was resumed.
+    """
+
+    path: Path
+    file: Path
+    config: EraseConfig
+    seconds: float | None
+
+
+class RunFolder:
+    """What is known of a run before it starts, and the files that it leaves: mask.safetensors first, then
+    erasure.safetensors and config.json, which is written last and marks a finished run."""
+
+    def __init__(self, config: EraseConfig, concepts: list[Concept], commit: str | None, base: Fingerprint):
+        self.path, self.config, self.base = Path(config.output_dir), config, base
+        self.about = {
+            "concept": ", ".join(concept.name for concept in concepts),
+            "method": config.method,
+            "scope": config.scope,
+            "base_model": config.pretrained_model_name_or_path,
+            "base_revision": commit,
+        }
+
+    def save_mask(self, mask: dict[str, torch.Tensor], write: bool) -> tuple[int, int]:
+        """Note the mask's density and write its file (in one process of several).
+
+        Returns:
+            How many weights may change, of how many.
+        """
+        kept, total = (sum(counts) for counts in zip(*((row.kept, row.total) for row in describe(mask)), strict=True))
+        self.about["density"] = self.config.density if self.config.mask == "saliency" else kept / total
+        if write:
+            save_masks(self.path / "mask.safetensors", mask, self.about)
+        return kept, total
+
+    def save(self, change, mask: dict[str, torch.Tensor], has_anchor: bool, seconds: float | None) -> Path:
+        """Write the erasure and config.json; the erasure's path."""
+        import diffusers
+        import transformers
+
+        from . import __version__
+
+        versions = {"salun_diffusion": __version__, "python": platform.python_version()} | {
+            module.__name__: module.__version__ for module in (torch, diffusers, transformers)
+        }
+        about = self.about | {"anchor": ", ".join(self.config.anchor) if has_anchor else None}
+        about |= {"settings": self.config.as_dict(), "versions": versions}
+        values = {name: value.detach().cpu() for name, value in change.values.items()}
+        delta = Delta({name: mask[name] for name in values}, values, self.base, about)
+        delta.save(self.path / FILE_NAME, DTYPES[self.config.save_dtype])
+        write_json(self.path / "config.json", about | {"base_fingerprint": self.base.digest(), "seconds": seconds})
+        return self.path / FILE_NAME
+
+
+def check_is_base(model: Model) -> None:
+    """Pass if nothing is applied to the pipeline.
+
+    Raises:
+        SalunError: an erasure is: what is trained now would hold on top of that one alone.
+    """
+    if applied := list_erasures(model.pipe):
+        names = ", ".join(f"'{erasure['name']}'" for erasure in applied)
+        raise SalunError(f"The pipeline has the erasure {names} applied: call unload_erasure(pipe) first.")
+
+
+@contextmanager
+def borrowed(model: Model) -> Iterator[None]:
+    """Within it, the pipeline may be moved, trained and drawn with; after it, everything but the weights is as before:
+    devices, train and eval mode, gradients and what requires them, checkpointing, progress bars. (The weights are
+    :meth:`.training.change.MaskedChange.restore`'s.)"""
+    network, pipe = model.network, model.pipe
+    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    devices = [next((p.device for p in part.parameters()), None) for part in modules]
+    modes = [(module, module.training) for module in network.modules()]
+    checkpointing = [
+        (module, module.gradient_checkpointing)
+        for module in network.modules()
+        if hasattr(module, "gradient_checkpointing")
+    ]
+    parameters = [(p, p.requires_grad, p.grad) for p in network.parameters()]
+    bars = dict(getattr(pipe, "_progress_bar_config", {}))
+    for parameter, _, _ in parameters:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for part, device in zip(modules, devices, strict=True):
+            if device is not None:
+                part.to(device)
+        for module, training in modes:
+            module.training = training
+        for module, on in checkpointing:
+            module.gradient_checkpointing = on
+        for parameter, required, gradient in parameters:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+        pipe.set_progress_bar_config(**bars)
