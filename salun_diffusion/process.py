@@ -60,7 +60,8 @@ class Bar(tqdm):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self.done, self.stage, self.whole = self.initial, options.get("desc") or "", options.get("total") or 0
+        self.done = options.get("initial") or 0
+        self.stage, self.whole = options.get("desc") or "", options.get("total") or 0
 
     def update(self, n=1):
         self.done += n
