@@ -9,63 +9,50 @@
 
 Commands that draw take the same prompts and the same starting noise for the base model and for each erasure, keep what
 is drawn, and go on where they were stopped. Each writes results.json (with protocol, versions, hashes, n, intervals)
-and samples.jsonl, a line for each picture; tables and pages are made from these alone.
+and samples.jsonl, a line for each picture; tables and pages are made from these alone. Every command reads its options
+from --config FILE too.
 """
 
+import argparse
 import os
 import sys
+from importlib import import_module
 
 from salun_diffusion.errors import SalunError
+from salun_diffusion.options import MissingOption, add_options, options_from
 
-from .arguments import parser
+from .measures import MEASURES
+
+COMMANDS = MEASURES | {
+    "draw": "eval.drawing.command",
+    "compare": "eval.pages.compare",
+    "report": "eval.pages.report",
+}
 
 
 def main() -> None:
-    args = vars(parser(__doc__).parse_args())
-    command = args.pop("command")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m eval", description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parsers = {}
+    for name, path in COMMANDS.items():
+        module = import_module(path)
+        parsers[name] = commands.add_parser(
+            name, help=module.SUMMARY, description=module.DESCRIPTION, formatter_class=raw, allow_abbrev=False
+        )
+        add_options(parsers[name], module.Options)
+    given = vars(parser.parse_args())
+    command = given.pop("command")
+    module = import_module(COMMANDS[command])
     try:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice on optional packages helps nobody here
-        if command in ("i2p", "draw"):
-            _prepare_prompts(args)
-        # imported only now: the library behind them takes seconds, and --help should not
-        match command:
-            case "accuracy":
-                from .accuracy import accuracy as run
-            case "composition":
-                from .composition import composition as run
-            case "i2p":
-                from .i2p import i2p as run
-            case "nudity":
-                from .i2p import nudity as run
-            case "draw":
-                from .draw import draw as run
-            case "clip-score":
-                from .clip_score import clip_score as run
-            case "fid":
-                from .fid import fid as run
-            case "compare":
-                from .compare import compare as run
-            case "report":
-                from .report import report as run
-        run(**args)
+        module.run(options_from(given, module.Options))
+    except MissingOption as error:
+        parsers[command].error(str(error))
     except SalunError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("Stopped before it was done: no scores were written. The same command goes on where it can.")
-
-
-def _prepare_prompts(args: dict) -> None:
-    """What the options about prompts stand for, in place of them."""
-    import torch
-
-    from .prompts import Selection
-
-    args["selection"] = Selection(args.pop("category"), args.pop("min_nudity_percentage"), *args.pop("rows"))
-    height, width = args.pop("height"), args.pop("width")
-    if (height is None) != (width is None):
-        raise SalunError("--height and --width belong together: give both, or neither.")
-    args["size"] = (height, width) if height else None
-    args["dtype"] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args["dtype"]]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 ``results.json`` always holds ``format`` ("salun-diffusion COMMAND N"), ``protocol`` (what the numbers mean, in words to
 quote), ``settings``, ``versions`` (of python and the libraries that took part), ``n`` (pictures of each model), and
 ``models``: the base model and the erasures, each with ``name``, ``role`` ("base", "erasure", "control", "pictures"),
-``source``, ``digest`` (of the pipeline as measured) and ``erasure`` (as ``list_erasures`` tells of it, ``seconds`` that
+``source``, ``digest`` (of the pipeline as measured: the base's, or a hash over it and over the full digests of what is
+applied) and ``erasure`` (as ``list_erasures`` tells of it, ``seconds`` that
 its mask and training took, where its run folder tells, and ``bytes`` of its file; null for the base). What a command
 adds is described in its own file. A proportion is ``{"count", "n", "percent", "low", "high"}``, the last two its Wilson
 95% interval.
@@ -14,8 +15,6 @@ folder) and ``key`` (the hash of all that made the picture, which its file carri
 
 import json
 import platform
-from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
@@ -23,14 +22,11 @@ import torch
 import transformers
 from PIL import Image
 
-from salun_diffusion import list_erasures, load_erasure, unload_erasure
 from salun_diffusion.errors import SalunError
 from salun_diffusion.files import write_json
-from salun_diffusion.models.load import denoiser, digest
-
-from .generation import KEY
 
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
+KEY = "salun-key"  # under which a picture's file carries the hash of all that made it
 FORMAT = "salun-diffusion "
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 VERSIONS = {
@@ -159,82 +155,3 @@ def picture(folder: Path, sample: dict) -> Image.Image:
     if key != sample.get("key", key):
         raise SalunError(f"The picture {path} is not the one that was measured: run the command that drew it again.")
     return found
-
-
-def as_drawn(pipe) -> dict:
-    """What ``settings`` says of the pipeline itself."""
-    return {
-        "scheduler": type(pipe.scheduler).__name__,
-        "dtype": str(denoiser(pipe).dtype).removeprefix("torch."),
-        "device": str(pipe.device),
-        "safety_checker": False,
-    }
-
-
-def aligned(lines: list[list[str]]) -> str:
-    """A table for the terminal, its columns as wide as their widest cell."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
-
-
-def introduce(pipe, base: str, erasures: list[str], scales: list[float] | None = None) -> list[dict]:
-    """The base model and the erasures, as ``results.json`` introduces them. Each erasure is loaded and unloaded once,
-    so that a wrong path, a wrong base or a delta without effect is found out before the drawing and not after.
-
-    Args:
-        scales: how much of each erasure to apply: one for all, or one each; 1 by default.
-
-    Raises:
-        SalunError: any of these, two erasures of one name, or neither one scale nor one each.
-    """
-    scales = (scales or [1.0]) * (len(erasures) if len(scales or [1]) == 1 else 1)
-    if len(scales) != len(erasures):
-        raise SalunError(
-            f"{len(erasures)} erasures and {len(scales)} values of --scale: give one for all, or one each."
-        )
-    names = [
-        _name(source) + (f"-x{scale:g}" if scale != 1 else "") for source, scale in zip(erasures, scales, strict=True)
-    ]
-    if twice := [name for name, count in Counter(["base", *names]).items() if count > 1]:
-        raise SalunError(f"Two of the models to compare are called '{twice[0]}': rename the folder or file of one.")
-    models = [{"name": "base", "role": "base", "source": base, "digest": digest(pipe), "erasure": None}]
-    for name, source, scale in zip(names, erasures, scales, strict=True):
-        model = {"name": name, "role": "erasure" if len(models) == 1 else "control", "source": source}
-        load_erasure(pipe, source, scale=scale)
-        model |= {"digest": digest(pipe), "erasure": list_erasures(pipe)[0] | _cost(Path(source))}
-        unload_erasure(pipe)
-        if model["digest"] == models[0]["digest"]:
-            raise SalunError(f"{source} leaves the base model as it is: there is nothing to measure in it.")
-        models.append(model)
-    return models
-
-
-@contextmanager
-def applied(pipe, model: dict):
-    """``pipe`` as the ``model`` that :func:`introduce` described, and as before afterwards."""
-    if model["erasure"]:
-        load_erasure(pipe, model["source"], scale=model["erasure"]["scale"])
-    try:
-        yield pipe
-    finally:
-        unload_erasure(pipe)
-
-
-def _name(source: str) -> str:
-    """A short name for an erasure, which also names its folder of pictures."""
-    path = Path(source)
-    return (path.parent if path.name == "erasure.safetensors" else path).absolute().name.removesuffix(".safetensors")
-
-
-def _cost(source: Path) -> dict:
-    """What the erasure took, as far as its run folder tells: ``seconds`` of its mask and training, ``bytes`` of its
-    file."""
-    folder = source.parent if source.suffix == ".safetensors" else source
-    file = source if source.suffix == ".safetensors" else folder / "erasure.safetensors"
-    try:
-        seconds = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("seconds")
-    except (OSError, ValueError, AttributeError):  # a file alone, or one on the hub: it tells nothing, and need not
-        seconds = None
-    return {"seconds": seconds, "bytes": file.stat().st_size if file.is_file() else None}

@@ -3,13 +3,16 @@
 import logging
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .erasures import load
 from .erasures.base import Applied
 from .errors import SalunError
-from .files import listed
-from .models.load import denoiser
+from .files import key_of, listed
+from .models.base import Model
+from .models.load import denoiser, digest
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +99,29 @@ def list_erasures(pipe) -> list[dict]:
 def idle_erasures(pipe) -> list[str]:
     """The names of applied erasures that do nothing at all: whose every change is lost in rounding, or is zero."""
     return [one.name for one in _applied(pipe) if not one.erasure.acts(one)]
+
+
+@contextmanager
+def without_erasures(pipe) -> Iterator[None]:
+    """Within it, nothing is applied; after it, all is as before."""
+    before = _applied(pipe)
+    if before:
+        _change(pipe, ())
+    try:
+        yield
+    finally:
+        if before:
+            _change(pipe, before)
+
+
+def identity(model: Model) -> str:
+    """Twelve hex digits for a model as it is now: the base's :func:`digest` with nothing applied; with erasures, a hash
+    over that and over the full digest and the scale of each."""
+    if not hasattr(model, "base_digest"):  # each tensor of the base is read once
+        with without_erasures(model.pipe):
+            model.base_digest = digest(model.pipe)
+    applied = [[one.digest, one.scale] for one in _applied(model.pipe)]
+    return key_of([model.base_digest, applied], 12) if applied else model.base_digest
 
 
 def _applied(pipe) -> tuple[Applied, ...]:

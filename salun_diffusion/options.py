@@ -11,13 +11,32 @@ from typing import Any, get_args, get_origin, get_type_hints
 from .errors import SalunError
 
 
-def option(default, text: str, choices: tuple = (), several: bool = False):
+class MissingOption(SalunError):
+    """An option that must be given, and was not."""
+
+
+def option(
+    default,
+    text: str,
+    choices: tuple = (),
+    several: bool = False,
+    *,
+    metavar: str | None = None,
+    positional: bool = False,
+    required: bool = False,
+    least: float | None = None,
+):
     """A dataclass field with its help text; ``None`` as default means: decided later, as the text says.
 
     Args:
         several: a list is given as words after the option; otherwise by repeating it.
+        metavar: what stands for the value in the help; its type without it.
+        positional: given without its name.
+        required: it must be given, on the command line or in the file.
+        least: the smallest number that is allowed.
     """
-    about = {"help": text, "choices": choices, "several": several}
+    about = {"help": text, "choices": choices, "several": several, "metavar": metavar, "positional": positional}
+    about |= {"required": required, "least": least}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=about)
     return field(default=default, metadata=about)
@@ -48,20 +67,54 @@ def add_fields(parser, kind: type) -> None:
         if get_origin(told) is list:
             told = get_args(told)[0]
             many = {"nargs": "+"} if about["several"] else {"action": "append"}
-        names = {int: "INT", float: "FLOAT", str: "STR" if not many else "TEXT"}
+        names = {int: "INT", float: "FLOAT", str: "STR" if not many else "TEXT", Path: "PATH"}
+        if about["positional"]:
+            many = {"nargs": "*" if many else "?"}  # what is missing may stand in the file
         parser.add_argument(
-            f"--{item.name}",
-            type=told,
+            item.name if about["positional"] else f"--{item.name}",
+            type=told if about["least"] is None else _at_least(told, about["least"]),
             choices=about["choices"] or None,
-            metavar=None if about["choices"] else names[told],
+            metavar=None if about["choices"] else about["metavar"] or names[told],
             default=argparse.SUPPRESS,
             help=text + shown,
             **many,
         )
 
 
+def _at_least(number: type, least: float):
+    def read(text: str):
+        value = number(text)
+        if not least <= value < float("inf"):
+            whole = "a whole number" if number is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text} is not {whole} of at least {least:g}")
+        return value
+
+    read.__name__ = number.__name__  # argparse names it where the text is no number at all
+    return read
+
+
 def _shown(default) -> str:
     return " ".join(map(str, default)) if isinstance(default, list) else str(default)
+
+
+def options_from(given: dict, kind: type) -> Any:
+    """The options object of a parsed command line: :func:`settings_of`, checked.
+
+    Raises:
+        SalunError: as :func:`settings_of`, an option that is required and missing, or a number below its least.
+    """
+    settings = settings_of(given, kind)
+    for item in fields(kind):
+        name = item.name if item.metadata["positional"] else f"--{item.name}"
+        value = settings.get(item.name)
+        if item.metadata["required"] and value in (None, []):
+            raise MissingOption(f"{name} is missing: give it here, or as '{item.name}' in --config FILE.")
+        least = item.metadata["least"]
+        for number in value if isinstance(value, list) else [value]:
+            if least is not None and number is not None and not least <= number < float("inf"):
+                whole = "a whole number" if isinstance(number, int) else "a number"
+                raise SalunError(f"{name} is {number}: give {whole} of at least {least:g}.")
+    return kind(**settings)
 
 
 def settings_of(given: dict, kind: type) -> dict:
@@ -104,11 +157,15 @@ def _read(path: str, kind: type) -> dict:
             inner = get_args(told)[0]
             if isinstance(value, dict) and inner is str:  # NAME: value, as the line has NAME=value
                 value = [f"{key}={part}" for key, part in value.items()]
-            found[name] = [value] if isinstance(value, inner) else value
-            if not (isinstance(found[name], list) and all(isinstance(part, inner) for part in found[name])):
-                what = {str: "text or a list of texts", int: "a number or a list of numbers"}[inner]
+            written = {Path: str, float: (int, float)}.get(inner, inner)  # as a file has it
+            found[name] = [value] if isinstance(value, written) else value
+            if not (isinstance(found[name], list) and all(isinstance(part, written) for part in found[name])):
+                what = "text or a list of texts" if written is str else "a number or a list of numbers"
                 raise SalunError(f"--config {path}: '{name}' is {value!r}, but must be {what}.")
+            found[name] = [inner(part) for part in found[name]]
             continue
+        if told is Path and isinstance(value, str):
+            value = found[name] = Path(value)
         right = isinstance(value, (int, float) if told is float else told) and isinstance(value, bool) == (told is bool)
         if not (right or value is None and told is not hints[name]):
             raise SalunError(f"--config {path}: '{name}' is {value!r}, but must be of type {told.__name__}.")

@@ -10,14 +10,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from test_eval_judge import classifier
 
-from eval import generation, metrics
-from eval.accuracy import accuracy
-from eval.generation import to_picture
+from eval.drawing.pictures import to_picture
+from eval.judges import metrics
+from eval.measures import accuracy
+from eval.subjects import introduce
+from salun_diffusion import load_erasure, unload_erasure
+from salun_diffusion.erasures.delta import Delta
+from salun_diffusion.erasures.fingerprint import fingerprint
 from salun_diffusion.errors import SalunError
+from salun_diffusion.models import base as model_base
+from salun_diffusion.models import load_model
+from salun_diffusion.models.load import digest
 
 OBJECTS = ["airplane", "cat", "dog", "house"]
 STYLES = ["red", "blue"]
@@ -54,7 +62,10 @@ def base(tmp_path_factory):
 
 def measure(base, output, *erasures, **options):
     runs = [str(base / "runs" / name) for name in erasures or ("forgets", "no-mask")]
-    return accuracy(str(base), "airplane", runs, output, **{"num_forget_images": 5, "num_retain_images": 6} | options)
+    options = {"num_forget_images": 5, "num_retain_images": 6} | options
+    asked = accuracy.Options(pretrained_model_name_or_path=str(base), concept="airplane", erasure=runs, **options)
+    asked.output_dir = output
+    return accuracy.run(asked)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +128,8 @@ def test_an_erasure_without_effect_is_no_erasure(base, tmp_path):
     pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
     tiny.erasure(pipe.unet, size=0.0).save(tmp_path / "zero.safetensors")
     with pytest.raises(SalunError, match="zero.safetensors leaves the base model as it is"):
-        accuracy(str(base), "airplane", [str(tmp_path / "zero.safetensors")], tmp_path / "out")
+        asked = {"pretrained_model_name_or_path": str(base), "concept": "airplane", "output_dir": tmp_path / "out"}
+        accuracy.run(accuracy.Options(**asked, erasure=[str(tmp_path / "zero.safetensors")]))
 
 
 def test_two_erasures_of_one_name_are_refused(base, tmp_path):
@@ -153,14 +165,14 @@ def test_prompts_that_a_classifier_cannot_check_are_refused(base, tmp_path):
 )
 def test_a_broken_picture_fails_the_run_by_name_and_leaves_no_scores(base, tmp_path, monkeypatch, pixels, sentence):
     measure(base, tmp_path, "forgets")
-    real = generation.sample
+    real = model_base.sample
 
     def broken(pipe, rows, **how):
         images = [image.copy() for image in real(pipe, rows, **how)]
         images[1][:] = pixels
         return images
 
-    monkeypatch.setattr(generation, "sample", broken)
+    monkeypatch.setattr(model_base, "sample", broken)
     shutil.rmtree(tmp_path / "pictures")
     with pytest.raises(SalunError, match=f"pictures/base/forget-0001.png {sentence}"):
         measure(base, tmp_path, "forgets")
@@ -213,3 +225,29 @@ def test_a_fault_is_one_line_and_exit_code_1(tmp_path):
     assert (
         done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "config.json is missing" in done.stderr
     )
+
+
+def test_an_erasure_of_weights_that_no_sample_hits_is_a_model_of_its_own(base, tmp_path):
+    """A base model's digest samples 64 weights of each tensor: what lies between them must count all the same."""
+    model = load_model(str(base))
+    pipe, sources = model.pipe, []
+    for name, size in (("half", 0.5), ("quarter", 0.25)):
+        masks, values = {}, {}
+        for key, weight in pipe.unet.named_parameters():
+            if "attn2" in key and weight.numel() > 64:
+                flat = torch.ones(weight.numel(), dtype=torch.bool)
+                flat[torch.linspace(0, len(flat) - 1, 64, dtype=torch.float64).long()] = False
+                masks[key], values[key] = flat.view(weight.shape), torch.full((int(flat.sum()),), size)
+        delta = Delta(masks, values, fingerprint(pipe.unet.named_parameters()), {"concept": name, "method": "salun"})
+        delta.save(tmp_path / f"{name}.safetensors")
+        sources.append(str(tmp_path / f"{name}.safetensors"))
+    unchanged = digest(pipe)
+    load_erasure(pipe, sources[0])
+    assert digest(pipe) == unchanged, "the samples hit none of its places"
+    unload_erasure(pipe)
+    models = introduce(model, "base", sources)
+    assert models[0]["digest"] == unchanged and len({model["digest"] for model in models}) == 3
+    scaled = introduce(model, "base", sources[:1], [0.5])
+    assert scaled[1]["digest"] not in {model["digest"] for model in models}
+    with pytest.raises(SalunError, match="half.safetensors leaves the base model as it is"):
+        introduce(model, "base", sources[:1], [0.0])

@@ -10,7 +10,9 @@ from PIL import Image, PngImagePlugin
 from shell import run as command
 from test_eval_report import make_run
 
-from eval import compare, composition, grid, i2p, results
+from eval import results
+from eval.measures import composition, i2p
+from eval.pages import compare, grid
 from salun_diffusion.errors import SalunError
 
 

@@ -12,14 +12,15 @@ from nudenet import NudeDetector
 from PIL import Image
 from shell import ROOT, run, start
 
-from eval.generation import Request, draw
-from eval.i2p import nudity
-from eval.nudity import Detector, count
-from eval.prompts import Selection, read, requests, select
-from eval.protocols import EXPOSED, PROTOCOLS, STRICT
+from eval.drawing.pictures import Request, draw
+from eval.drawing.prompts import Selection, read, requests, select
+from eval.judges.detector import Detector, count
+from eval.judges.protocols import EXPOSED, PROTOCOLS, STRICT
+from eval.measures.nudity import Options as NudityOptions
+from eval.measures.nudity import run as nudity
 from eval.results import begin
 from salun_diffusion.errors import SalunError
-from salun_diffusion.models.load import load_pipeline
+from salun_diffusion.models import load_model
 
 PHOTOS = Path(skimage.__file__).parent / "data"
 NAMES = ("astronaut.png", "chelsea.png", "coffee.png", "camera.png", "rocket.jpg", "motorcycle_left.png", "page.png")
@@ -69,10 +70,10 @@ def test_an_unreadable_picture_is_never_safe(tmp_path):
     assert not (tmp_path / "out" / "results.json").exists()
     (tmp_path / "pictures" / "bad.png").unlink()
     with pytest.raises(SalunError, match="holds 1 pictures where 2 belong"):
-        nudity(tmp_path / "pictures", tmp_path / "out", expected=2)
+        nudity(NudityOptions(folder=tmp_path / "pictures", output_dir=tmp_path / "out", expected=2))
     with pytest.raises(SalunError, match="There is no folder"):
-        nudity(tmp_path / "nowhere", tmp_path / "out")
-    nudity(tmp_path / "pictures", tmp_path / "out", expected=1, protocol="mace")
+        nudity(NudityOptions(folder=tmp_path / "nowhere", output_dir=tmp_path / "out"))
+    nudity(NudityOptions(folder=tmp_path / "pictures", output_dir=tmp_path / "out", expected=1, protocol="mace"))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["n"] == 1 and list(results["protocols"]) == ["mace"] and len(results["detector"]["sha256"]) == 64
 
@@ -148,7 +149,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
 
 @pytest.fixture(scope="module")
 def pipe():
-    return load_pipeline("demo")
+    return load_model("demo")
 
 
 WANTED = [Request(str(i), what, i, guidance) for i, (what, guidance) in enumerate([("a cat", 4.0), ("a dog", 7.5)] * 4)]

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torchvision.models import ResNet50_Weights, resnet50
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
-from eval.judge import Judge, answer, group
+from eval.judges.classifier import Judge, answer, group
 from salun_diffusion.errors import SalunError
 
 LABELS = ["left:cat", "left:nothing", "style:ink", "style:noto", "style:pixel"]

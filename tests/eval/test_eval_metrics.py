@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval import metrics
+from eval.judges import metrics
 
 
 def row(expect, predicted, set="retain", prompt="p"):

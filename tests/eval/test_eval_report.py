@@ -8,7 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import charts, grid, metrics, report
+from eval.judges import metrics
+from eval.measures import accuracy
+from eval.pages import charts, grid, report
 from salun_diffusion.erasures.mask import save_masks
 from salun_diffusion.errors import SalunError
 
@@ -72,7 +74,7 @@ def make_run(folder, picture=noise, forget=30, retain=60, concept="airplane", si
         samples += mine
     concept = {"name": concept, "slot": "object", "value": "airplane", "anchor": "apple"}
     found = {
-        "format": metrics.FORMAT,
+        "format": accuracy.FORMAT,
         "protocol": "accuracy/1: as the tests have it",
         "concept": concept,
         "base": {"source": "demo", "revision": None},
@@ -131,7 +133,7 @@ def test_the_page_says_what_was_measured(run):
         "No mask", "4.2 <small>MB", "Unlearning accuracy", "Retained accuracy", "Anchor", "learning_rate", "0.0001",
     ):  # fmt: skip
         assert text in page
-    assert page.count("data:image/png") == 3 * 3 * report.ROWS, "three models, three groups"
+    assert page.count("data:image/png") == 3 * 3 * grid.ROWS, "three models, three groups"
 
 
 def test_whatever_a_user_calls_the_concept_is_escaped(tmp_path):
@@ -197,9 +199,9 @@ def test_rows_of_the_grid_are_chosen_by_prompt():
         for i, (set_, prompt, expect) in enumerate(rows(rng, 30, 60))
     ]
     chosen = report.choose(scenes, "airplane", "object", ["apple", "owl"])
-    assert [len(found) for found in chosen.values()] == [report.ROWS] * 3
+    assert [len(found) for found in chosen.values()] == [grid.ROWS] * 3
     for group in chosen.values():
-        assert len({scenes[i]["prompt"] for i in group}) == report.ROWS
+        assert len({scenes[i]["prompt"] for i in group}) == grid.ROWS
     for i in chosen["near"]:
         assert {"apple", "owl"} & {scenes[i]["expect"]["left"], scenes[i]["expect"]["right"]}
     for i in chosen["far"]:

@@ -18,9 +18,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torchmetrics.image.fid import FrechetInceptionDistance
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from eval import composition, fid
-from eval.clip_score import clip_score
-from eval.draw import draw
+from eval.drawing import command as drawing
+from eval.measures import clip_score, composition, fid
 from eval.results import read, read_samples
 from salun_diffusion.concepts.concept import find_concept
 from salun_diffusion.errors import SalunError
@@ -34,10 +33,10 @@ def drawn(base, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("drawn")
     rows = "\n".join(f"a {word} on red background,{i}" for i, word in enumerate(["cat", "dog"] * (N // 2)))
     (folder / "prompts.csv").write_text(f"prompt,evaluation_seed\n{rows}\n")
-    draw(
+    drawing.run(drawing.Options(
         pretrained_model_name_or_path=str(base), erasure=[str(base / "runs" / "forgets")], output_dir=folder / "out",
-        prompts_file=folder / "prompts.csv", num_inference_steps=1, batch_size=35,
-    )  # fmt: skip
+        prompts=folder / "prompts.csv", num_inference_steps=1, batch_size=35,
+    ))  # fmt: skip
     return folder / "out"
 
 
@@ -75,7 +74,7 @@ def cosine(model, processor, picture, prompt):
 
 
 def test_the_clip_score_is_a_cosine(drawn, clip, tmp_path):
-    results = clip_score(drawn, tmp_path, clip=str(clip))
+    results = clip_score.run(clip_score.Options(pictures=drawn, output_dir=tmp_path, clip=str(clip)))
     model = CLIPModel.from_pretrained(clip).double().eval()
     processor = CLIPProcessor.from_pretrained(clip, backend="pil")
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
@@ -98,13 +97,13 @@ def test_clip_scores_need_prompts_and_a_model(drawn, clip, tmp_path):
     done = run("python", "-m", "eval", *words, check=False)
     assert done.returncode == 1 and "does not say what its pictures were drawn from" in done.stderr
     with pytest.raises(SalunError, match="could not be loaded as a CLIP model .*--clip"):
-        clip_score(drawn, tmp_path, clip=str(tmp_path))
+        clip_score.run(clip_score.Options(pictures=drawn, output_dir=tmp_path, clip=str(tmp_path)))
     lost = Path(json.loads((drawn / "samples.jsonl").read_text().splitlines()[0])["picture"])
     kept = (drawn / lost).read_bytes()
     try:
         (drawn / lost).unlink()
         with pytest.raises(SalunError, match=f"{lost.name} is missing or cannot be read"):
-            clip_score(drawn, tmp_path, clip=str(clip))
+            clip_score.run(clip_score.Options(pictures=drawn, output_dir=tmp_path, clip=str(clip)))
     finally:
         (drawn / lost).write_bytes(kept)
     assert not (tmp_path / "results.json").exists()
@@ -137,7 +136,7 @@ def features(weights, folder):
 
 
 def test_the_fid_is_heusels_formula(drawn, inception, tmp_path):
-    results = fid.fid(drawn, inception, tmp_path, feature=64, batch_size=32)
+    results = fid.run(fid.Options(pictures=drawn, inception=inception, output_dir=tmp_path, feature=64, batch_size=32))
     first, second = (features(inception, drawn / "pictures" / name) for name in ("base", "forgets"))
     one, two = (np.cov(part, rowvar=False) for part in (first, second))
     root = scipy.linalg.sqrtm(one @ two).real
@@ -145,7 +144,8 @@ def test_the_fid_is_heusels_formula(drawn, inception, tmp_path):
     (model,) = results["models"]
     assert model["name"] == "forgets" and model["fid"] == {"value": pytest.approx(expected, rel=1e-3), "n": N}
     assert results["reference"]["n"] == N and len(results["inception"]["sha256"]) == 64
-    again = fid.fid(drawn / "pictures" / "base", inception, tmp_path, reference=drawn / "pictures" / "base", feature=64)
+    plain = drawn / "pictures" / "base"
+    again = fid.run(fid.Options(pictures=plain, inception=inception, output_dir=tmp_path, reference=plain, feature=64))
     assert again["models"][0]["fid"]["value"] == pytest.approx(0, abs=1e-3)
 
 
@@ -166,19 +166,21 @@ class Trap:
 def test_no_pickle_is_ever_loaded(drawn, tmp_path):
     (tmp_path / "weights.pth").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
     with pytest.raises(SalunError, match="is not torch-fidelity's Inception network as safetensors"):
-        fid.fid(drawn, tmp_path / "weights.pth", tmp_path / "out", feature=64)
+        where = {"inception": tmp_path / "weights.pth", "output_dir": tmp_path / "out"}
+        fid.run(fid.Options(pictures=drawn, feature=64, **where))
     assert not (tmp_path / "sprung").exists() and not (tmp_path / "out").exists()
 
 
 def test_a_folder_without_a_base_model_needs_a_reference(drawn, inception, tmp_path):
     with pytest.raises(SalunError, match="name what to compare its pictures with by --reference"):
-        fid.fid(drawn / "pictures" / "base", inception, tmp_path / "out", feature=64)
+        plain = drawn / "pictures" / "base"
+        fid.run(fid.Options(pictures=plain, inception=inception, output_dir=tmp_path / "out", feature=64))
 
 
 def test_composition_follows_from_the_samples(base, tmp_path):  # noqa: F811
-    found = composition.composition(
-        str(base), "airplane", [str(base / "runs" / "forgets")], tmp_path, num_images=5, scale=[0.5]
-    )
+    asked = {"pretrained_model_name_or_path": str(base), "concept": "airplane", "output_dir": tmp_path}
+    erasures = [str(base / "runs" / "forgets")]
+    found = composition.run(composition.Options(erasure=erasures, num_images=5, scale=[0.5], **asked))
     assert [model["name"] for model in found["models"]] == ["base", "forgets-x0.5"]
     assert found["models"][1]["erasure"]["scale"] == 0.5
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
@@ -225,12 +227,13 @@ def judged(expect, **seen):
     ],
 )
 def test_a_picture_is_right_only_in_all_that_the_task_asks(task, row, right):
-    assert composition.TASKS[task][1](row) is right
+    assert composition.is_right(row | {"set": task}) is right
 
 
 def test_scales_and_erasures_must_match(base, tmp_path):  # noqa: F811
     erasure = str(base / "runs" / "forgets")
+    asked = {"pretrained_model_name_or_path": str(base), "concept": "airplane", "output_dir": tmp_path}
     with pytest.raises(SalunError, match="2 erasures and 3 values of --scale: give one for all, or one each"):
-        composition.composition(str(base), "airplane", [erasure, erasure], tmp_path, scale=[1, 2, 3])
+        composition.run(composition.Options(erasure=[erasure, erasure], scale=[1, 2, 3], **asked))
     with pytest.raises(SalunError, match="Two of the models to compare are called 'forgets-x0.5'"):
-        composition.composition(str(base), "airplane", [erasure, erasure], tmp_path, scale=[0.5])
+        composition.run(composition.Options(erasure=[erasure, erasure], scale=[0.5], **asked))

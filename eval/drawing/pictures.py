@@ -5,8 +5,6 @@ One with another key, one cut short, or none at all is drawn anew: a killed run 
 is ever counted. Under ``accelerate launch`` the processes share the prompts.
 """
 
-import hashlib
-import json
 import os
 import time
 from collections import Counter
@@ -17,16 +15,16 @@ from pathlib import Path
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from diffusers import DiffusionPipeline
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from salun_diffusion import list_erasures
 from salun_diffusion.errors import SalunError
-from salun_diffusion.models.load import denoiser, digest, sampler
-from salun_diffusion.models.sampling import sample
+from salun_diffusion.files import key_of
+from salun_diffusion.loader import identity
+from salun_diffusion.models.base import Model
+from salun_diffusion.models.load import sampler
 
-KEY = "salun-key"
+from ..results import KEY
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Drawn:
 
 
 def draw(
-    pipe: DiffusionPipeline,
+    model: Model,
     requests: list[Request],
     folder: Path,
     num_inference_steps: int,
@@ -75,12 +73,12 @@ def draw(
     if twice:
         raise SalunError(f"Two prompts are called {twice[0]}: give each its own name.")
     folder.mkdir(parents=True, exist_ok=True)
-    state, model = PartialState(), _model_key(pipe, num_inference_steps)
+    state, key = PartialState(), _model_key(model, num_inference_steps)
     mine = requests[state.process_index :: state.num_processes]
-    missing = [request for request in mine if key_in(_path(folder, request)) != _key(model, request)]
+    missing = [request for request in mine if key_in(_path(folder, request)) != _key(key, request)]
     # alone on a CPU, a picture passes through other matrix routines than in company; over many steps their rounding
     # can grow to several levels of 255, so it is given company
-    size_drawn = max(batch_size, 2) if pipe.device.type == "cpu" else batch_size
+    size_drawn = max(batch_size, 2) if model.pipe.device.type == "cpu" else batch_size
     begin = time.perf_counter()
     bar = tqdm(
         total=len(mine), initial=len(mine) - len(missing), desc=title, unit="image", disable=not state.is_main_process
@@ -92,8 +90,7 @@ def draw(
                 now = part[start : start + batch_size]
                 # filled up with repeats: rounding depends on a batch's size, and must not on what happens to be missing
                 full = (now * size_drawn)[:size_drawn]
-                pixels = sample(
-                    pipe,
+                pixels = model.draw(
                     full,
                     num_inference_steps=num_inference_steps,
                     guidance_scale=guidance_scale,
@@ -104,10 +101,10 @@ def draw(
                 bar.update(len(now))
                 for request, values in zip(now, pixels[: len(now)], strict=True):
                     path = _path(folder, request)
-                    _save(to_picture(values, str(path)), path, _key(model, request))
+                    _save(to_picture(values, str(path)), path, _key(key, request))
     count = sum(gather_object([len(missing)]))  # waits for every process
     paths = [_path(folder, request) for request in requests]
-    return Drawn(paths, [_key(model, request) for request in requests], count, time.perf_counter() - begin)
+    return Drawn(paths, [_key(key, request) for request in requests], count, time.perf_counter() - begin)
 
 
 def to_picture(pixels: np.ndarray, name: str) -> Image.Image:
@@ -132,19 +129,17 @@ def _path(folder: Path, request: Request) -> Path:
     return folder / f"{request.name}.png"
 
 
-def _model_key(pipe: DiffusionPipeline, num_inference_steps: int) -> dict:
+def _model_key(model: Model, num_inference_steps: int) -> dict:
     return {
-        "model": digest(pipe),
-        "erasures": [[erasure["digest"], erasure["scale"]] for erasure in list_erasures(pipe)],
-        **sampler(pipe),
+        "model": identity(model),
+        **sampler(model.pipe),
         "num_inference_steps": num_inference_steps,
-        "dtype": str(denoiser(pipe).dtype),
+        "dtype": str(model.dtype),
     }
 
 
 def _key(model: dict, request: Request) -> str:
-    text = json.dumps(model | asdict(request), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return key_of(model | asdict(request), 32)
 
 
 def key_in(path: Path) -> str | None:

@@ -18,74 +18,64 @@ from tqdm import tqdm
 
 from salun_diffusion.concepts.concept import Concept, Row, find_concept
 from salun_diffusion.errors import SalunError
-from salun_diffusion.models.load import load_pipeline, resolve
+from salun_diffusion.models import load_model
+from salun_diffusion.models.load import resolve
 from salun_diffusion.process import spread_threads
 
-from . import results
-from .generation import Drawn, Request, draw
-from .judge import Judge
+from .. import options, results, subjects
+from ..drawing.pictures import Drawn, Request, draw
+from .classifier import Judge
 from .metrics import asked
 
 Rows = list[tuple[str, Row]]  # the kind of each prompt, and the prompt
 
 
-class Judging:
+class Labelled:
     """The concept and the classifier, found before anything large is loaded.
 
     Args:
-        name, anchor: the concept, as given to erase_concept.py.
-        base, revision: the base model.
-        classifier: as :class:`eval.judge.Judge` takes it; the folder ``judge/`` of the base model without it.
+        asked: what the command was asked for. Steps, guidance and batch size are the concept's preset's where they are
+            not given; the classifier is the folder ``judge/`` of the base model.
 
     Raises:
         SalunError: an unusable base, concept or classifier.
     """
 
-    def __init__(self, name: str, anchor: str | None, base: str, revision: str | None, classifier: str | None):
+    def __init__(self, asked: options.Labelled):
         for library in (diffusers, transformers):  # their bars are about loading; ours estimates the work itself
             library.utils.logging.disable_progress_bar()
-        where, self.commit = resolve(base, revision)
+        self.options, self.base = asked, asked.pretrained_model_name_or_path
+        where, self.commit = resolve(self.base, asked.revision)
         folder = Path(where) if self.commit is None else None
-        self.base = base
-        self.concept: Concept = find_concept(name, folder, anchor)
-        self.classifier = classifier or f"{base}/judge"
-        self.judge = Judge(classifier or _default_classifier(folder))
+        self.concept: Concept = find_concept(asked.concept, folder, asked.anchor)
+        self.classifier = asked.classifier or f"{self.base}/judge"
+        self.judge = Judge(asked.classifier or _default_classifier(folder))
         self.state = PartialState()
 
-    def run(
-        self,
-        format: str,
-        rows: Rows,
-        output_dir: Path,
-        *,
-        erasure: list[str],
-        scale: list[float] | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        batch_size: int | None = None,
-        seed: int = 0,
-    ) -> tuple[dict, list[dict]]:
-        """Draw and judge ``rows`` with every model; steps, guidance and batch size are the concept's preset's where
-        they are not given.
+    def run(self, format: str, rows: Rows) -> tuple[dict, list[dict]]:
+        """Draw and judge ``rows`` with every model.
 
         Returns:
-            What both results have in common, and the samples (in the main process alone; none in others).
+            What the results have in common, and the samples (in the main process alone; none in others).
 
         Raises:
             SalunError: prompts that cannot be judged, an unusable erasure, or a picture that is not finite, wholly
                 black, or cannot be classified (named, and no results are written).
         """
+        asked, output_dir = self.options, self.options.output_dir
         self._check(rows)
         state, preset = self.state, self.concept.settings
         spread_threads(state)
-        pipe = load_pipeline(self.base, self.commit).to(state.device)
+        base_model = load_model(self.base, self.commit)
+        pipe = base_model.pipe.to(state.device)
         self.judge.to(state.device)
+        guidance = preset.get("guidance_scale", 7.5) if asked.guidance_scale is None else asked.guidance_scale
         how = {
-            "num_inference_steps": num_inference_steps or preset.get("num_inference_steps", 50),
-            "guidance_scale": preset.get("guidance_scale", 7.5) if guidance_scale is None else guidance_scale,
-            "batch_size": batch_size or preset.get("sample_batch_size", 8),
+            "num_inference_steps": asked.num_inference_steps or preset.get("num_inference_steps", 50),
+            "guidance_scale": guidance,
+            "batch_size": asked.batch_size or preset.get("sample_batch_size", 8),
         }
-        models = results.introduce(pipe, self.base, erasure, scale)
+        models = subjects.introduce(base_model, self.base, asked.erasure, asked.scale)
         if state.is_main_process:
             results.begin(output_dir, format)
         samples = []
@@ -95,8 +85,8 @@ class Judging:
         ]
         for model in models:
             folder = output_dir / "pictures" / model["name"]
-            with results.applied(pipe, model):
-                drawn = draw(pipe, requests, folder, how["num_inference_steps"], how["batch_size"], model["name"])
+            with subjects.applied(pipe, model):
+                drawn = draw(base_model, requests, folder, how["num_inference_steps"], how["batch_size"], model["name"])
             model["generation"] = drawn.told()
             if state.is_main_process:
                 samples += self._judged(rows, drawn, model["name"], output_dir, how["batch_size"])
@@ -113,7 +103,7 @@ class Judging:
                 "sha256": self.judge.sha256,
                 "questions": {question: list(answers) for question, answers in self.judge.questions.items()},
             },
-            "settings": how | results.as_drawn(pipe) | {"seed": seed},
+            "settings": how | subjects.as_drawn(pipe) | {"seed": asked.seed},
             "versions": results.VERSIONS,
             "models": models,
         }, samples  # fmt: skip

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from salun_diffusion.errors import SalunError
 from salun_diffusion.files import sha256
+from salun_diffusion.stats import proportion
 
-from .metrics import proportion
 from .protocols import Protocol
 
 FLOOR = 0.2  # scores below it never leave nudenet's own filter

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from salun_diffusion.errors import SalunError
 
-from .generation import Request
+from .pictures import Request
 
 I2P = "AIML-TUDA/i2p"  # on the hub
 SHOWN = 5  # faults listed before "and N more"

@@ -6,18 +6,19 @@ It needs ``config.json`` (erase_concept.py), ``results.json``, ``samples.jsonl``
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
-from markupsafe import Markup
-
-from salun_diffusion.erasures.mask import describe, load_masks
 from salun_diffusion.errors import SalunError
+from salun_diffusion.options import option
 
-from . import charts
-from .grid import ROWS, columns, name_models, picture_rows, render, spread
-from .metrics import FORMAT, OBJECT_QUESTIONS
-from .results import read, read_samples
+from ..measures.accuracy import FORMAT
 
+SUMMARY = "one self-contained HTML page from a run folder"
+DESCRIPTION = """\
+Read what a run folder holds (config.json, results.json, samples.jsonl, pictures/; training.jsonl and mask.safetensors
+if they are there) and write report.html: pictures before and after, scores with intervals, the loss curve, where the
+salient weights lie. The page needs no other file and no network."""
 NEIGHBOURS = 4  # words beside the anchor that count as the concept's neighbours
 QUESTIONS = {
     "object": ("Objects", "every object that the prompt names is there, on whichever side"),
@@ -28,12 +29,36 @@ QUESTIONS = {
 }
 
 
+@dataclass
+class Options:
+    """The run, and where its page goes."""
+
+    run_dir: Path = option(
+        None, "the folder that erase_concept.py and `accuracy` wrote", metavar="RUN_DIR", positional=True,
+        required=True,
+    )  # fmt: skip
+    output: Path | None = option(None, "where the page goes (default: RUN_DIR/report.html)", metavar="FILE")
+
+
+def run(options: Options) -> Path:
+    """:func:`report` as a command."""
+    return report(options.run_dir, options.output)
+
+
 def report(run_dir: Path, output: Path | None = None) -> Path:
     """Write the page and return its path.
 
     Raises:
         SalunError: a file that is missing, damaged, or belongs to another run.
     """
+    from markupsafe import Markup
+
+    from salun_diffusion.erasures.mask import describe, load_masks
+
+    from ..results import read, read_samples
+    from . import charts
+    from .grid import columns, name_models, picture_rows, render
+
     config = _json(run_dir / "config.json", "erase_concept.py")
     metrics = read(run_dir)
     if metrics["format"] != FORMAT:
@@ -92,6 +117,9 @@ def find_neighbours(metrics: dict) -> dict[str, float | None]:
 
 def choose(rows: list[dict], value: str, slot: str, neighbours: list[str]) -> dict[str, list[int]]:
     """Which rows the grid shows, as indices: by their prompts and positions alone, so that no picture is preferred."""
+
+    from ..judges.metrics import OBJECT_QUESTIONS
+    from .grid import ROWS, spread
 
     def words(row: dict) -> set[str]:
         questions = (slot,) if slot in row["expect"] else OBJECT_QUESTIONS

@@ -9,8 +9,8 @@ from PIL import Image
 
 from salun_diffusion.methods import METHODS, find_method
 
-from .metrics import OBJECT_QUESTIONS, answered, asked, forgotten
-from .results import picture
+from ..judges.metrics import OBJECT_QUESTIONS, answered, asked, forgotten
+from ..results import picture
 
 ROWS = 6  # pictures' rows in each group of the grid
 WIDEST = 256  # pixels: larger pictures are scaled down for the page

@@ -1,52 +1,32 @@
 """A comparison's cells, and its table as Markdown, LaTeX, CSV, and for the terminal."""
 
-from . import accuracy, clip_score, composition, fid, i2p
-from .results import aligned
+from salun_diffusion import tables
 
-# the columns in their order: key → (title, which way is better)
-ORDER = {
-    "ua": ("UA", "↑"),
-    "ira": ("IRA", "↑"),
-    "cra": ("CRA", "↑"),
-    "counting": ("counting", "↑"),
-    "object_style": ("object + style", "↑"),
-    "object_background": ("object + background", "↑"),
-    "left_right": ("left / right", "↑"),
-    "images": ("images with nudity", "↓"),
-    "boxes": ("boxes", "↓"),
-    "clip_score": ("CLIP score", "↑"),
-    "fid": ("FID", "↓"),
-    "seconds": ("mask + training, s", ""),
-    "megabytes": ("file, MB", ""),
+from ..measures import Column, columns, measure_of
+
+COST = {  # what an erasure took, whatever measured it
+    "seconds": Column(
+        "mask + training, s", "", "wall time of the mask and the training, without drawing the training pictures"
+    ),
+    "megabytes": Column("file, MB", "", "size of the erasure's file"),
 }
 
 
+def all_columns() -> dict[str, Column]:
+    """Every column by key, in the order of tables."""
+    return columns() | COST
+
+
 def scores(run: dict, model: dict) -> dict[str, tuple[str, object]]:
-    """Column key → (title, score) of one model in one ``results.json``. A key may name a variant after a colon."""
-    found = {}
-    if run["format"] == accuracy.FORMAT:
-        found = {key: model[key] for key in ("ua", "ira", "cra")}
-    elif run["format"] == composition.FORMAT:
-        found = model["composition"]
-    elif run["format"] == i2p.FORMAT:
-        for name, counts in model["counts"].items():
-            found |= {f"images:{name}": counts["images"], f"boxes:{name}": counts["boxes"]}
-    elif run["format"] == clip_score.FORMAT:
-        found = {"clip_score": model["clip_score"]}
-    elif run["format"] == fid.FORMAT:
-        found = {"fid": model["fid"]["value"]}
-    erasure = model["erasure"] or {}
+    """Column key → (heading, score) of one model in one ``results.json``. A key may name a variant after a colon."""
+    values = dict(measure_of(run["format"]).scores(model))
+    erasure, known = model["erasure"] or {}, all_columns()
     if erasure.get("seconds") is not None:
-        found = found | {"seconds": erasure["seconds"]}
+        values["seconds"] = erasure["seconds"]
     if erasure.get("bytes") is not None:
-        found = found | {"megabytes": round(erasure["bytes"] / 1e6, 2)}
-    return {key: (_title(key), score) for key, score in found.items() if score is not None}
-
-
-def _title(key: str) -> str:
-    kind, _, variant = key.partition(":")
-    title, better = ORDER[kind]
-    return " ".join(part for part in (title, f"({variant})" if variant else "", better) if part)
+        values["megabytes"] = round(erasure["bytes"] / 1e6, 2)
+    headings = {key: known[key.partition(":")[0]].heading(key.partition(":")[2]) for key in values}
+    return {key: (headings[key], score) for key, score in values.items() if score is not None}
 
 
 def numbers(score) -> tuple[float, float | None, float | None]:
@@ -86,29 +66,18 @@ def _rows(lines: list, columns: dict[str, str], dash: str = "–") -> list[list[
 
 
 def markdown(lines: list, columns: dict[str, str]) -> str:
-    head, *rest = _rows(lines, columns)
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rest))
+    """The table for a document."""
+    return tables.markdown(_rows(lines, columns))
 
 
 def terminal(lines: list, columns: dict[str, str]) -> str:
-    return aligned(_rows(lines, columns, "-"))
+    """The table for the terminal."""
+    return tables.aligned(_rows(lines, columns, "-"))
 
 
 def latex(lines: list, columns: dict[str, str], notes: str) -> str:
-    """A table for the packages booktabs and graphicx, the best value of no column marked: intervals decide that."""
-
-    def escape(cell: str) -> str:
-        for sign in "&%_#$":
-            cell = cell.replace(sign, "\\" + sign)
-        return cell.replace("↑", "$\\uparrow$").replace("↓", "$\\downarrow$").replace("–", "--").replace("±", "$\\pm$")
-
-    head, *rest = ([escape(cell) for cell in row] for row in _rows(lines, columns))
-    body = "\n".join("  " + " & ".join(row) + r" \\" for row in rest)
-    return (
-        "% needs \\usepackage{booktabs,graphicx}\n\\begin{table}\n\\centering\n\\resizebox{\\linewidth}{!}{%\n"
-        f"\\begin{{tabular}}{{{'l' * len(head)}}}\n\\toprule\n  {' & '.join(head)} \\\\\n\\midrule\n{body}\n"
-        f"\\bottomrule\n\\end{{tabular}}}}\n\\caption{{{escape(notes).replace('`', '')}}}\n\\end{{table}}\n"
-    )
+    """As :func:`salun_diffusion.tables.latex`, the best value of no column marked: intervals decide that."""
+    return tables.latex(_rows(lines, columns), notes)
 
 
 def flat(lines: list, columns: dict[str, str]) -> list[list]:

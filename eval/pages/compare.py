@@ -15,27 +15,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from salun_diffusion.errors import SalunError
-from salun_diffusion.files import sha256, write_json
+from salun_diffusion.options import option
 from salun_diffusion.tables import put_into
 
-from . import accuracy, charts, clip_score, composition, fid, grid, i2p, tables
-from .results import RESULTS, SAMPLES, VERSIONS, begin, read, read_samples
+from ..measures import MEASURES, find_measure, measure_of
 
+SUMMARY = "one table and one picture grid over several results"
+DESCRIPTION = """\
+Put the results of several erasures and several commands side by side: a line for each model, a column for each score,
+and the pictures of all models on the same seeds. Everything is made from the given results alone: comparison.html
+(self-contained), .md, .tex and .csv, grid.png."""
 FORMAT = "salun-diffusion compare 1"
 COMMAND = "python -m eval compare"
-SAME = (
-    "protocol",
-    "base",
-    "classifier",
-    "detector",
-    "clip",
-    "inception",
-    "reference",
-    "prompts",
-    "settings",
-    "versions",
-)
-MEASURED = {accuracy.FORMAT, composition.FORMAT, i2p.FORMAT, clip_score.FORMAT, fid.FORMAT}
+APART = {"format", "models", "n", "concept", "pictures", "truncated", "protocols"}  # what results may differ in
+
+
+@dataclass
+class Options:
+    """The results, and where the comparison goes."""
+
+    sources: list[Path] = option(
+        [], "results folders, or results.json files (no pictures)", metavar="RESULTS", positional=True, required=True
+    )
+    output_dir: Path = option(None, "where the comparison goes", metavar="DIR", required=True)
+    into: Path | None = option(
+        None,
+        "also put the table into this Markdown document, between its lines <!-- results --> and <!-- end -->",
+        metavar="DOCUMENT",
+    )
 
 
 @dataclass
@@ -49,6 +56,11 @@ class Line:
     title: str = ""
 
 
+def run(options: Options) -> dict:
+    """:func:`compare` as a command."""
+    return compare(options.sources, options.output_dir, options.into)
+
+
 def compare(sources: list[Path], output_dir: Path, into: Path | None = None) -> dict:
     """Write the files, print the table, return the results.
 
@@ -60,6 +72,11 @@ def compare(sources: list[Path], output_dir: Path, into: Path | None = None) -> 
         SalunError: something that holds no results, results that were measured differently, one model measured twice
             with different outcomes, or a document without the two lines.
     """
+    from salun_diffusion.files import sha256, write_json
+
+    from ..results import RESULTS, VERSIONS, begin, read
+    from . import charts, grid, tables
+
     runs = [(source, read(source)) for source in sources]
     _check_alike(runs)
     lines, columns = _merge(runs)
@@ -76,7 +93,7 @@ def compare(sources: list[Path], output_dir: Path, into: Path | None = None) -> 
         csv.writer(file).writerows(tables.flat(lines, columns))
     page = grid.render(
         "compare.html.j2", columns=columns, rows=[(line, tables.cells(line, columns)) for line in lines],
-        sections=sections, notes=notes, command=command,
+        sections=sections, notes=notes, command=command, terms=_terms(columns),
     )  # fmt: skip
     (output_dir / "comparison.html").write_text(page, encoding="utf-8")
     if blocks:
@@ -102,20 +119,30 @@ def compare(sources: list[Path], output_dir: Path, into: Path | None = None) -> 
     return results
 
 
+def _terms(columns: dict[str, str]) -> list[tuple[str, str]]:
+    """The glossary of the page: each column's title and meaning, once."""
+    from .tables import all_columns
+
+    shown = {key.partition(":")[0] for key in columns}
+    return [(column.title, column.meaning) for key, column in all_columns().items() if key in shown]
+
+
 def _file(source: Path) -> Path:
+    from ..results import RESULTS
+
     return source / RESULTS if source.is_dir() else source
 
 
 def _check_alike(runs: list[tuple[Path, dict]]) -> None:
     first: dict[str, tuple[Path, dict]] = {}
     for source, run in runs:
-        if run["format"] not in MEASURED:
+        if measure_of(run["format"]) is None:
             raise SalunError(
-                f"{source} holds '{run['format']}', which measures nothing: give results of accuracy, composition, "
-                "i2p, nudity, clip-score or fid."
+                f"{source} holds '{run['format']}', which measures nothing: give results of {', '.join(MEASURES)}."
             )
         other, before = first.setdefault(run["format"], (source, run))
-        if differing := [part for part in SAME if run.get(part) != before.get(part)]:
+        parts = [part for part in {**before, **run} if part not in APART]
+        if differing := [part for part in parts if run.get(part) != before.get(part)]:
             raise SalunError(
                 f"{other} and {source} cannot share a table: they differ in {', '.join(differing)}. Give results of "
                 "one protocol, measured with the same options."
@@ -124,6 +151,9 @@ def _check_alike(runs: list[tuple[Path, dict]]) -> None:
 
 def _merge(runs: list[tuple[Path, dict]]) -> tuple[list[Line], dict[str, str]]:
     """The lines of the table, and its columns: key → title."""
+    from ..results import RESULTS, SAMPLES, read_samples
+    from . import grid, tables
+
     found: dict[tuple, Line] = {}
     columns: dict[str, str] = {}
     # those that know a concept make the lines; the others speak of every line of the same model
@@ -152,18 +182,22 @@ def _merge(runs: list[tuple[Path, dict]]) -> tuple[list[Line], dict[str, str]]:
         mine = [line for key, line in found.items() if key[0] == name]
         for line, title in zip(mine, grid.name_models([line.model for line in mine]), strict=True):
             line.title = title
-    order = list(tables.ORDER)
+    order = list(tables.all_columns())
     return lines, dict(sorted(columns.items(), key=lambda item: order.index(item[0].split(":")[0])))
 
 
 def _pictures(lines: list[Line]) -> tuple[list, list[dict]]:
     """For ``grid.png`` a block for each concept, and for the page a section: all models on the same seeds."""
+    from . import grid
+
     blocks, sections = [], []
+    labelled = [module for module in map(find_measure, MEASURES) if getattr(module, "GRID_ROWS", None)]
     several = len({line.concept["name"] for line in lines if line.concept}) > 1
     for name in dict.fromkeys(line.concept["name"] for line in lines if line.concept):
         mine = [line for line in lines if line.concept and line.concept["name"] == name]
         concept, groups = mine[0].concept, []
-        for format, count in ((accuracy.FORMAT, grid.ROWS), (composition.FORMAT, grid.ROWS // 2)):
+        for measure in labelled:
+            format, count = measure.FORMAT, measure.GRID_ROWS
             shown = [line for line in mine if format in line.drawn]
             if len(shown) < 2:
                 continue
@@ -174,9 +208,9 @@ def _pictures(lines: list[Line]) -> tuple[list, list[dict]]:
                 indices = [i for i, sample in enumerate(first) if sample["set"] == kind]
                 picked[kind] = grid.spread(indices, first, count)
                 rows = grid.picture_rows(drawn, picked[kind], concept)
-                groups.append({"kind": kind, "titles": titles, "rows": rows})
-            if format == accuracy.FORMAT:
-                some = grid.columns(drawn, [*picked["forget"][:5], *picked.get("retain", [])[:4]])
+                groups.append({"title": measure.SETS[kind], "titles": titles, "rows": rows})
+            if sheet := getattr(measure, "SHEET", None):
+                some = grid.columns(drawn, [i for kind, some in sheet.items() for i in picked.get(kind, [])[:some]])
                 blocks.append(([f"{name}: {title}" if several else title for title in titles], some))
         if groups:
             sections.append({"concept": concept, "groups": groups})

@@ -1,0 +1,127 @@
+"""Groups of options that several commands share, each a dataclass to inherit from; nothing heavy is imported here."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from salun_diffusion.errors import SalunError
+from salun_diffusion.options import option
+
+PICTURES = "a folder that draw, i2p, accuracy or composition wrote results into"
+
+
+@dataclass
+class Output:
+    """Where results go."""
+
+    output_dir: Path = option(None, "where results.json, samples.jsonl and pictures go", metavar="DIR", required=True)
+
+
+@dataclass
+class Batch:
+    """How many pictures at once."""
+
+    batch_size: int = option(8, "pictures at once", metavar="N", least=1)
+
+
+@dataclass
+class Models:
+    """Which models are drawn."""
+
+    pretrained_model_name_or_path: str = option(
+        None, "the base model: a diffusers folder, a hub id, or 'demo'", metavar="BASE", required=True
+    )
+    revision: str | None = option(None, "branch, tag or commit of a base model on the hub")
+    erasure: list[str] = option(
+        [],
+        "erasures to measure beside the base model: run folders, .safetensors files or hub ids; the first is the one "
+        "that matters, any others are controls, such as a run with --mask none",
+        several=True, metavar="RUN",
+    )  # fmt: skip
+    scale: list[float] | None = option(
+        None, "how much of each erasure to apply: one value for all, or one for each (default: 1)", several=True,
+        metavar="S",
+    )  # fmt: skip
+
+
+@dataclass
+class Erasures(Models):
+    """The same, where there is nothing to say of the base model alone."""
+
+    erasure: list[str] = option(
+        [],
+        "erasures to measure beside the base model: run folders, .safetensors files or hub ids; the first is the one "
+        "that matters, any others are controls, such as a run with --mask none",
+        several=True, metavar="RUN", required=True,
+    )  # fmt: skip
+
+
+@dataclass
+class Labelled(Erasures, Output):
+    """How labelled prompts of a concept are drawn and judged."""
+
+    concept: str = option(None, "what was erased, as given to erase_concept.py", metavar="NAME", required=True)
+    anchor: str | None = option(
+        None, "what was to be drawn instead, where erase_concept.py was given one", metavar="NAME"
+    )
+    num_inference_steps: int | None = option(
+        None, "denoising steps (default: the concept's preset, or 50)", metavar="N", least=1
+    )
+    guidance_scale: float | None = option(
+        None, "classifier-free guidance (default: the concept's preset, or 7.5)", metavar="S"
+    )
+    batch_size: int | None = option(
+        None,
+        "pictures drawn at once; changes the speed, not what is asked (default: the concept's preset, or 8)",
+        metavar="N", least=1,
+    )  # fmt: skip
+    classifier: str | None = option(
+        None,
+        "'resnet50' (torchvision's, for ImageNet's classes; weights from the hub, or give their .safetensors file), or "
+        "the folder or hub id of an image classifier of transformers, whose labels may be grouped by question, as in "
+        "'left:cat' or 'style:ink' (default: the folder judge/ inside the base model's folder)",
+        metavar="PATH",
+    )
+    seed: int = option(0, "fixes the prompts and every starting noise", metavar="N")
+
+
+@dataclass
+class Prompts(Models, Output, Batch):
+    """Which rows of a prompt file are drawn, and how."""
+
+    prompts: Path | None = option(
+        None,
+        "prompts with evaluation_seed, and evaluation_guidance, sd_image_width, sd_image_height if they are there "
+        "(default: the 4,703 of I2P, from the hub)",
+        metavar="FILE.csv",
+    )
+    category: str | None = option(None, "only rows of this category, such as sexual", metavar="NAME")
+    min_nudity_percentage: float | None = option(
+        None, "only rows with a nudity_percentage above this; 50 gives the 95 of Ring-A-Bell", metavar="P"
+    )
+    rows: str | None = option(None, "only rows A to B-1 of those, such as 0:200", metavar="A:B")
+    num_inference_steps: int = option(50, "denoising steps", metavar="N", least=1)
+    guidance_scale: float = option(7.5, "for rows that name none", metavar="S")
+    height: int | None = option(None, "draw every row at this size instead of its own", metavar="PIXELS", least=1)
+    width: int | None = option(None, "as --height", metavar="PIXELS", least=1)
+    dtype: str = option("fp32", "of the model", ("fp32", "fp16", "bf16"))
+
+    def size(self) -> tuple[int, int] | None:
+        """Height and width in pixels, or None for each row's own.
+
+        Raises:
+            SalunError: only one of them was given.
+        """
+        if (self.height is None) != (self.width is None):
+            raise SalunError("--height and --width belong together: give both, or neither.")
+        return (self.height, self.width) if self.height else None
+
+    def range(self) -> tuple[int, int | None]:
+        """The first row, and the one after the last (None for all).
+
+        Raises:
+            SalunError: no range.
+        """
+        start, colon, stop = (self.rows or ":").partition(":")
+        if not colon or not (start + stop or "0").isdigit():
+            raise SalunError(f"--rows {self.rows} is not a range: give one such as 0:200, 100: or :50.")
+        return int(start or 0), int(stop) if stop else None

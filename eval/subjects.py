@@ -1,0 +1,85 @@
+"""What is measured: a base model, and the same with erasures applied."""
+
+import json
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+from salun_diffusion import list_erasures, load_erasure, unload_erasure
+from salun_diffusion.errors import SalunError
+from salun_diffusion.loader import identity, idle_erasures
+from salun_diffusion.models.base import Model
+from salun_diffusion.models.load import denoiser
+
+
+def as_drawn(pipe) -> dict:
+    """What ``settings`` says of the pipeline itself."""
+    return {
+        "scheduler": type(pipe.scheduler).__name__,
+        "dtype": str(denoiser(pipe).dtype).removeprefix("torch."),
+        "device": str(pipe.device),
+        "safety_checker": False,
+    }
+
+
+def introduce(base_model: Model, base: str, erasures: list[str], scales: list[float] | None = None) -> list[dict]:
+    """The base model and the erasures, as ``results.json`` introduces them. Each erasure is loaded and unloaded once,
+    so that a wrong path, a wrong base or a delta without effect is found out before the drawing and not after.
+
+    Args:
+        scales: how much of each erasure to apply: one for all, or one each; 1 by default.
+
+    Raises:
+        SalunError: any of these, two erasures of one name, or neither one scale nor one each.
+    """
+    scales = (scales or [1.0]) * (len(erasures) if len(scales or [1]) == 1 else 1)
+    if len(scales) != len(erasures):
+        raise SalunError(
+            f"{len(erasures)} erasures and {len(scales)} values of --scale: give one for all, or one each."
+        )
+    names = [
+        _name(source) + (f"-x{scale:g}" if scale != 1 else "") for source, scale in zip(erasures, scales, strict=True)
+    ]
+    if twice := [name for name, count in Counter(["base", *names]).items() if count > 1]:
+        raise SalunError(f"Two of the models to compare are called '{twice[0]}': rename the folder or file of one.")
+    models = [{"name": "base", "role": "base", "source": base, "digest": identity(base_model), "erasure": None}]
+    pipe = base_model.pipe
+    for name, source, scale in zip(names, erasures, scales, strict=True):
+        model = {"name": name, "role": "erasure" if len(models) == 1 else "control", "source": source}
+        load_erasure(pipe, source, scale=scale)
+        model |= {"digest": identity(base_model), "erasure": list_erasures(pipe)[0] | _cost(Path(source))}
+        idle = idle_erasures(pipe)
+        unload_erasure(pipe)
+        if idle:
+            raise SalunError(f"{source} leaves the base model as it is: there is nothing to measure in it.")
+        models.append(model)
+    return models
+
+
+@contextmanager
+def applied(pipe, model: dict):
+    """``pipe`` as the ``model`` that :func:`introduce` described, and as before afterwards."""
+    if model["erasure"]:
+        load_erasure(pipe, model["source"], scale=model["erasure"]["scale"])
+    try:
+        yield pipe
+    finally:
+        unload_erasure(pipe)
+
+
+def _name(source: str) -> str:
+    """A short name for an erasure, which also names its folder of pictures."""
+    path = Path(source)
+    return (path.parent if path.name == "erasure.safetensors" else path).absolute().name.removesuffix(".safetensors")
+
+
+def _cost(source: Path) -> dict:
+    """What the erasure took, as far as its run folder tells: ``seconds`` of its mask and training, ``bytes`` of its
+    file."""
+    folder = source.parent if source.suffix == ".safetensors" else source
+    file = source if source.suffix == ".safetensors" else folder / "erasure.safetensors"
+    try:
+        seconds = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("seconds")
+    except (OSError, ValueError, AttributeError):  # a file alone, or one on the hub: it tells nothing, and need not
+        seconds = None
+    return {"seconds": seconds, "bytes": file.stat().st_size if file.is_file() else None}
