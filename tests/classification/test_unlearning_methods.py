@@ -13,7 +13,7 @@ from classification.methods import DEFAULTS, METHODS, TITLES, Settings, Task
 from classification.methods.boundary import nearest
 from classification.methods.influence import hessian_product
 from classification.methods.salun import Softened, find_masks, salun
-from classification.training import Held, Recipe, inputs, optimise
+from classification.training import FreezeOutsideMask, Recipe, inputs, optimise
 
 RECIPE = Recipe(1, 0.1, 64, schedule="one-cycle", augment="none")
 
@@ -109,7 +109,7 @@ def test_weights_outside_the_mask_stay_to_the_bit(data):
 
 
 def test_masking_gradients_alone_would_not_hold_them(data):
-    """What the published code does, and why :class:`Held` is there."""
+    """What the published code does, and why :class:`FreezeOutsideMask` is there."""
     work = task(data, weight_decay=0.1)
     before, masks = weights(work.model), find_masks(work)
     for name, parameter in work.model.named_parameters():
@@ -290,7 +290,7 @@ def test_a_loss_that_is_no_number_ends_the_run(data):
 
 def test_held_weights_and_the_share_of_the_training(data):
     rates, model = [], Flat()
-    held = Held(model, {"layer.bias": torch.zeros(10, dtype=torch.bool)})
+    held = FreezeOutsideMask(model, {"layer.bias": torch.zeros(10, dtype=torch.bool)})
     work = task(data, model)
     optimise(
         model, 2, lambda epoch: work.batches(work.retain), F.cross_entropy, learning_rate=0.1, momentum=0.9,
