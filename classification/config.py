@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from salun_diffusion.errors import SalunError
 from salun_diffusion.options import option
 
-METHODS = ("retrain", "ft", "rl", "ga", "iu", "be", "bs", "l1_sparse", "salun", "salun_soft", "neggrad_plus")
+from .methods import METHODS
+
 MODELS = ("resnet8", "resnet20", "resnet18", "vgg16_bn", "swin_t", "vit_s")
 SHARED = (  # what all cells of a folder have in common
     "dataset", "model", "forget", "split_seed", "source_seed", "image_size", "limit", "epochs", "learning_rate",

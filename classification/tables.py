@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first
 from salun_diffusion.errors import SalunError  # noqa: E402
 from salun_diffusion.files import write_json  # noqa: E402
 
-from .methods import TITLES  # noqa: E402
+from .methods import METHODS  # noqa: E402
 from .metrics import COMPARED, gap  # noqa: E402
 
 FORMAT = "salun-diffusion unlearning table 1"
@@ -77,7 +77,7 @@ def gather(folder: Path, methods: list[str], seeds: list[int]) -> dict:
         "methods": {},
     }
     for method, mine in cells.items():
-        told = {"title": TITLES[method], "settings": mine[0]["settings"]}
+        told = {"title": METHODS[method].title, "settings": mine[0]["settings"]}
         for key in METRICS:
             values = [cell["minutes"] if key == "minutes" else cell["metrics"][key] for cell in mine]
             mean = statistics.fmean(values)
