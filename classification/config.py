@@ -91,5 +91,40 @@ class Config:
         return {name: value for name, value in asdict(self).items() if name in SHARED}
 
 
+@dataclass
+class UnlearnConfig(Config):
+    """Of ``unlearn``."""
+
+    mask: str | None = option(None, "a mask file in place of the one that SalUn would make")
+
+
+@dataclass
+class TableConfig(Config):
+    """Of ``table``."""
+
+    results: str | None = option(None, "a results.json that `run` wrote, in place of the folder's cells")
+    into: str | None = option(
+        None,
+        "also put the table into this Markdown document, between its lines <!-- DATASET --> and <!-- end -->",
+    )
+
+
+@dataclass
+class TuneConfig(Config):
+    """Of ``tune``."""
+
+    output: str | None = option(None, "where the chosen settings go, for --config (required)")
+
+    def check(self) -> None:
+        """As :meth:`Config.check`.
+
+        Raises:
+            SalunError: also without ``output``.
+        """
+        super().check()
+        if not self.output:
+            raise SalunError("Say where the chosen settings go: --output FILE.json.")
+
+
 def _plain(text: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in text.strip("/.")) or "data"
