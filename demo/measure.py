@@ -104,7 +104,7 @@ def main() -> None:
     from . import judge as instrument
     from .scenes import Scene
     from .training import HELD_OUT_SEEDS
-    from .vocabulary import SAMPLING
+    from .vocabulary import DATA
 
     judge = (
         AutoModelForImageClassification.from_pretrained(args.model_dir / "judge", use_safetensors=True).float().eval()
@@ -144,8 +144,8 @@ def main() -> None:
         asked = random.Random(0).sample(asked, args.limit)
     rows = [Row(prompt, None, expect, 2_000_000 + i) for i, (prompt, expect) in enumerate(asked)]
     pipe = models.load_pipeline(str(args.model_dir))
-    options = {"num_inference_steps": SAMPLING["num_inference_steps"], "guidance_scale": SAMPLING["guidance_scale"]}
-    drawn = look(sample(pipe, rows, batch_size=SAMPLING["sample_batch_size"], progress="drawing", **options))
+    options = {"num_inference_steps": DATA["num_inference_steps"], "guidance_scale": DATA["guidance_scale"]}
+    drawn = look(sample(pipe, rows, batch_size=DATA["sample_batch_size"], progress="drawing", **options))
     model = tally([(row.expect, found) for row, found in zip(rows, drawn, strict=True)])
     by_object = {}
     for name in OBJECTS:
