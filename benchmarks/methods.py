@@ -24,6 +24,7 @@ from queue import Queue
 from tqdm import tqdm
 
 from salun_diffusion.files import write_json
+from salun_diffusion.methods import find_method
 
 from . import methods_page
 
@@ -54,7 +55,29 @@ def main() -> None:
                              "frontier": limits})  # fmt: skip
         shown = config["concepts"]["object"][1]
         methods_page.pictures(json.loads(RESULTS.read_text()), args.output_dir / "table" / shown, shown)
-    methods_page.write(json.loads(RESULTS.read_text()))
+    results = json.loads(RESULTS.read_text())
+    methods_page.write(results)
+    shipped = json.loads((HERE.parent / "demo" / "settings.json").read_text())
+    for kind, methods in best_settings(results).items():
+        for method, settings in methods.items():
+            if shipped[kind].get(method) != settings:
+                print(f"demo/settings.json has others for {kind}, {method}; found here: {json.dumps(settings)}")
+
+
+def best_settings(results: dict) -> dict[str, dict[str, dict]]:
+    """Kind of concept → method → all of its settings, as demo/settings.json holds them: the best trial's; SalUn's are
+    the ones tuned further, and random labelling takes SalUn's."""
+    config = results["config"]
+    best: dict[str, dict[str, dict]] = {}
+    for kind, chosen in results["chosen"].items():
+        best[kind] = {}
+        for name, settings in {**chosen, "salun": config["further"]}.items():
+            if name == "random_label":
+                continue
+            method = find_method(name)
+            trained = {} if method.closed_form else config["settings"]["trained"]
+            best[kind][name] = trained | (config["settings"]["retaining"] if method.retains else {}) | settings
+    return best
 
 
 def tune(config: dict, folder: Path) -> tuple[dict, dict]:
@@ -135,8 +158,6 @@ def erase_and_judge(config: dict, wanted: dict, concept: str, folder: Path, imag
 
 def erase(config: dict, concept: str, method: str, own: dict, folder: Path) -> None:
     """One erasure in a process of its own; ``cost.json`` in its folder says that it is done, and what it took."""
-    from salun_diffusion.methods import find_method
-
     kind, common = find_method(method), config["settings"]
     # said in full: what the demo model's presets hold came out of this comparison, and must not go into it
     settings = {"scope": kind.scope, "method_option": []} | ({} if kind.closed_form else common["trained"])
