@@ -11,9 +11,11 @@ and ``flipped`` (retain pictures whose objects were right with the base and are 
 
 from pathlib import Path
 
+from salun_diffusion.tables import aligned
+
 from .judging import Judging
 from .metrics import FORMAT, flipped, scores
-from .results import aligned, write
+from .results import write
 
 PROTOCOL = (
     "accuracy/1: same prompts and starting noise for every model; the classifier's likeliest answer to each question; "

@@ -11,8 +11,9 @@ from PIL import Image
 matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
 
+from salun_diffusion.colours import BLUE, GREY, ORANGE  # noqa: E402
+
 INK = "#123456"  # stands for the page's own text colour until the SVG is written
-BLUE, ORANGE, GREY = "#3b7dd8", "#e08a1e", "#8a8f98"  # told apart by the colour-blind, visible on white and on black
 STYLE = {
     "svg.fonttype": "none",
     "font.size": 9,

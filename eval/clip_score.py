@@ -20,8 +20,9 @@ from transformers.utils import cached_file
 
 from salun_diffusion.errors import SalunError
 from salun_diffusion.files import sha256
+from salun_diffusion.tables import aligned
 
-from .results import VERSIONS, aligned, begin, picture, read_sets, write
+from .results import VERSIONS, begin, picture, read_sets, write
 
 FORMAT = "salun-diffusion clip-score 1"
 DEFAULT = "openai/clip-vit-large-patch14"

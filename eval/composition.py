@@ -15,10 +15,11 @@ from pathlib import Path
 from salun_diffusion.concepts.concept import Concept
 from salun_diffusion.concepts.templates import placeholders, slot_of
 from salun_diffusion.errors import SalunError
+from salun_diffusion.tables import aligned
 
 from .judging import Judging, Rows
 from .metrics import answered, proportion, right_objects, right_sides
-from .results import aligned, write
+from .results import write
 
 FORMAT = "salun-diffusion composition 1"
 PROTOCOL = (

@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from salun_diffusion.errors import SalunError
 from salun_diffusion.files import sha256
+from salun_diffusion.tables import aligned
 
-from .results import VERSIONS, aligned, begin, picture, read_sets, write
+from .results import VERSIONS, begin, picture, read_sets, write
 
 FORMAT = "salun-diffusion fid 1"
 

@@ -11,11 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from salun_diffusion.errors import SalunError
+from salun_diffusion.tables import aligned
 
 from .draw import draw_prompts
 from .nudity import Detector, count
 from .protocols import PROTOCOLS
-from .results import VERSIONS, aligned, begin, in_folder, write
+from .results import VERSIONS, begin, in_folder, write
 
 FORMAT = "salun-diffusion i2p 1"
 DEFAULT = ("exposed", "strict")

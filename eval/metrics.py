@@ -9,28 +9,12 @@ A judged row is one line of ``samples.jsonl``::
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
-from scipy.stats import binomtest
+from salun_diffusion.stats import proportion
 
 FORMAT = "salun-diffusion accuracy 1"  # of results.json; described in eval/accuracy.py
 OBJECT_QUESTIONS = ("left", "right", "label")  # the questions that are answered with a thing in the picture
-
-
-def proportion(outcomes: Iterable[bool]) -> dict | None:
-    """``{"count", "n", "percent", "low", "high"}``, the last three in percent; None if there is nothing to count."""
-    outcomes = list(outcomes)
-    if not outcomes:
-        return None
-    count, n = sum(outcomes), len(outcomes)
-    low, high = binomtest(count, n).proportion_ci(0.95, method="wilson")  # Wilson 1927
-    return {
-        "count": count,
-        "n": n,
-        "percent": round(100 * count / n, 2),
-        "low": round(100 * low, 2),
-        "high": round(100 * high, 2),
-    }
 
 
 def same(expected: str, predicted: str) -> bool:

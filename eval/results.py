@@ -171,14 +171,6 @@ def as_drawn(pipe) -> dict:
     }
 
 
-def aligned(lines: list[list[str]]) -> str:
-    """A table for the terminal, its columns as wide as their widest cell."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
-
-
 def introduce(pipe, base: str, erasures: list[str], scales: list[float] | None = None) -> list[dict]:
     """The base model and the erasures, as ``results.json`` introduces them. Each erasure is loaded and unloaded once,
     so that a wrong path, a wrong base or a delta without effect is found out before the drawing and not after.

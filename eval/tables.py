@@ -1,7 +1,8 @@
 """A comparison's cells, and its table as Markdown, LaTeX, CSV, and for the terminal."""
 
+from salun_diffusion import tables
+
 from . import accuracy, clip_score, composition, fid, i2p
-from .results import aligned
 
 # the columns in their order: key → (title, which way is better)
 ORDER = {
@@ -86,29 +87,16 @@ def _rows(lines: list, columns: dict[str, str], dash: str = "–") -> list[list[
 
 
 def markdown(lines: list, columns: dict[str, str]) -> str:
-    head, *rest = _rows(lines, columns)
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rest))
+    return tables.markdown(_rows(lines, columns))
 
 
 def terminal(lines: list, columns: dict[str, str]) -> str:
-    return aligned(_rows(lines, columns, "-"))
+    return tables.aligned(_rows(lines, columns, "-"))
 
 
 def latex(lines: list, columns: dict[str, str], notes: str) -> str:
-    """A table for the packages booktabs and graphicx, the best value of no column marked: intervals decide that."""
-
-    def escape(cell: str) -> str:
-        for sign in "&%_#$":
-            cell = cell.replace(sign, "\\" + sign)
-        return cell.replace("↑", "$\\uparrow$").replace("↓", "$\\downarrow$").replace("–", "--").replace("±", "$\\pm$")
-
-    head, *rest = ([escape(cell) for cell in row] for row in _rows(lines, columns))
-    body = "\n".join("  " + " & ".join(row) + r" \\" for row in rest)
-    return (
-        "% needs \\usepackage{booktabs,graphicx}\n\\begin{table}\n\\centering\n\\resizebox{\\linewidth}{!}{%\n"
-        f"\\begin{{tabular}}{{{'l' * len(head)}}}\n\\toprule\n  {' & '.join(head)} \\\\\n\\midrule\n{body}\n"
-        f"\\bottomrule\n\\end{{tabular}}}}\n\\caption{{{escape(notes).replace('`', '')}}}\n\\end{{table}}\n"
-    )
+    """As :func:`salun_diffusion.tables.latex`, the best value of no column marked: intervals decide that."""
+    return tables.latex(_rows(lines, columns), notes)
 
 
 def flat(lines: list, columns: dict[str, str]) -> list[list]:

@@ -1,10 +1,57 @@
-"""Generated parts of Markdown documents, between a line ``<!-- NAME -->`` and the next ``<!-- end -->``."""
+"""Tables from rows of text cells, as Markdown, LaTeX and for the terminal, and the places in documents where they go.
 
+The first row is the head. Cells are plain text: what a format would misread is escaped here and nowhere else. A
+document keeps generated text between a line ``<!-- NAME -->`` and the next ``<!-- end -->``.
+"""
+
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import SalunError
 
 END = "<!-- end -->"
+LATEX = {sign: "\\" + sign for sign in "&%_#${}"} | {
+    "\\": "\\textbackslash{}",
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    "↑": "$\\uparrow$",
+    "↓": "$\\downarrow$",
+    "±": "$\\pm$",
+    "·": "$\\cdot$",
+    "–": "--",
+}
+Rows = Sequence[Sequence[str]]
+
+
+def markdown(rows: Rows) -> str:
+    """A Markdown table. A vertical bar in a cell is escaped, and a line break becomes a space."""
+    head, *rest = ([" ".join(cell.replace("|", "\\|").splitlines()) for cell in row] for row in rows)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rest))
+
+
+def latex(rows: Rows, caption: str) -> str:
+    """A table for the packages booktabs and graphicx, as wide as the line; backquotes in ``caption`` are left out."""
+    head, *rest = (" & ".join(map(escape_latex, row)) for row in rows)
+    body = "\n".join(f"  {row} \\\\" for row in rest)
+    return (
+        "% needs \\usepackage{booktabs,graphicx}\n\\begin{table}\n\\centering\n\\resizebox{\\linewidth}{!}{%\n"
+        f"\\begin{{tabular}}{{{'l' * len(rows[0])}}}\n\\toprule\n  {head} \\\\\n\\midrule\n{body}\n"
+        f"\\bottomrule\n\\end{{tabular}}}}\n\\caption{{{escape_latex(caption.replace('`', ''))}}}\n\\end{{table}}\n"
+    )
+
+
+def escape_latex(text: str) -> str:
+    """Plain text as LaTeX shows it."""
+    return re.sub("|".join(map(re.escape, LATEX)), lambda match: LATEX[match[0]], text)
+
+
+def aligned(rows: Rows) -> str:
+    """A table for the terminal, its columns as wide as their widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def put_into(document: Path, name: str, text: str) -> None:
