@@ -16,12 +16,14 @@ from diffusers import StableDiffusionPipeline
 from nudenet import NudeDetector
 from PIL import Image
 
+from .config import BenchmarkConfig
+
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS, STEPS, BATCH, PHOTOS = 240, 20, 8, 256
 GUIDANCE = {7: 3729, 10: 210, 12: 114, 20: 99, 15: 97, 13: 78, 8: 65, 9: 59}  # I2P's most frequent, rows each
 
 
-def i2p(args) -> dict:
+def i2p(config: BenchmarkConfig) -> dict:
     """Seconds of both for the same prompts on the demo model, loading left out on either side, and for photographs.
 
     Raises:
@@ -35,7 +37,7 @@ def i2p(args) -> dict:
         model = json.loads((work / "out" / "results.json").read_text())["models"][0]
         lines = [json.loads(line) for line in (work / "out" / "samples.jsonl").read_text().splitlines()]
         ours = {"draw": model["generation"]["seconds"], "detect": model["detection"]["seconds"]}
-        plain, alike = _plain(rows, lines, work, args.device)
+        plain, alike = _plain(rows, lines, work, config.device)
         photos, photo_seconds = _photographs(work / "photos")
         _ours("nudity", work / "photos", "--output_dir", work / "counted")
         counted = json.loads((work / "counted" / "results.json").read_text())["models"][0]

@@ -25,6 +25,7 @@ from salun_diffusion.training.change import MaskedDeltas
 from salun_diffusion.training.checkpoints import Checkpoints
 from salun_diffusion.training.trainer import Trainer
 
+from .config import BenchmarkConfig
 from .reference import Recipe, sort_mask
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -32,32 +33,32 @@ SCHEDULE = DDPMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps
 SCOPE = "cross-attention+resnets"
 
 
-def unet(args) -> UNet2DConditionModel:
+def unet(config: BenchmarkConfig) -> UNet2DConditionModel:
     """Stable Diffusion v1.4's U-Net, 860M random weights."""
     torch.manual_seed(0)
-    torch.set_default_dtype(DTYPES[args.dtype])
-    made = UNet2DConditionModel(sample_size=args.resolution // 8, cross_attention_dim=768, attention_head_dim=8)
+    torch.set_default_dtype(DTYPES[config.dtype])
+    made = UNet2DConditionModel(sample_size=config.resolution // 8, cross_attention_dim=768, attention_head_dim=8)
     torch.set_default_dtype(torch.float32)
-    if args.gradient_checkpointing:
+    if config.gradient_checkpointing:
         made.enable_gradient_checkpointing()
-    return made.to(args.device)
+    return made.to(config.device)
 
 
-def peak(args) -> float:
+def peak(config: BenchmarkConfig) -> float:
     """GiB."""
-    if args.device == "cuda":
+    if config.device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def timed(args, work, times: int) -> list[float]:
+def timed(config: BenchmarkConfig, work, times: int) -> list[float]:
     seconds = []
     for _ in range(times):
-        if args.device == "cuda":
+        if config.device == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
         work()
-        if args.device == "cuda":
+        if config.device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return seconds
@@ -69,8 +70,8 @@ def median(seconds: list[float]) -> float:
     return rest[len(rest) // 2]
 
 
-def reference_step(args) -> dict:
-    network, device, dtype = unet(args), args.device, DTYPES[args.dtype]
+def reference_step(config: BenchmarkConfig) -> dict:
+    network, device, dtype = unet(config), config.device, DTYPES[config.dtype]
     torch.manual_seed(1)
     vae = AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
@@ -88,20 +89,22 @@ def reference_step(args) -> dict:
     recipe = Recipe(network, vae, text, SCHEDULE, masks, 1e-5)
 
     def batch() -> tuple[torch.Tensor, torch.Tensor]:
-        pixels = torch.rand(args.batch_size, 3, args.resolution, args.resolution, device=device, dtype=dtype) * 2 - 1
-        return pixels, torch.randint(49408, (args.batch_size, 77), device=device)
+        pixels = (
+            torch.rand(config.batch_size, 3, config.resolution, config.resolution, device=device, dtype=dtype) * 2 - 1
+        )
+        return pixels, torch.randint(49408, (config.batch_size, 77), device=device)
 
-    seconds = timed(args, lambda: recipe.step(batch(), batch(), batch()), args.steps)
-    return {"seconds": median(seconds), "peak_gib": peak(args)}
+    seconds = timed(config, lambda: recipe.step(batch(), batch(), batch()), config.steps)
+    return {"seconds": median(seconds), "peak_gib": peak(config)}
 
 
-def our_step(args) -> dict:
+def our_step(config: BenchmarkConfig) -> dict:
     """The trainer itself, over random latents and prompts; and the passes alone, in its process."""
-    network = unet(args)
-    config = EraseConfig(concept=["benchmark"], train_batch_size=args.batch_size, max_train_steps=args.steps).fill(
+    network = unet(config)
+    erasure = EraseConfig(concept=["benchmark"], train_batch_size=config.batch_size, max_train_steps=config.steps).fill(
         {}, "benchmark"
     )
-    count, side = 2 * args.batch_size, args.resolution // 8
+    count, side = 2 * config.batch_size, config.resolution // 8
 
     def images(anchored: bool) -> ImageSet:
         index = torch.arange(count)
@@ -110,21 +113,21 @@ def our_step(args) -> dict:
 
     class Timed(Trainer):
         def __init__(self):
-            self.accelerator, self.config = Accelerator(cpu=args.device == "cpu"), config
+            self.accelerator, self.config = Accelerator(cpu=config.device == "cpu"), erasure
             self.network, self.schedule = network.eval(), SCHEDULE
             self.sets = {"forget": images(True), "retain": images(False)}
-            self.batch_size, self.method = config.train_batch_size, SalUn(self)
+            self.batch_size, self.method = erasure.train_batch_size, SalUn(self)
 
     parameters = scoped_parameters(network, SCOPE)
-    floor = _floor(args, network)
+    floor = _floor(config, network)
     deltas = MaskedDeltas(parameters, {name: torch.rand(p.shape) < 0.5 for name, p in parameters.items()}, 1e-5)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "training.jsonl"
         Timed().train(deltas, log, Checkpoints(Path(folder), {}, 1))
         stamps = [json.loads(line)["seconds"] for line in log.read_text().splitlines()]
-    held = peak(args)
+    held = peak(config)
     deltas.close()
-    floor += _floor(args, network)[1:]
+    floor += _floor(config, network)[1:]
     return {
         "seconds": median([b - a for a, b in zip([0, *stamps], stamps, strict=False)]),
         "floor_seconds": median(floor),
@@ -133,11 +136,11 @@ def our_step(args) -> dict:
     }
 
 
-def _floor(args, network) -> list[float]:
+def _floor(config: BenchmarkConfig, network) -> list[float]:
     """Seconds of what the mathematics needs: two forward and backward passes, and one forward pass, of the U-Net."""
-    side, dtype = args.resolution // 8, DTYPES[args.dtype]
-    noisy = torch.randn(args.batch_size, 4, side, side, device=args.device, dtype=dtype)
-    text = torch.randn(args.batch_size, 77, 768, device=args.device, dtype=dtype)
+    side, dtype = config.resolution // 8, DTYPES[config.dtype]
+    noisy = torch.randn(config.batch_size, 4, side, side, device=config.device, dtype=dtype)
+    text = torch.randn(config.batch_size, 77, 768, device=config.device, dtype=dtype)
 
     def work() -> None:
         with torch.no_grad():
@@ -145,19 +148,19 @@ def _floor(args, network) -> list[float]:
         network(noisy.repeat(2, 1, 1, 1), 500, text.repeat(2, 1, 1)).sample.float().square().mean().backward()
         network.zero_grad(set_to_none=True)
 
-    return timed(args, work, args.steps)
+    return timed(config, work, config.steps)
 
 
-def mask(args) -> dict:
+def mask(config: BenchmarkConfig) -> dict:
     """Selecting the top half of many scores; the sort's figure is for the same number, or as many as fit, scaled."""
     generator = torch.Generator().manual_seed(0)
-    count = args.scores
-    scores = {"all": torch.rand(count, generator=generator, device="cpu").to(args.device)}
-    before = peak(args)
-    ours = min(timed(args, lambda: top_density(scores, 0.5), 2))
-    extra = peak(args) - before
+    count = config.scores
+    scores = {"all": torch.rand(count, generator=generator, device="cpu").to(config.device)}
+    before = peak(config)
+    ours = min(timed(config, lambda: top_density(scores, 0.5), 2))
+    extra = peak(config) - before
     part = scores["all"][: min(count, 60_000_000)]
-    sort = timed(args, lambda: sort_mask(part, 0.5), 1)[0]
+    sort = timed(config, lambda: sort_mask(part, 0.5), 1)[0]
     same = torch.equal(top_density({"all": part}, 0.5)["all"].long(), sort_mask(part, 0.5))
     return {
         "scores": count,
@@ -170,10 +173,10 @@ def mask(args) -> dict:
     }
 
 
-def delta(args) -> dict:
+def delta(config: BenchmarkConfig) -> dict:
     """A delta of SD v1.4's size: its file, and the time to load it and take it off."""
-    args.dtype = "fp32"
-    network = unet(args)
+    config.dtype = "fp32"
+    network = unet(config)
     pipe = StableDiffusionPipeline(
         vae=None, text_encoder=None, tokenizer=None, unet=network,
         scheduler=SCHEDULE, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
@@ -185,7 +188,7 @@ def delta(args) -> dict:
         network.save_pretrained(f"{folder}/unet")
         # Every weight is read and copied into the network, as by a user: from_pretrained alone only maps the file.
         file = f"{folder}/unet/diffusion_pytorch_model.safetensors"
-        found["dense_load_seconds"] = min(timed(args, lambda: network.load_state_dict(load_file(file)), 3))
+        found["dense_load_seconds"] = min(timed(config, lambda: network.load_state_dict(load_file(file)), 3))
         base = fingerprint(network.named_parameters())
         for density in (0.5, 0.1):
             masks = {name: torch.rand(p.shape) < density for name, p in parameters.items()}
@@ -195,11 +198,11 @@ def delta(args) -> dict:
             found[f"file_mb_{density}"] = Path(path).stat().st_size / 1e6
             loads, unloads = [], []
             for _ in range(3):
-                loads += timed(args, partial(load_erasure, pipe, path), 1)
-                unloads += timed(args, partial(unload_erasure, pipe), 1)
+                loads += timed(config, partial(load_erasure, pipe, path), 1)
+                unloads += timed(config, partial(unload_erasure, pipe), 1)
             found.setdefault("first_load_seconds", loads[0])  # of 0.5; later loads find memory that the process has
             found[f"load_seconds_{density}"], found[f"unload_seconds_{density}"] = min(loads[1:]), min(unloads)
     weights = [p.detach() for p in parameters.values()]
     copies = [torch.empty_like(p) for p in weights]
-    found["copy_seconds"] = min(timed(args, lambda: [c.copy_(p) for c, p in zip(copies, weights, strict=True)], 3))
+    found["copy_seconds"] = min(timed(config, lambda: [c.copy_(p) for c, p in zip(copies, weights, strict=True)], 3))
     return found

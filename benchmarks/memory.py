@@ -11,11 +11,13 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from salun_diffusion.masks.scope import scoped_parameters
 
+from .config import BenchmarkConfig
+
 SIDE = 64  # of the latents of 512 pixels
 GIGA = 1e9
 
 
-def memory(args) -> dict:
+def memory(config: BenchmarkConfig) -> dict:
     """GB at 512 pixels with activations recomputed: ours in bf16 at density 0.5 and 0.1, and the reference in fp32."""
     found = {}
     for batch in (8, 1):

@@ -1,7 +1,8 @@
 """Every unlearning method on the demo model, with the same tuning budget: ``python -m benchmarks.methods``.
 
-benchmarks/methods.json says all that matters: the concepts, the pictures measured, the settings that all methods share,
-and each method's grid. First each method tries its grid on the tuning concepts, one object and one style, which are not
+benchmarks/methods.json, or another ``--comparison FILE``, says all that matters: the concepts, the pictures measured,
+the settings that all methods share, and each
+method's grid. First each method tries its grid on the tuning concepts, one object and one style, which are not
 in the table; the trial with the highest mean of UA, IRA and CRA is its setting for that kind of concept. Then it has to
 forget the table's concepts; SalUn once more with the settings under "further", which took more trials than others had.
 Each erasure is a process of its own on a core of its own, for its time and peak memory.
@@ -18,12 +19,16 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
 
 from tqdm import tqdm
 
+from salun_diffusion.errors import SalunError
 from salun_diffusion.files import write_json
+from salun_diffusion.methods import find_method
+from salun_diffusion.options import add_options, option, settings_of
 
 from . import methods_page
 
@@ -33,28 +38,65 @@ FREE: Queue = Queue()  # cores that no erasure is using
 RESULTS = HERE.parent / "docs" / "results" / "methods.json"
 
 
+@dataclass
+class MethodsConfig:
+    """The options of ``python -m benchmarks.methods``."""
+
+    comparison: str | None = option(None, "a JSON file that says what to measure (default: benchmarks/methods.json)")
+    output_dir: str = option("runs/methods", "erasures and their measurements")
+    write_only: bool = option(False, "the table and the plot, from the committed results")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.methods", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, default=HERE / "methods.json", help="what to measure (default: it)")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/methods"), help="erasures and their measurements")
-    parser.add_argument("--write_only", action="store_true", help="the table and the plot, from the committed results")
-    args = parser.parse_args()
-    if not args.write_only:
-        config = json.loads(args.config.read_text())
+    add_options(parser, MethodsConfig)
+    try:
+        compare(MethodsConfig(**settings_of(vars(parser.parse_args()), MethodsConfig)))
+    except SalunError as error:
+        sys.exit(f"error: {error}")
+
+
+def compare(options: MethodsConfig) -> None:
+    """Tune, measure and write, as the module's docstring says."""
+    if not options.write_only:
+        config = json.loads(Path(options.comparison or HERE / "methods.json").read_text())
+        folder = Path(options.output_dir)
         for core in CORES:
             FREE.put(core)
-        chosen, trials = tune(config, args.output_dir)
-        found = {kind: [measure(config, chosen[kind], name, kind, args.output_dir) for name in names]
+        chosen, trials = tune(config, folder)
+        found = {kind: [measure(config, chosen[kind], name, kind, folder) for name in names]
                  for kind, names in config["concepts"].items()}  # fmt: skip
         about = {"processor": platform.processor() or platform.machine(), "cores": len(CORES)}
-        limits = frontier(config, chosen, args.output_dir)
+        limits = frontier(config, chosen, folder)
         write_json(RESULTS, {"about": about, "config": config, "chosen": chosen, "trials": trials, "concepts": found,
                              "frontier": limits})  # fmt: skip
         shown = config["concepts"]["object"][1]
-        methods_page.pictures(json.loads(RESULTS.read_text()), args.output_dir / "table" / shown, shown)
-    methods_page.write(json.loads(RESULTS.read_text()))
+        methods_page.pictures(json.loads(RESULTS.read_text()), folder / "table" / shown, shown)
+    results = json.loads(RESULTS.read_text())
+    methods_page.write(results)
+    shipped = json.loads((HERE.parent / "demo" / "settings.json").read_text())
+    for kind, methods in best_settings(results).items():
+        for method, settings in methods.items():
+            if shipped[kind].get(method) != settings:
+                print(f"demo/settings.json has others for {kind}, {method}; found here: {json.dumps(settings)}")
+
+
+def best_settings(results: dict) -> dict[str, dict[str, dict]]:
+    """Kind of concept → method → all of its settings, as demo/settings.json holds them: the best trial's; SalUn's are
+    the ones tuned further, and random labelling takes SalUn's."""
+    config = results["config"]
+    best: dict[str, dict[str, dict]] = {}
+    for kind, chosen in results["chosen"].items():
+        best[kind] = {}
+        for name, settings in {**chosen, "salun": config["further"]}.items():
+            if name == "random_label":
+                continue
+            method = find_method(name)
+            trained = {} if method.closed_form else config["settings"]["trained"]
+            best[kind][name] = trained | (config["settings"]["retaining"] if method.retains else {}) | settings
+    return best
 
 
 def tune(config: dict, folder: Path) -> tuple[dict, dict]:
@@ -135,8 +177,6 @@ def erase_and_judge(config: dict, wanted: dict, concept: str, folder: Path, imag
 
 def erase(config: dict, concept: str, method: str, own: dict, folder: Path) -> None:
     """One erasure in a process of its own; ``cost.json`` in its folder says that it is done, and what it took."""
-    from salun_diffusion.methods import find_method
-
     kind, common = find_method(method), config["settings"]
     # said in full: what the demo model's presets hold came out of this comparison, and must not go into it
     settings = {"scope": kind.scope, "method_option": []} | ({} if kind.closed_form else common["trained"])

@@ -11,57 +11,53 @@ steps. `tune` chooses each method's main setting by the same five trials, on val
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from salun_diffusion.errors import SalunError
 from salun_diffusion.options import add_options, settings_of
 
-from .config import Config
+from .config import Config, TableConfig, TuneConfig, UnlearnConfig
+from .methods import METHODS
 
 DIGITS = Path(__file__).parent / "configs" / "digits.json"  # what `tune` chose for it
 COMMANDS = {
-    "run": "source model, every method with every seed, metrics, table",
-    "train": "the source model",
-    "unlearn": "the methods with every seed, without measuring",
-    "evaluate": "the metrics of unlearned models",
-    "table": "the table and the plots from what was measured",
-    "tune": "choose each method's learning rate or alpha on validation pictures",
+    "run": (Config, "source model, every method with every seed, metrics, table"),
+    "train": (Config, "the source model"),
+    "unlearn": (UnlearnConfig, "the methods with every seed, without measuring"),
+    "evaluate": (Config, "the metrics of unlearned models"),
+    "table": (TableConfig, "the table and the plots from what was measured"),
+    "tune": (TuneConfig, "choose each method's learning rate or alpha on validation pictures"),
 }
 
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m classification", description=__doc__, formatter_class=raw)
+    rows = [f"  {name:<13} {method.title:<11} {method.description}" for name, method in METHODS.items()]
+    parser = argparse.ArgumentParser(
+        prog="python -m classification", description=__doc__, formatter_class=raw,
+        epilog="\n".join(["methods:", *rows]),
+    )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        add_options(command, Config)
-        if name == "unlearn":
-            command.add_argument("--mask", metavar="FILE", help="a mask file in place of the one that SalUn would make")
-        if name == "table":
-            command.add_argument("--results", metavar="FILE.json", type=Path,
-                                 help="a results.json that `run` wrote, in place of the folder's cells")  # fmt: skip
-            command.add_argument("--into", metavar="DOCUMENT", type=Path,
-                                 help="also put the table into this Markdown document, between its lines "
-                                      "<!-- DATASET --> and <!-- end -->")  # fmt: skip
-        if name == "tune":
-            command.add_argument("--output", metavar="FILE.json", type=Path, required=True,
-                                 help="where the chosen settings go, for --config")  # fmt: skip
+    for name, (options, text) in COMMANDS.items():
+        add_options(commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + "."), options)
     return parser
 
 
 def main() -> None:
     given = vars(_parser().parse_args())
     command = given.pop("command")
-    more = {name: given.pop(name) for name in ("mask", "output", "results", "into") if name in given}
+    options = COMMANDS[command][0]
     try:
         if given.get("dataset", "digits") == "digits" and not given["config"] and command != "tune":
             given["config"] = str(DIGITS)
-        config = Config(**settings_of(given, Config))
+        config = options(**settings_of(given, options))
         config.check()
         from . import run  # only now: the libraries behind it take seconds, and --help should not
 
-        getattr(run, command)(config, **more)
+        shared = {item.name for item in fields(Config)}
+        own = {item.name: getattr(config, item.name) for item in fields(options) if item.name not in shared}
+        getattr(run, command)(config, **own)
     except SalunError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from salun_diffusion.errors import SalunError
 from salun_diffusion.options import option
 
-METHODS = ("retrain", "ft", "rl", "ga", "iu", "be", "bs", "l1_sparse", "salun", "salun_soft", "neggrad_plus")
+from .methods import METHODS
+
 MODELS = ("resnet8", "resnet20", "resnet18", "vgg16_bn", "swin_t", "vit_s")
 SHARED = (  # what all cells of a folder have in common
     "dataset", "model", "forget", "split_seed", "source_seed", "image_size", "limit", "epochs", "learning_rate",
@@ -88,6 +89,41 @@ class Config:
 
     def shared(self) -> dict:
         return {name: value for name, value in asdict(self).items() if name in SHARED}
+
+
+@dataclass
+class UnlearnConfig(Config):
+    """Of ``unlearn``."""
+
+    mask: str | None = option(None, "a mask file in place of the one that SalUn would make")
+
+
+@dataclass
+class TableConfig(Config):
+    """Of ``table``."""
+
+    results: str | None = option(None, "a results.json that `run` wrote, in place of the folder's cells")
+    into: str | None = option(
+        None,
+        "also put the table into this Markdown document, between its lines <!-- DATASET --> and <!-- end -->",
+    )
+
+
+@dataclass
+class TuneConfig(Config):
+    """Of ``tune``."""
+
+    output: str | None = option(None, "where the chosen settings go, for --config (required)")
+
+    def check(self) -> None:
+        """As :meth:`Config.check`.
+
+        Raises:
+            SalunError: also without ``output``.
+        """
+        super().check()
+        if not self.output:
+            raise SalunError("Say where the chosen settings go: --output FILE.json.")
 
 
 def _plain(text: str) -> str:

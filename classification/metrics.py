@@ -9,10 +9,11 @@ from copy import deepcopy
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.svm import SVC
 from torch import nn
+
+from salun_diffusion.stats import wilson
 
 from .data import Pictures
 from .training import batches, logits
@@ -54,10 +55,7 @@ def evaluate(
 
 
 def _proportion(right: torch.Tensor, flip: bool) -> dict:
-    count, n = int((~right if flip else right).sum()), len(right)
-    low, high = binomtest(count, n).proportion_ci(0.95, method="wilson")
-    shown = {"percent": 100 * count / n, "low": 100 * low, "high": 100 * high}
-    return {"count": count, "n": n} | {key: round(value, 3) for key, value in shown.items()}
+    return wilson(int((~right if flip else right).sum()), len(right), 3)
 
 
 def _confidence(answers: torch.Tensor, labels: torch.Tensor) -> np.ndarray:

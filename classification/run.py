@@ -30,13 +30,12 @@ from salun_diffusion.tables import put_into
 
 from . import tables
 from .config import Config
-from .methods import DEFAULTS, TITLES
+from .methods import METHODS
 from .metrics import COMPARED, gap
 from .scenario import Scenario
 
 FORMAT = "salun-diffusion unlearning 1"
 UNLEARNED, RESULTS = "unlearned.json", "results.json"
-MASKED = ("salun",)  # methods that take a mask
 VERSIONS = {
     "python": platform.python_version(),
     "torch": torch.__version__,
@@ -45,18 +44,24 @@ VERSIONS = {
 }
 TUNE_SEED = 1_000_000  # draws a forget set that no reported seed draws
 FACTORS = (0.1, 0.3, 1, 3, 10)  # what the one setting that each method is tuned in is multiplied by
-TUNED = {"iu": "alpha", "l1_sparse": "alpha"}  # the learning rate for all others
 
 
 def run(config: Config) -> dict:
-    """Source, every method with every seed, metrics, and the table."""
+    """Source, every method with every seed, metrics, and the table.
+
+    Returns:
+        The content of the folder's ``results.json``, as :mod:`classification.tables` documents it.
+
+    Raises:
+        SalunError: settings that do not fit together, or an output folder of other settings.
+    """
     scenario = Scenario(config)
     scenario.source()
     cells = [(seed, method) for seed in config.seeds for method in config.methods]
     missing = [(seed, method) for seed, method in cells if _read(scenario, method, seed, RESULTS) is None]
     with tqdm(total=len(cells), initial=len(cells) - len(missing), desc="cells", unit="cell") as bar:
         for seed, method in missing:
-            bar.set_postfix_str(f"{TITLES[method]}, seed {seed}")
+            bar.set_postfix_str(f"{METHODS[method].title}, seed {seed}")
             _unlearn(scenario, method, seed)
             _evaluate(scenario, method, seed)
             bar.update()
@@ -67,19 +72,23 @@ def train(config: Config) -> None:
     """The source model."""
     scenario = Scenario(config)
     scenario.source()
-    told = json.loads((scenario.folder / "source" / RESULTS).read_text(encoding="utf-8"))["accuracy"]
-    print(f"{scenario.folder}/source: {', '.join(f'{name} {value:.2f}%' for name, value in told.items())}")
+    accuracy = json.loads((scenario.folder / "source" / RESULTS).read_text(encoding="utf-8"))["accuracy"]
+    print(f"{scenario.folder}/source: {', '.join(f'{name} {value:.2f}%' for name, value in accuracy.items())}")
 
 
 def unlearn(config: Config, mask: str | None = None) -> None:
     """The methods with every seed, without measuring.
 
+    Args:
+        mask: a mask file in place of the one that a method would make; Retrain is left out then.
+
     Raises:
         SalunError: also for a mask for methods that have none.
     """
     scenario = Scenario(config)
-    if mask and not set(config.methods) <= {"retrain", *MASKED}:
-        raise SalunError(f"--mask is for {' and '.join(MASKED)} alone: choose one of these with --methods.")
+    masked = [name for name, method in METHODS.items() if method.takes_mask]
+    if mask and not set(config.methods) <= {"retrain", *masked}:
+        raise SalunError(f"--mask is for {' and '.join(masked)} alone: choose one of these with --methods.")
     for seed in config.seeds:
         for method in config.methods:
             if mask and method == "retrain":
@@ -96,37 +105,55 @@ def evaluate(config: Config) -> None:
     """
     scenario = Scenario(config)
     cells = [(seed, method) for seed in config.seeds for method in config.methods]
-    found = [(seed, method) for seed, method in cells if _read(scenario, method, seed, UNLEARNED)]
-    if not found:
+    unlearned = [(seed, method) for seed, method in cells if _read(scenario, method, seed, UNLEARNED)]
+    if not unlearned:
         raise SalunError(
             f"{scenario.folder} holds no unlearned model of these: run `python -m classification unlearn`."
         )
-    for seed, method in found:
+    for seed, method in unlearned:
         metrics = _evaluate(scenario, method, seed)
-        told = ", ".join(f"{name.upper()} {metrics[name]:.2f}" for name in COMPARED)
-        print(f"{_folder(scenario, method, seed)}: {told}")
+        shown = ", ".join(f"{name.upper()} {metrics[name]:.2f}" for name in COMPARED)
+        print(f"{_folder(scenario, method, seed)}: {shown}")
 
 
-def table(config: Config, results: Path | None = None, into: Path | None = None) -> dict:
+def table(config: Config, results: str | None = None, into: str | None = None) -> dict:
     """The table and the plots of what was measured.
 
     Args:
         results: a ``results.json`` that this command wrote, in place of the folder's cells.
         into: a Markdown document whose part between ``<!-- DATASET -->`` and ``<!-- end -->`` becomes the table.
+
+    Returns:
+        The content of the folder's ``results.json``, as :mod:`classification.tables` documents it.
+
+    Raises:
+        SalunError: a cell or ``results`` is missing or damaged, or ``into`` has no place for the table.
     """
-    found = tables.read(results) if results else tables.gather(Path(config.output_dir), config.methods, config.seeds)
+    folder = Path(config.output_dir)
+    summary = tables.read(Path(results)) if results else tables.gather(folder, config.methods, config.seeds)
     if into:
-        name = Path(found["scenario"]["dataset"]).name
-        source = f" --results {results.as_posix()}" if results else f" --output_dir {config.output_dir}"
-        made = f"Made by `python -m classification table{source} --into {into.as_posix()}`."
-        put_into(into, name, f"{tables.markdown(found)} {made}")
-    return found if results else tables.write(Path(config.output_dir), found)
+        name = Path(summary["scenario"]["dataset"]).name
+        source = f" --results {Path(results).as_posix()}" if results else f" --output_dir {config.output_dir}"
+        made = f"Made by `python -m classification table{source} --into {Path(into).as_posix()}`."
+        put_into(Path(into), name, f"{tables.markdown(summary)} {made}")
+    return summary if results else tables.write(folder, summary)
 
 
-def tune(config: Config, output: Path) -> dict:
-    """Choose each method's learning rate (alpha for those that have their own): five trials each, on a forget set that
-    no reported seed draws and with validation pictures in place of the test's; the smallest gap to Retrain wins. Writes
-    a file for ``--config``. Trials that are there already are not run again."""
+def tune(config: Config, output: str) -> dict:
+    """Choose each method's one tuned setting, by five trials of each method.
+
+    They use a forget set that no reported seed draws, and validation pictures in place of the test's; the smallest gap
+    to Retrain wins. Trials that are there already are not run again.
+
+    Args:
+        output: where a file for ``--config`` goes.
+
+    Returns:
+        Method → its settings, as the file's ``method_settings`` hold them.
+
+    Raises:
+        SalunError: settings that do not fit together, or an output folder of other settings.
+    """
     scenario = Scenario(config, on_validation=True)
     scenario.source()
     path = scenario.folder / "tuning.json"
@@ -149,23 +176,23 @@ def tune(config: Config, output: Path) -> dict:
     methods = [method for method in config.methods if method != "retrain"]
     with tqdm(total=len(methods) * len(FACTORS), desc="trials", unit="trial") as bar:
         for method in methods:
-            name = TUNED.get(method, "learning_rate")
+            name = METHODS[method].tuned
             gaps = {}
             for factor in FACTORS:
                 value = float(f"{getattr(scenario.settings(method), name) * factor:.3g}")
-                found = trial(method, {name: value})
-                gaps[value] = gap(found["metrics"], reference) if "metrics" in found else math.inf
+                result = trial(method, {name: value})
+                gaps[value] = gap(result["metrics"], reference) if "metrics" in result else math.inf
                 bar.update()
             best = min(gaps, key=gaps.get)
-            chosen[method] = DEFAULTS.get(method, {}) | config.method_settings.get(method, {}) | {name: best}
-            bar.write(f"{TITLES[method]}: {name} {best:g}, gap {gaps[best]:.2f} (of {_told(gaps)})")
+            chosen[method] = METHODS[method].defaults | config.method_settings.get(method, {}) | {name: best}
+            bar.write(f"{METHODS[method].title}: {name} {best:g}, gap {gaps[best]:.2f} (of {_listed(gaps)})")
     settings = {name: value for name, value in config.shared().items() if value is not None}
     write_json(output, settings | {"method_settings": chosen})
     print(f"Written to {output}: python -m classification run --config {output}")
     return chosen
 
 
-def _told(gaps: dict[float, float]) -> str:
+def _listed(gaps: dict[float, float]) -> str:
     return ", ".join(f"{value:g}: {gap:.2f}" for value, gap in gaps.items())
 
 
@@ -176,32 +203,32 @@ def _folder(scenario: Scenario, method: str, seed: int) -> Path:
 def _read(scenario: Scenario, method: str, seed: int, name: str) -> dict | None:
     """The cell's file, if it is of the settings of now."""
     try:
-        found = json.loads((_folder(scenario, method, seed) / name).read_text(encoding="utf-8"))
+        cell = json.loads((_folder(scenario, method, seed) / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if found["settings"] == asdict(scenario.settings(method)) else None
+    return cell if cell["settings"] == asdict(scenario.settings(method)) else None
 
 
 def _unlearn(scenario: Scenario, method: str, seed: int, mask: str | None = None) -> float:
     """Unlearn, and keep the model; minutes."""
     folder = _folder(scenario, method, seed)
-    found = _read(scenario, method, seed, UNLEARNED)
-    if found and found["mask"] == mask:
-        return found["minutes"]
+    cell = _read(scenario, method, seed, UNLEARNED)
+    if cell and cell["mask"] == mask:
+        return cell["minutes"]
     model, minutes, settings = scenario.unlearn(method, seed, mask=mask)
     (folder / UNLEARNED).unlink(missing_ok=True)
     (folder / RESULTS).unlink(missing_ok=True)
     scenario.write_model(folder / "model.safetensors", model)
-    about = {"method": method, "seed": seed, "settings": asdict(settings), "mask": mask, "minutes": round(minutes, 4)}
-    write_json(folder / UNLEARNED, about)
+    cell = {"method": method, "seed": seed, "settings": asdict(settings), "mask": mask, "minutes": round(minutes, 4)}
+    write_json(folder / UNLEARNED, cell)
     return minutes
 
 
 def _evaluate(scenario: Scenario, method: str, seed: int) -> dict:
     folder = _folder(scenario, method, seed)
-    about = json.loads((folder / UNLEARNED).read_text(encoding="utf-8"))
+    cell = json.loads((folder / UNLEARNED).read_text(encoding="utf-8"))
     metrics = scenario.measure(scenario.read_model(folder / "model.safetensors"), seed)
     sizes = {name: len(part) for name, part in scenario.sets(seed).items()}
-    results = {"format": FORMAT} | about | {"metrics": metrics, "n": sizes, "scenario": scenario.config.shared()}
+    results = {"format": FORMAT} | cell | {"metrics": metrics, "n": sizes, "scenario": scenario.config.shared()}
     write_json(folder / RESULTS, results | {"versions": VERSIONS})
     return metrics

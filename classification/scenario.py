@@ -16,7 +16,8 @@ from salun_diffusion.masks.scope import check_reused
 from . import memorisation, models
 from .config import Config
 from .data import Data, Pictures, forget_rows, load, others
-from .methods import DEFAULTS, METHODS, TITLES, Settings, Task
+from .methods import METHODS
+from .methods.task import Settings, Task
 from .metrics import evaluate
 from .training import batches, logits, train
 
@@ -152,7 +153,7 @@ class Scenario:
         Raises:
             SalunError: one that there is not.
         """
-        given = DEFAULTS.get(method, {}) | self.config.method_settings.get(method, {}) | (over or {})
+        given = METHODS[method].defaults | self.config.method_settings.get(method, {}) | (over or {})
         known = {item.name for item in fields(Settings)}
         if wrong := [name for name in given if name not in known]:
             raise SalunError(f"The method {method} has no setting '{wrong[0]}'; there are: {', '.join(sorted(known))}.")
@@ -171,7 +172,7 @@ class Scenario:
         task = Task(
             model=model, forget=sets["forget"], retain=sets["retain"], classes=len(self.data.classes),
             settings=settings, generator=torch.Generator().manual_seed(seed),
-            fresh=lambda: self.model(1000 + seed), recipe=self.recipe, title=f"{TITLES[method]}, seed {seed}",
+            fresh=lambda: self.model(1000 + seed), recipe=self.recipe, title=f"{METHODS[method].title}, seed {seed}",
         )  # fmt: skip
         if mask:
             task.masks = load_masks(mask)[0]

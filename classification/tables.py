@@ -16,10 +16,12 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
 
+from salun_diffusion import tables  # noqa: E402
+from salun_diffusion.colours import BLUE, GREY, ORANGE  # noqa: E402
 from salun_diffusion.errors import SalunError  # noqa: E402
 from salun_diffusion.files import write_json  # noqa: E402
 
-from .methods import TITLES  # noqa: E402
+from .methods import METHODS  # noqa: E402
 from .metrics import COMPARED, gap  # noqa: E402
 
 FORMAT = "salun-diffusion unlearning table 1"
@@ -28,7 +30,6 @@ METRICS = {  # key → (heading, digits)
     "mia_auc": ("MIA, AUC", 3), "mia_tpr_at_1_fpr": ("TPR at 1% FPR", 2), "relearn_epochs": ("relearn epochs", 1),
     "minutes": ("RTE, min", 2),
 }  # fmt: skip
-BLUE, ORANGE, GREY = "#3b7dd8", "#e08a1e", "#8a8f98"
 
 
 def write(folder: Path, found: dict) -> dict:
@@ -40,9 +41,7 @@ def write(folder: Path, found: dict) -> dict:
         csv.writer(file).writerows(_flat(found))
     _plot_gaps(found, folder / "gap-time.png")
     _plot_metrics(found, folder / "metrics.png")
-    rows = _rows(found, "±", "-")
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    print("\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows))
+    print(tables.aligned(_rows(found, "±", "-")))
     print(f"In {folder}: table.md, .tex, .csv; gap-time.png, metrics.png; results.json.")
     return found
 
@@ -77,7 +76,7 @@ def gather(folder: Path, methods: list[str], seeds: list[int]) -> dict:
         "methods": {},
     }
     for method, mine in cells.items():
-        told = {"title": TITLES[method], "settings": mine[0]["settings"]}
+        told = {"title": METHODS[method].title, "settings": mine[0]["settings"]}
         for key in METRICS:
             values = [cell["minutes"] if key == "minutes" else cell["metrics"][key] for cell in mine]
             mean = statistics.fmean(values)
@@ -145,12 +144,8 @@ def notes(found: dict) -> str:
 
 
 def markdown(found: dict) -> str:
-    head, *rest = _rows(found, "±", "–")
-    return "\n".join([*_table([head, *rest]), *_published(found["scenario"]), "", notes(found)])
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+    table = tables.markdown(_rows(found, "±", "–"))
+    return "\n".join([table, *_published(found["scenario"]), "", notes(found)])
 
 
 def _published(scenario: dict) -> list[str]:
@@ -160,20 +155,12 @@ def _published(scenario: dict) -> list[str]:
     if not figures:
         return []
     rows = [["", *known["columns"]], *([method, *(f"{value:g}" for value in row)] for method, row in figures.items())]
-    return ["", f"As published ({known['source']}):", "", *_table(rows)]
+    return ["", f"As published ({known['source']}):", "", *tables.markdown(rows).splitlines()]
 
 
 def latex(found: dict) -> str:
     """For the packages booktabs and graphicx."""
-    head, *rest = _rows(found, "$\\pm$", "--")
-    escaped = [[cell.replace("%", "\\%") for cell in row] for row in (head, *rest)]
-    body = " \\\\\n".join("  " + " & ".join(row) for row in escaped[1:])
-    caption = notes(found).replace("%", "\\%").replace("±", "$\\pm$").replace("_", "\\_")
-    return (
-        "% needs \\usepackage{booktabs,graphicx}\n\\begin{table}\n\\centering\n\\resizebox{\\linewidth}{!}{%\n"
-        f"\\begin{{tabular}}{{{'l' * len(head)}}}\n\\toprule\n  {' & '.join(escaped[0])} \\\\\n\\midrule\n{body} \\\\\n"
-        f"\\bottomrule\n\\end{{tabular}}}}\n\\caption{{{caption}}}\n\\end{{table}}\n"
-    )
+    return tables.latex(_rows(found, "±", "–"), notes(found))
 
 
 def _flat(found: dict) -> list[list]:

@@ -31,13 +31,28 @@ class Recipe:
 
 
 def inputs(images: torch.Tensor) -> torch.Tensor:
-    """uint8 → fp32 in 0…1."""
+    """Pictures as a model takes them.
+
+    Args:
+        images: uint8 of any shape.
+
+    Returns:
+        fp32 in 0…1, of the same shape.
+    """
     return images.float().div_(255)
 
 
 def batches(pictures: Pictures, size: int, generator: torch.Generator, augment: str) -> Iterator[tuple]:
-    """One shuffled pass: ``(inputs, labels)``, the last batch as small as it is. ``generator``, on the CPU, fixes order
-    and augmentation."""
+    """One shuffled, augmented pass; the last batch is as small as it is.
+
+    Args:
+        size: pictures a batch.
+        generator: on the CPU; it fixes order and augmentation.
+        augment: "none", "crop" or "crop+flip".
+
+    Yields:
+        ``(inputs, labels)``: fp32 ``(size, channels, height, width)`` in 0…1, and int64 ``(size,)``.
+    """
     order = torch.randperm(len(pictures), generator=generator).to(pictures.labels.device)
     for rows in order.split(size):
         images = pictures.images[rows]
@@ -50,7 +65,16 @@ def batches(pictures: Pictures, size: int, generator: torch.Generator, augment: 
 
 
 def crop(images: torch.Tensor, generator: torch.Generator, share: int = 8) -> torch.Tensor:
-    """Each picture moved by up to an eighth of its side (4 of CIFAR's 32 pixels) either way, black beyond its edge."""
+    """Each picture moved by up to an eighth of its side (4 of CIFAR's 32 pixels) either way, black beyond its edge.
+
+    Args:
+        images: uint8 ``(n, channels, height, width)``.
+        generator: on the CPU.
+        share: the part of the side, as its inverse.
+
+    Returns:
+        uint8 of the same shape.
+    """
     count, _, height, width = images.shape
     pad = max(height // share, 1)
     padded = F.pad(images, (pad,) * 4)
@@ -62,23 +86,26 @@ def crop(images: torch.Tensor, generator: torch.Generator, share: int = 8) -> to
     return padded[picture[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
-class Held:
-    """Keeps every weight outside a mask at its value of now, bit for bit: masking gradients alone would let weight
-    decay and momentum move it.
+class FreezeOutsideMask:
+    """Called after each step, puts every weight outside a mask back to the value that it had here, bit for bit: masking
+    gradients alone would let weight decay and momentum move it.
 
-    Batch-norm's running statistics are no weights and are not held: they follow the features, as they do in the
-    published code, since frozen ones would not fit the weights that did move.
+    Batch-norm's running statistics are no weights and stay free: they follow the features, as they do in the published
+    code, since frozen ones would not fit the weights that did move.
+
+    Args:
+        masks: by parameter name, bool of the parameter's shape, true where a weight may move.
     """
 
     def __init__(self, model: nn.Module, masks: dict[str, torch.Tensor]):
         parameters = dict(model.named_parameters())
-        self.held = [
+        self.frozen = [
             (parameters[n], ~m.to(parameters[n].device), parameters[n].detach().clone()) for n, m in masks.items()
         ]
 
     @torch.no_grad()
     def __call__(self) -> None:
-        for parameter, outside, base in self.held:
+        for parameter, outside, base in self.frozen:
             parameter.copy_(torch.where(outside, base, parameter))
 
 
@@ -99,6 +126,8 @@ def optimise(
     """SGD on ``loss(logits, labels)`` over the batches of ``passes(epoch)``, in train mode; it ends in eval mode.
 
     Args:
+        passes: epoch → its batches, ``(inputs, labels)``; inputs fp32 ``(n, channels, height, width)`` in 0…1.
+        loss: fp32 ``(n, classes)`` and the batch's labels → a scalar.
         rate: factor of the learning rate by the share of the training that is done, 0…1.
         batches_each: batches of an epoch, for that share and the progress bar.
         after_step: called after every step.
@@ -146,14 +175,16 @@ def _one_cycle(done: float) -> float:
 
 @torch.no_grad()
 def logits(model: nn.Module, pictures: Pictures) -> torch.Tensor:
-    """fp32 ``(n, classes)`` on the CPU, in eval mode.
+    """The model's answers to all pictures, in eval mode.
+
+    Returns:
+        fp32 ``(n, classes)`` on the CPU.
 
     Raises:
         SalunError: one is not finite.
     """
     model.eval()
-    found = [model(inputs(part)).float().cpu() for part in pictures.images.split(EVALUATION_BATCH)]
-    whole = torch.cat(found)
+    whole = torch.cat([model(inputs(part)).float().cpu() for part in pictures.images.split(EVALUATION_BATCH)])
     if not torch.isfinite(whole).all():
         raise SalunError("The model answers NaN or infinity: it is broken, so nothing was measured.")
     return whole

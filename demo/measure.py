@@ -11,11 +11,25 @@ import argparse
 import itertools
 import json
 import random
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+
+from salun_diffusion.errors import SalunError
+from salun_diffusion.options import add_options, option, settings_of
 
 from .scenes import BACKGROUNDS, NUMBERS, OBJECTS, STYLES, a
 
 HERE = Path(__file__).parent
+
+
+@dataclass
+class MeasureConfig:
+    """The options of ``python -m demo.measure``."""
+
+    work_dir: str = option("runs/demo", "where demo.train left the artwork")
+    model_dir: str | None = option(None, "the pipeline folder with its judge (default: demo/model)")
+    limit: int | None = option(None, "only this many pictures, chosen at random: a quick look, nothing is recorded")
 
 
 def prompts() -> list[tuple[str, dict[str, str]]]:
@@ -73,22 +87,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m demo.measure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--work_dir",
-        type=Path,
-        default=Path("runs/demo"),
-        help="where demo.train left the artwork (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--model_dir",
-        type=Path,
-        default=HERE / "model",
-        help="the pipeline folder with its judge (default: demo/model)",
-    )
-    parser.add_argument(
-        "--limit", type=int, help="only this many pictures, chosen at random: a quick look, nothing is recorded"
-    )
-    args = parser.parse_args()
+    add_options(parser, MeasureConfig)
+    try:
+        measure(MeasureConfig(**settings_of(vars(parser.parse_args()), MeasureConfig)))
+    except SalunError as error:
+        sys.exit(f"error: {error}")
+
+
+def measure(config: MeasureConfig) -> None:
+    """Print what was measured and, unless ``limit`` is set, record it.
+
+    Raises:
+        SalunError: the model cannot be loaded.
+    """
+    work, folder = Path(config.work_dir), Path(config.model_dir or HERE / "model")
 
     import diffusers
     import torch
@@ -104,12 +116,10 @@ def main() -> None:
     from . import judge as instrument
     from .scenes import Scene
     from .training import HELD_OUT_SEEDS
-    from .vocabulary import SAMPLING
+    from .vocabulary import DATA
 
-    judge = (
-        AutoModelForImageClassification.from_pretrained(args.model_dir / "judge", use_safetensors=True).float().eval()
-    )
-    processor = AutoImageProcessor.from_pretrained(args.model_dir / "judge")
+    judge = AutoModelForImageClassification.from_pretrained(folder / "judge", use_safetensors=True).float().eval()
+    processor = AutoImageProcessor.from_pretrained(folder / "judge")
 
     @torch.no_grad()
     def look(images: list) -> list[dict[str, str]]:
@@ -124,7 +134,7 @@ def main() -> None:
         return found
 
     scenes = [Scene.sample(seed) for seed in HELD_OUT_SEEDS]
-    held_out = load_file(args.work_dir / "held-out.safetensors")["pictures"]
+    held_out = load_file(work / "held-out.safetensors")["pictures"]
     seen = look(held_out)
     judged = tally([(scene.labels(), found) for scene, found in zip(scenes, seen, strict=True)])
     # scenes beyond the range that the judge's own smears were made of
@@ -140,12 +150,12 @@ def main() -> None:
                 mistakes[pair] = mistakes.get(pair, 0) + 1
 
     asked = prompts()
-    if args.limit:
-        asked = random.Random(0).sample(asked, args.limit)
+    if config.limit:
+        asked = random.Random(0).sample(asked, config.limit)
     rows = [Row(prompt, None, expect, 2_000_000 + i) for i, (prompt, expect) in enumerate(asked)]
-    pipe = models.load_pipeline(str(args.model_dir))
-    options = {"num_inference_steps": SAMPLING["num_inference_steps"], "guidance_scale": SAMPLING["guidance_scale"]}
-    drawn = look(sample(pipe, rows, batch_size=SAMPLING["sample_batch_size"], progress="drawing", **options))
+    pipe = models.load_pipeline(str(folder))
+    options = {"num_inference_steps": DATA["num_inference_steps"], "guidance_scale": DATA["guidance_scale"]}
+    drawn = look(sample(pipe, rows, batch_size=DATA["sample_batch_size"], progress="drawing", **options))
     model = tally([(row.expect, found) for row, found in zip(rows, drawn, strict=True)])
     by_object = {}
     for name in OBJECTS:
@@ -165,7 +175,7 @@ def main() -> None:
         ),
     }
     print(json.dumps(result, indent=1, ensure_ascii=False))
-    if not args.limit:
+    if not config.limit:
         write_json(HERE / "measured.json", result)
         write_readme(result)
 

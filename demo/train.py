@@ -10,42 +10,46 @@ folder in fp16, with the judge beside its weights. Then ``python -m demo.measure
 
 import argparse
 import json
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+from salun_diffusion.errors import SalunError
+from salun_diffusion.options import add_options, option, settings_of
+
 HERE = Path(__file__).parent
+
+
+@dataclass
+class TrainConfig:
+    """The options of ``python -m demo.train``."""
+
+    work_dir: str = option("runs/demo", "caches and checkpoints")
+    output_dir: str | None = option(None, "the pipeline folder to write (default: demo/model)")
+    autoencoder_steps: int = option(3600, "steps of 32 pictures")
+    judge_steps: int = option(4000, "steps of 64 pictures")
+    steps: int = option(20000, "text-to-image steps of 32 scenes")
+    device: str = option("cpu", "where the text-to-image model trains", ("cpu", "cuda"))
+    stage: str = option("all", "train only one part, its inputs being there", ("all", "judge", "model"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m demo.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--work_dir", type=Path, default=Path("runs/demo"), help="caches and checkpoints (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--output_dir", type=Path, default=HERE / "model", help="the pipeline folder to write (default: demo/model)"
-    )
-    parser.add_argument(
-        "--autoencoder_steps", type=int, default=3600, help="steps of 32 pictures (default: %(default)s)"
-    )
-    parser.add_argument("--judge_steps", type=int, default=4000, help="steps of 64 pictures (default: %(default)s)")
-    parser.add_argument(
-        "--steps", type=int, default=20000, help="text-to-image steps of 32 scenes (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--device",
-        default="cpu",
-        choices=("cpu", "cuda"),
-        help="where the text-to-image model trains (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--stage",
-        default="all",
-        choices=("all", "judge", "model"),
-        help="train only one part, its inputs being there (default: %(default)s)",
-    )
-    args = parser.parse_args()
+    add_options(parser, TrainConfig)
+    try:
+        train(TrainConfig(**settings_of(vars(parser.parse_args()), TrainConfig)))
+    except SalunError as error:
+        sys.exit(f"error: {error}")
 
+
+def train(config: TrainConfig) -> None:
+    """Artwork, scenes, autoencoder, judge and text-to-image model, each made unless ``work_dir`` has it.
+
+    Raises:
+        SalunError: the disk refuses a file.
+    """
     import torch
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
     from safetensors.torch import load_file
@@ -55,15 +59,15 @@ def main() -> None:
     from . import autoencoder, judge, model, sprites, training
     from .vocabulary import vocabulary
 
-    work = args.work_dir
+    work, output = Path(config.work_dir), Path(config.output_dir or HERE / "model")
     art = sprites.load(work / "sprites")
     pictures = training.pictures(training.TRAIN_SEEDS, art, work / "train.safetensors")
     held_out = training.pictures(training.HELD_OUT_SEEDS, art, work / "held-out.safetensors")
 
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(args.output_dir / "concepts.json", vocabulary())
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "concepts.json", vocabulary())
 
-    vae = autoencoder.train(pictures, work, args.autoencoder_steps)
+    vae = autoencoder.train(pictures, work, config.autoencoder_steps)
     cache = work / "latents.safetensors"
     if not cache.exists():
         training.write_tensors(cache, {"latents": autoencoder.encode(vae, pictures)}, {})
@@ -72,13 +76,13 @@ def main() -> None:
     latents = (latents - latents.mean((0, 2, 3), keepdim=True)) / latents.std((0, 2, 3), keepdim=True)
     print(f"autoencoder: {autoencoder.psnr(vae, held_out[:1024]):.2f} dB on held-out scenes")
 
-    if args.stage in ("all", "judge"):
-        folder = args.output_dir / "judge"
-        judge.train(pictures, latents, vae, work, args.judge_steps).half().save_pretrained(folder)
+    if config.stage in ("all", "judge"):
+        folder = output / "judge"
+        judge.train(pictures, latents, vae, work, config.judge_steps).half().save_pretrained(folder)
         judge.processor().save_pretrained(folder)
-    if args.stage in ("all", "model"):
+    if config.stage in ("all", "model"):
         words = model.tokenizer(work / "tokenizer")
-        trained = model.train(latents, words, work, args.steps, args.device).cpu()
+        trained = model.train(latents, words, work, config.steps, config.device).cpu()
         pipe = StableDiffusionPipeline(
             vae=vae,
             text_encoder=trained["text_encoder"],
@@ -89,10 +93,10 @@ def main() -> None:
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        pipe.to(dtype=torch.float16).save_pretrained(args.output_dir)
+        pipe.to(dtype=torch.float16).save_pretrained(output)
         # transformers loads a model in the dtype that its config names, diffusers in fp32: a plain from_pretrained of
         # the pipeline would mix the two
-        text_config = args.output_dir / "text_encoder" / "config.json"
+        text_config = output / "text_encoder" / "config.json"
         write_json(text_config, json.loads(text_config.read_text()) | {"dtype": "float32"})
 
 

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 from salun_diffusion.files import write_json
-from salun_diffusion.methods import find_method
 
 from .scenes import BACKGROUNDS, OBJECTS, STYLES
 
@@ -35,31 +34,24 @@ DATA = {
     "num_forget_images": 64,
     "num_retain_images": 192,
 }
-# How it is trained: what the comparison of methods (benchmarks/methods.py) found.
-FOUND = json.loads((Path(__file__).parent.parent / "docs" / "results" / "methods.json").read_text())
-
-
-def training(slot: str) -> dict[str, dict]:
-    """Each method's settings for a concept of ``slot``; backgrounds are erased as styles are."""
-    kind, config = "style" if slot == "background" else slot, FOUND["config"]
-    found = {}
-    for name, own in {**FOUND["chosen"][kind], "salun": config["further"]}.items():
-        method = find_method(name)
-        if name != "random_label":  # it takes SalUn's
-            trained = {} if method.closed_form else config["settings"]["trained"]
-            found[name] = trained | (config["settings"]["retaining"] if method.retains else {}) | own
-    return found
+HERE = Path(__file__).parent
 
 
 def vocabulary() -> dict:
-    """The content of ``concepts.json``; :mod:`salun_diffusion.concepts` documents the file."""
+    """The content of ``concepts.json``; :mod:`salun_diffusion.concepts` documents the file.
+
+    Each method's own settings come from settings.json beside this file, by kind of concept and method; it is edited by
+    hand, after ``python -m benchmarks.methods`` has said that others do better.
+    """
+    methods = json.loads((HERE / "settings.json").read_text(encoding="utf-8"))
+    methods["background"] = methods["style"]  # backgrounds are erased as styles are
     return {
         "slots": {"object": list(OBJECTS), "style": list(STYLES), "background": list(BACKGROUNDS)},
         "templates": [{"prompt": prompt, "expect": expect} for prompt, expect in TEMPLATES],
         "plurals": dict(OBJECTS),
-        "settings": {slot: DATA | training(slot) for slot in ("object", "style", "background")},
+        "settings": {slot: DATA | methods[slot] for slot in ("object", "style", "background")},
     }
 
 
-if __name__ == "__main__":  # after new settings were found
-    write_json(Path(__file__).parent / "model" / "concepts.json", vocabulary())
+if __name__ == "__main__":  # after settings.json was changed
+    write_json(HERE / "model" / "concepts.json", vocabulary())

@@ -1,48 +1,85 @@
-"""The unlearning methods, one paper a file: ``METHODS`` maps a name to a function that changes ``task.model`` in place,
-and ``DEFAULTS`` to where its settings differ from those of :class:`Settings`.
+"""The unlearning methods: one paper a file, and one row of ``METHODS`` a method.
+
+The row is all that a method is registered with: the command line's list, what a configuration may name, the table's
+titles, the default settings, masks and tuning follow from it. A new method is a file in this folder and a row here. No
+torch is imported until a method is called, so that ``--help`` answers at once.
 
 The defaults are the published ones where there are such (CIFAR-10, ResNet-18, 10% forgotten at random).
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Literal
 
-from .boundary import boundary_expanding, boundary_shrink
-from .finetune import finetune, l1_sparse
-from .gradient_ascent import gradient_ascent, neggrad_plus
-from .influence import influence
-from .random_label import random_label
-from .retrain import retrain
-from .salun import salun, salun_soft
-from .task import Settings, Task
+if TYPE_CHECKING:
+    from .task import Task
 
-METHODS: dict[str, Callable[[Task], None]] = {
-    "retrain": retrain,
-    "ft": finetune,
-    "rl": random_label,
-    "ga": gradient_ascent,
-    "iu": influence,
-    "be": boundary_expanding,
-    "bs": boundary_shrink,
-    "l1_sparse": l1_sparse,
-    "salun": salun,
-    "salun_soft": salun_soft,
-    "neggrad_plus": neggrad_plus,
-}
 
-TITLES = {
-    "retrain": "Retrain", "ft": "FT", "rl": "RL", "ga": "GA", "iu": "IU", "be": "BE", "bs": "BS",
-    "l1_sparse": "l1-sparse", "salun": "SalUn", "salun_soft": "SalUn-soft", "neggrad_plus": "NegGrad+",
+@dataclass(frozen=True)
+class Method:
+    """A row: ``METHODS[name](task)`` changes ``task.model`` in place.
+
+    Attributes:
+        title: as the table and the plots call it.
+        function: "module.function" within this folder.
+        description: what it does, in half a sentence.
+        paper: authors and year.
+        defaults: where its settings differ from those of :class:`classification.methods.task.Settings`.
+        takes_mask: whether ``unlearn --mask FILE`` may replace the mask that it would make.
+        tuned: the one setting that ``tune`` chooses.
+    """
+
+    title: str
+    function: str
+    description: str
+    paper: str = ""
+    defaults: dict = field(default_factory=dict)
+    takes_mask: bool = False
+    tuned: Literal["learning_rate", "alpha"] = "learning_rate"
+
+    def __call__(self, task: "Task") -> None:
+        """Unlearn: import the function and run it on ``task``, whose ``model`` changes in place."""
+        module, _, name = self.function.rpartition(".")
+        getattr(import_module(f".{module}", __name__), name)(task)
+
+
+METHODS: dict[str, Method] = {
+    "retrain": Method("Retrain", "retrain.retrain", "the retain set alone, from nothing"),
+    "ft": Method("FT", "finetune.finetune", "goes on with the retain set", "Warnecke et al. 2021"),
+    "rl": Method(
+        "RL", "random_label.random_label", "random labels for the forget set, then the retain set, in each epoch",
+        "Golatkar et al. 2020",
+    ),
+    "ga": Method(
+        "GA", "gradient_ascent.gradient_ascent", "climbs the forget set's loss", "Thudi et al. 2022",
+        {"learning_rate": 1e-4, "epochs": 5},
+    ),
+    "iu": Method(
+        "IU", "influence.influence", "one Newton step against the forget set's influence",
+        "Koh & Liang 2017, Izzo et al. 2021", {"alpha": 10.0}, tuned="alpha",
+    ),
+    "be": Method(
+        "BE", "boundary.boundary_expanding", "teaches the forget set one more class, then removes it",
+        "Chen et al. 2023", {"learning_rate": 1e-4},
+    ),
+    "bs": Method(
+        "BS", "boundary.boundary_shrink", "teaches the forget set its nearest other class", "Chen et al. 2023",
+        {"learning_rate": 1e-4},
+    ),
+    "l1_sparse": Method(
+        "l1-sparse", "finetune.l1_sparse", "FT with an ℓ1 penalty that decays to nothing", "Jia et al. 2023",
+        {"alpha": 1e-4}, tuned="alpha",
+    ),
+    "salun": Method(
+        "SalUn", "salun.salun", "RL, but only the weights salient for the forget set may move", "Fan et al. 2024",
+        {"learning_rate": 0.013}, takes_mask=True,
+    ),
+    "salun_soft": Method(
+        "SalUn-soft", "salun.salun_soft", "RL, with the smallest changes shrunk to nothing after each step",
+        "Fan et al. 2024", {"learning_rate": 0.013},
+    ),
+    "neggrad_plus": Method(
+        "NegGrad+", "gradient_ascent.neggrad_plus",
+        "climbs the forget set's loss while descending the retain set's", "Kurmanji et al. 2023", {"alpha": 0.95},
+    ),
 }  # fmt: skip
-
-DEFAULTS: dict[str, dict] = {
-    "ga": {"learning_rate": 1e-4, "epochs": 5},
-    "iu": {"alpha": 10.0},
-    "be": {"learning_rate": 1e-4},
-    "bs": {"learning_rate": 1e-4},
-    "l1_sparse": {"alpha": 1e-4},
-    "salun": {"learning_rate": 0.013},
-    "salun_soft": {"learning_rate": 0.013},
-    "neggrad_plus": {"alpha": 0.95},
-}
-
-__all__ = ["DEFAULTS", "METHODS", "TITLES", "Settings", "Task"]

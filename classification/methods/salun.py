@@ -6,18 +6,22 @@ import torch.nn.functional as F
 
 from salun_diffusion.masks import saliency
 
-from ..training import EVALUATION_BATCH, Held, inputs
+from ..training import EVALUATION_BATCH, FreezeOutsideMask, inputs
 from .random_label import random_label
 from .task import Task
 
 
 def salun(task: Task) -> None:
     masks = task.masks or find_masks(task)
-    random_label(task, Held(task.model, masks))
+    random_label(task, FreezeOutsideMask(task.model, masks))
 
 
 def find_masks(task: Task) -> dict[str, torch.Tensor]:
-    """The top ``density`` of all weights by ``|Σ_batches ∇(−mean CE)|`` over the forget set, in eval mode (eq. 3-4)."""
+    """The top ``density`` of all weights by ``|Σ_batches ∇(−mean CE)|`` over the forget set, in eval mode (eq. 3-4).
+
+    Returns:
+        By parameter name, bool of the parameter's shape, true where a weight may move.
+    """
     task.model.eval()
 
     def loss(rows: torch.Tensor) -> torch.Tensor:

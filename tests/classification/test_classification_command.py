@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import signal
 import time
 
@@ -12,8 +13,8 @@ from PIL import Image as PIL
 from safetensors.torch import load_file
 from shell import run, start
 
+from classification import __main__, methods, tables
 from classification import run as commands
-from classification import tables
 from classification.__main__ import DIGITS
 from classification.config import Config
 from classification.data import load, others
@@ -271,3 +272,51 @@ def test_the_help_answers_at_once():
     done = run("python", "-m", "classification", "run", "--help")
     assert time.time() - begun < 1.5
     assert all(f" {name}" in done.stdout for name in METHODS)
+
+
+def test_the_commands_list_their_methods_and_what_is_theirs_alone(tmp_path):
+    listed = run("python", "-m", "classification", "--help").stdout
+    for name, method in METHODS.items():
+        assert re.search(rf"^  {name} +{re.escape(method.title)} +{re.escape(method.description)}$", listed, re.M)
+    assert "--mask" in run("python", "-m", "classification", "unlearn", "--help").stdout
+    assert "--mask" not in run("python", "-m", "classification", "run", "--help").stdout
+    done = classification("tune", tmp_path / "out", "--limit", "400", check=False)
+    assert done.returncode == 1 and not (tmp_path / "out").exists()
+    assert done.stderr == "error: Say where the chosen settings go: --output FILE.json.\n"
+
+
+HALVES = '''
+def halve(task):
+    """Every weight times alpha."""
+    for weight in task.model.parameters():
+        weight.data.mul_(task.settings.alpha)
+'''
+
+
+def test_a_method_is_one_file_and_one_row(tmp_path, monkeypatch, capsys):
+    (tmp_path / "halves.py").write_text(HALVES)
+    row = methods.Method("Half", "halves.halve", "every weight halved", defaults={"alpha": 0.5}, tuned="alpha")
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])  # as if it lay beside the others
+    monkeypatch.setitem(METHODS, "half", row)
+
+    def command(*words):
+        monkeypatch.setattr("sys.argv", ["classification", *map(str, words)])
+        __main__.main()
+
+    with pytest.raises(SystemExit):
+        command("--help")
+    assert "  half          Half        every weight halved\n" in capsys.readouterr().out
+    quick = ("--limit", 400, "--epochs", 1, "--methods", "half", "--seeds", 0)
+    command("run", "--output_dir", tmp_path / "out", *quick)
+    assert "\nHalf " in capsys.readouterr().out
+    assert "\n| Half | " in (tmp_path / "out/table.md").read_text()
+    cell = json.loads((tmp_path / "out/seed-0/half/results.json").read_text())
+    assert cell["settings"]["alpha"] == 0.5 and cell["metrics"]["ta"] > 0
+    source = load_file(tmp_path / "out/source/model.safetensors")
+    halved = load_file(tmp_path / "out/seed-0/half/model.safetensors")
+    assert torch.equal(halved["network.0.weight"], source["network.0.weight"] / 2)
+    with pytest.raises(SystemExit, match="--mask is for salun alone"):
+        command("unlearn", "--output_dir", tmp_path / "out", *quick, "--mask", "x")
+    command("tune", "--output_dir", tmp_path / "tuned", *quick[:-2], "--output", tmp_path / "chosen.json")
+    chosen = json.loads((tmp_path / "chosen.json").read_text())["method_settings"]
+    assert chosen["half"]["alpha"] in (0.05, 0.15, 0.5, 1.5, 5.0)

@@ -1,6 +1,8 @@
 """Each unlearning method against a plain reading of its paper, on scikit-learn's digits and small networks."""
 
 from copy import deepcopy
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,12 +11,14 @@ from torch import nn
 
 from classification import config, models
 from classification.data import Pictures, forget_rows, load, others
-from classification.methods import DEFAULTS, METHODS, TITLES, Settings, Task
+from classification.methods import METHODS
 from classification.methods.boundary import nearest
 from classification.methods.influence import hessian_product
 from classification.methods.salun import Softened, find_masks, salun
-from classification.training import Held, Recipe, inputs, optimise
+from classification.methods.task import Settings, Task
+from classification.training import FreezeOutsideMask, Recipe, inputs, optimise
 
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "classification.md").read_text(encoding="utf-8")
 RECIPE = Recipe(1, 0.1, 64, schedule="one-cycle", augment="none")
 
 
@@ -55,14 +59,17 @@ class Flat(nn.Module):
         return self.layer(pictures.flatten(1))
 
 
-def test_every_method_is_registered_everywhere():
-    assert tuple(models.MODELS) == config.MODELS and tuple(METHODS) == config.METHODS
-    assert set(TITLES) == set(METHODS) and set(DEFAULTS) <= set(METHODS)
+def test_every_row_of_the_methods_is_whole():
+    assert tuple(models.MODELS) == config.MODELS
+    names = {item.name for item in fields(Settings)}
+    for method in METHODS.values():
+        assert set(method.defaults) <= names and method.tuned in names
+        assert f"| {method.title} | {method.description} | {method.paper}".strip() in DOCUMENT
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_deterministic_and_keeps_the_models_form(data, method):
-    defaults = {"epochs": 1} | {key: value for key, value in DEFAULTS.get(method, {}).items() if key != "epochs"}
+    defaults = {"epochs": 1} | {key: value for key, value in METHODS[method].defaults.items() if key != "epochs"}
     results = []
     for _ in range(2):
         work = task(data, **defaults)
@@ -109,7 +116,7 @@ def test_weights_outside_the_mask_stay_to_the_bit(data):
 
 
 def test_masking_gradients_alone_would_not_hold_them(data):
-    """What the published code does, and why :class:`Held` is there."""
+    """What the published code does, and why :class:`FreezeOutsideMask` is there."""
     work = task(data, weight_decay=0.1)
     before, masks = weights(work.model), find_masks(work)
     for name, parameter in work.model.named_parameters():
@@ -290,7 +297,7 @@ def test_a_loss_that_is_no_number_ends_the_run(data):
 
 def test_held_weights_and_the_share_of_the_training(data):
     rates, model = [], Flat()
-    held = Held(model, {"layer.bias": torch.zeros(10, dtype=torch.bool)})
+    held = FreezeOutsideMask(model, {"layer.bias": torch.zeros(10, dtype=torch.bool)})
     work = task(data, model)
     optimise(
         model, 2, lambda epoch: work.batches(work.retain), F.cross_entropy, learning_rate=0.1, momentum=0.9,

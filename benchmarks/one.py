@@ -1,0 +1,23 @@
+"""One measurement in a process of its own, for :mod:`benchmarks.__main__`: its name, and the options as JSON.
+
+The last line that it prints is the result, as JSON.
+"""
+
+import json
+import os
+import sys
+
+from .config import BenchmarkConfig
+
+
+def main() -> None:
+    name, options = sys.argv[1:]
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice on optional packages helps nobody here
+    from . import evaluation, measurements, memory
+
+    work = next(getattr(module, name) for module in (memory, evaluation, measurements) if hasattr(module, name))
+    print(json.dumps(work(BenchmarkConfig(**json.loads(options)))))
+
+
+if __name__ == "__main__":
+    main()
