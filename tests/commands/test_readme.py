@@ -53,9 +53,10 @@ def test_every_command_runs(clone):
         assert "airplane" in text and 'src="data:image/png;base64,' in text
 
 
-def test_the_python_block_runs(clone):
-    (block,) = blocks("python")
-    run("python", "-c", block, cwd=clone)
+def test_the_python_blocks_run(clone):
+    """One after the other, as they stand: the second loads what the first erased."""
+    done = run("python", "-c", "\n".join([*blocks("python"), "print(run.path)"]), cwd=clone)
+    assert done.stdout.splitlines()[-1].endswith("runs/a") and (clone / "runs" / "a" / "erasure.safetensors").exists()
     assert (clone / "airplane.png").stat().st_size > 100
     call = re.search(r"`(DiffusionPipeline\.from_pretrained\(.*?\))`", README, flags=re.S)[1]
     lines = ["from diffusers import DiffusionPipeline", f"pipe = {call}", "pipe.load_erasure('runs/airplane')"]
@@ -65,3 +66,11 @@ def test_the_python_block_runs(clone):
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_it_stays_short():
+    """A page that is read to its end: at most 1,000 words (as ``wc -w`` counts), and one table of at most six rows."""
+    assert len(README.split()) <= 1000
+    prose = re.sub(r"```.*?```", "", README, flags=re.S)
+    (table,) = re.findall(r"(?:^\|.*\n)+", prose, flags=re.M)
+    assert len(table.splitlines()) - 2 <= 6
