@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from shell import QUICK, run, start
+from shell import QUICK, here, run, start
 
 from salun_diffusion import Delta, SalunError
 from salun_diffusion.training.checkpoints import Checkpoints
@@ -132,7 +132,7 @@ def lines(folder):
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
-    run(*words(tmp_path / "whole"))
+    here(*words(tmp_path / "whole"))
     folder = tmp_path / "killed"
 
     process = start(*words(folder))  # killed in the middle of its first save
@@ -157,9 +157,9 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     assert process.returncode == 130 and "its state is saved. To go on: the same command with" in said
     assert "Traceback" not in said
 
-    done = run(*words(folder, *resume, "--learning_rate", "1"), check=False)
+    done = here(*words(folder, *resume, "--learning_rate", "1"), check=False)
     assert done.returncode == 1 and "learning_rate is 1.0, was 0.001" in done.stderr
-    done = run(*words(folder), check=False)
+    done = here(*words(folder), check=False)
     assert done.returncode == 1 and "belongs to an unfinished run" in done.stderr
 
     done = run(*words(folder, *resume))
@@ -173,7 +173,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_there_and_keeps_the_last_checkpoint(tmp_path):
     more = ("--learning_rate", "1e30", "--checkpointing_steps", "1")
-    done = run(*words(tmp_path / "run", *more), check=False)
+    done = here(*words(tmp_path / "run", *more), check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert "The loss is not finite at step 2" in last and f"{tmp_path / 'run' / 'checkpoint-1'} holds the last" in last
