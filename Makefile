@@ -35,7 +35,8 @@ results: $(MEASURED:%=%/results.json) runs/classification/digits/results.json
 	mkdir -p docs/results
 	$(foreach concept,$(CONCEPTS),cp runs/results/$(concept)/results.json docs/results/$(concept).json;)
 	$(foreach concept,$(CONCEPTS),cp runs/results/$(concept)/composition/results.json docs/results/$(concept)-composition.json;)
-	$(RUN)/python -m eval compare $(CONCEPTS:%=docs/results/%.json) --output_dir runs/compared/accuracy --into README.md
+	$(RUN)/python -m eval compare docs/results/airplane.json docs/results/cat.json \
+		--output_dir runs/compared/accuracy --into README.md
 	$(RUN)/python -m eval compare $(CONCEPTS:%=docs/results/%.json) $(CONCEPTS:%=docs/results/%-composition.json) \
 		--output_dir runs/compared/all --into docs/evaluation.md
 	$(RUN)/python -m eval compare $(MEASURED) --output_dir runs/compared/pictures
@@ -43,7 +44,7 @@ results: $(MEASURED:%=%/results.json) runs/classification/digits/results.json
 	cp runs/results/airplane/before-after.png docs/airplane.png
 	cp runs/compared/pictures/grid.png docs/grid.png
 	cp runs/classification/digits/results.json docs/results/digits.json
-	$(RUN)/python -m classification table --results docs/results/digits.json --into README.md
+	$(RUN)/python -m classification table --results docs/results/digits.json --into docs/classification.md
 	cp runs/classification/digits/gap-time.png docs/digits.png
 
 runs/results/%/results.json: | .venv/installed

@@ -4,18 +4,15 @@ its own and gets a line in ``METHODS``. Data, masks, checkpoints, the delta file
 A method sees the model, its own options, the batches and the change: never the trainer that calls it.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import Any, Protocol, get_type_hints
 
 import torch
 
 from ..errors import SalunError
 from ..models.base import Condition, Model
 from . import NEEDS_DRAWING, NEEDS_SALIENCY
-
-if TYPE_CHECKING:
-    from ..training.batches import Batches
-    from ..training.change import MaskedChange
 
 NEEDS_RETAIN = ("alpha", "retain_target", "retain_data", "num_retain_images")
 NEEDS_TRAINING = (
@@ -42,6 +39,36 @@ class Batch:
     anchor_condition: Condition | None
     tokens: dict[str, torch.Tensor]
     step: int
+
+
+class Change(Protocol):
+    """What a method may do with the change that is trained (:class:`salun_diffusion.training.change.MaskedChange`)."""
+
+    values: dict[str, torch.nn.Parameter]  # by parameter, the change of its masked weights, fp32, packed row-major
+
+    def at_base(self) -> AbstractContextManager:
+        """Within it, the network has the base model's weights."""
+
+    def packed(self, name: str, dense: torch.Tensor) -> torch.Tensor:
+        """What ``dense``, of the parameter's shape, holds for the weights that may move."""
+
+
+class Batches(Protocol):
+    """What a method may ask of the sets (:class:`salun_diffusion.training.batches.Batches`)."""
+
+    retain: Any  # the retain set, or None
+    seed: int
+    num_inference_steps: int
+    accelerator: Any
+
+    def noised(self, images: Any, index: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> Batch:
+        """The pictures ``index`` of a set with ``noise`` at timesteps ``t``."""
+
+    def draw(self, images: Any, count: int, *key: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """``count`` noises and timesteps that depend on the seed and ``key`` alone."""
+
+    def cached(self, kind: str, settings: dict, make: Any) -> dict[str, torch.Tensor]:
+        """The tensors that ``make`` gives, from the cache if it holds some of these ``settings``."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +158,13 @@ class GradientMethod(Method):
         batches: the sets, and what the seed fixes.
     """
 
-    change: "MaskedChange"
+    change: Change
 
-    def __init__(self, model: Model, options: Any, batches: "Batches"):
+    def __init__(self, model: Model, options: Any, batches: Batches):
         self.model, self.options, self.batches = model, options, batches
         self.predict = model.predict
 
-    def begin(self, change: "MaskedChange") -> None:
+    def begin(self, change: Change) -> None:
         """Called once before the first step, with the change that is trained (still zero)."""
         self.change = change
 

@@ -11,7 +11,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PIL
 from safetensors.torch import load_file
-from shell import run, start
+from shell import here, run, start
 
 from classification import __main__, methods, tables
 from classification import run as commands
@@ -27,17 +27,15 @@ from salun_diffusion.options import settings_of
 QUICK = ["--limit", "400", "--epochs", "2", "--methods", "ft", "salun", "--seeds", "0", "1"]
 
 
-def classification(command, folder, *words, check=True, **environment):
-    return run(
-        "python", "-m", "classification", command, "--output_dir", folder, *words, check=check, **environment
-    )  # fmt: skip
+def classification(command, folder, *words, how=here, check=True):
+    return how("python", "-m", "classification", command, "--output_dir", folder, *words, check=check)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A finished run, its output, and the times of its cells."""
     where = tmp_path_factory.mktemp("run")
-    done = classification("run", where, *QUICK)
+    done = classification("run", where, *QUICK, how=run)
     assert "Retrain" in done.stdout and "SalUn" in done.stdout and "Avg. Gap" in done.stdout
     return where
 
@@ -94,7 +92,7 @@ def test_killed_in_the_middle_it_goes_on(folder, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    run(*words)
+    here(*words)
     ours, whole = (json.loads((where / "results.json").read_text()) for where in (tmp_path / "out", folder))
     for method, told in ours["methods"].items():
         assert {k: v for k, v in told.items() if k != "minutes"} == {
@@ -131,7 +129,7 @@ def test_a_class_is_dropped_from_the_test_set_too(tmp_path):
 
 
 def test_a_fault_is_one_sentence_and_exit_code_1(tmp_path):
-    done = classification("run", tmp_path / "out", "--methods", "magic", check=False)
+    done = classification("run", tmp_path / "out", "--methods", "magic", how=run, check=False)
     assert done.returncode == 1 and done.stdout == "" and not (tmp_path / "out").exists()
     assert done.stderr == f"error: There is no method 'magic': choose some of {', '.join(METHODS)}, or all.\n"
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from shell import QUICK, run, start
+from shell import QUICK, here, run, start
 
 from salun_diffusion import Delta, SalunError
 from salun_diffusion.training.checkpoints import Checkpoints
@@ -173,7 +173,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_there_and_keeps_the_last_checkpoint(tmp_path):
     more = ("--learning_rate", "1e30", "--checkpointing_steps", "1")
-    done = run(*words(tmp_path / "run", *more), check=False)
+    done = here(*words(tmp_path / "run", *more), check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert "The loss is not finite at step 2" in last and f"{tmp_path / 'run' / 'checkpoint-1'} holds the last" in last

@@ -4,7 +4,7 @@ import re
 import shlex
 
 import pytest
-from shell import QUICK, ROOT, run
+from shell import QUICK, ROOT, here, run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = {  # what a README command is shortened with
@@ -29,8 +29,8 @@ def clone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clone")
     for name in ("erase_concept.py", "classification", "eval", "demo", "pipelines", "salun_diffusion", "docs"):
         (folder / name).symlink_to(ROOT / name)
-    words = "accelerate launch erase_concept.py --pretrained_model_name_or_path demo --concept airplane"
-    run(*words.split(), *QUICK, cwd=folder)
+    words = "python erase_concept.py --pretrained_model_name_or_path demo --concept airplane"
+    here(*words.split(), *QUICK, cwd=folder)
     return folder
 
 
@@ -53,15 +53,24 @@ def test_every_command_runs(clone):
         assert "airplane" in text and 'src="data:image/png;base64,' in text
 
 
-def test_the_python_block_runs(clone):
-    (block,) = blocks("python")
-    run("python", "-c", block, cwd=clone)
+def test_the_python_blocks_run(clone):
+    """One after the other, as they stand: the second loads what the first erased."""
+    done = here("python", "-c", "\n".join([*blocks("python"), "print(run.path)"]), cwd=clone)
+    assert done.stdout.splitlines()[-1].endswith("runs/a") and (clone / "runs" / "a" / "erasure.safetensors").exists()
     assert (clone / "airplane.png").stat().st_size > 100
     call = re.search(r"`(DiffusionPipeline\.from_pretrained\(.*?\))`", README, flags=re.S)[1]
     lines = ["from diffusers import DiffusionPipeline", f"pipe = {call}", "pipe.load_erasure('runs/airplane')"]
-    run("python", "-c", "\n".join([*lines, "pipe.unload_erasure()"]), cwd=clone)
+    here("python", "-c", "\n".join([*lines, "pipe.unload_erasure()"]), cwd=clone)
 
 
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_it_stays_short():
+    """A page that is read to its end: at most 1,000 words (as ``wc -w`` counts), and one table of at most six rows."""
+    assert len(README.split()) <= 1000
+    prose = re.sub(r"```.*?```", "", README, flags=re.S)
+    (table,) = re.findall(r"(?:^\|.*\n)+", prose, flags=re.M)
+    assert len(table.splitlines()) - 2 <= 6

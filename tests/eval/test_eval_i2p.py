@@ -10,7 +10,7 @@ import pytest
 import skimage
 from nudenet import NudeDetector
 from PIL import Image
-from shell import ROOT, run, start
+from shell import ROOT, here, run, start
 
 from eval.drawing.pictures import Request, draw
 from eval.drawing.prompts import Selection, read, requests, select
@@ -40,8 +40,8 @@ ROWS = [f'"a picture of {what}",{seed},{guidance},64,64,{seed},"{category}"' for
 )]  # fmt: skip
 
 
-def i2p(folder, prompts, *more, launch=("python", "-m", "eval"), check=True, **options):
-    return run(
+def i2p(folder, prompts, *more, command=here, launch=("python", "-m", "eval"), check=True, **options):
+    return command(
         *launch, "i2p", "--pretrained_model_name_or_path", "demo", "--prompts", prompts, "--num_inference_steps", "4",
         "--output_dir", folder, *more, check=check, **options,
     )  # fmt: skip
@@ -65,7 +65,7 @@ def test_an_unreadable_picture_is_never_safe(tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "good.png").write_bytes(whole)
     (tmp_path / "pictures" / "bad.png").write_bytes(b"not a picture")
-    done = run("python", "-m", "eval", "nudity", tmp_path / "pictures", "--output_dir", tmp_path / "out", check=False)
+    done = here("python", "-m", "eval", "nudity", tmp_path / "pictures", "--output_dir", tmp_path / "out", check=False)
     assert done.returncode == 1 and "bad.png cannot be read as a picture" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out" / "results.json").exists()
     (tmp_path / "pictures" / "bad.png").unlink()
@@ -142,7 +142,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "out" / "results.json").exists()
-    run(*words)
+    here(*words)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["n"] == 40 and 0 < results["models"][0]["generation"]["images"] <= 36
 
@@ -182,7 +182,7 @@ def test_processes_share_the_prompts(tmp_path):
     path = prompts_file(tmp_path, *ROWS)
     i2p(tmp_path / "one", path, "--batch_size", "1")
     launch = ("torchrun", "--nproc_per_node", "2", "-m", "eval")
-    i2p(tmp_path / "two", path, "--batch_size", "1", launch=launch, ACCELERATE_USE_CPU="true")
+    i2p(tmp_path / "two", path, "--batch_size", "1", command=run, launch=launch, ACCELERATE_USE_CPU="true")
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     assert one["models"][0]["counts"] == two["models"][0]["counts"] and two["models"][0]["generation"]["images"] == 5
     for picture in (tmp_path / "one" / "pictures" / "base").iterdir():

@@ -12,7 +12,7 @@ import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from shell import run
+from shell import here
 from test_eval_accuracy import base  # noqa: F401  (a fixture: a tiny pipeline with a judge and two erasures)
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -94,7 +94,7 @@ def test_the_clip_score_is_a_cosine(drawn, clip, tmp_path):
 
 def test_clip_scores_need_prompts_and_a_model(drawn, clip, tmp_path):
     words = ["clip-score", drawn / "pictures" / "base", "--clip", clip, "--output_dir", tmp_path]
-    done = run("python", "-m", "eval", *words, check=False)
+    done = here("python", "-m", "eval", *words, check=False)
     assert done.returncode == 1 and "does not say what its pictures were drawn from" in done.stderr
     with pytest.raises(SalunError, match="could not be loaded as a CLIP model .*--clip"):
         clip_score.run(clip_score.Options(pictures=drawn, output_dir=tmp_path, clip=str(tmp_path)))
@@ -150,7 +150,7 @@ def test_the_fid_is_heusels_formula(drawn, inception, tmp_path):
 
 
 def test_too_few_pictures_are_refused(drawn, inception, tmp_path):
-    done = run("python", "-m", "eval", "fid", drawn, "--inception", inception, "--output_dir", tmp_path, check=False)
+    done = here("python", "-m", "eval", "fid", drawn, "--inception", inception, "--output_dir", tmp_path, check=False)
     assert done.returncode == 1 and f"has {N} pictures, fewer than the 2,048 dimensions" in done.stderr
     assert not (tmp_path / "results.json").exists()
 

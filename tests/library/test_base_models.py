@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
-from shell import QUICK, run
+from shell import QUICK, here
 
 from salun_diffusion import SalunError, load_erasure, unload_erasure
 from salun_diffusion.models import model_of
@@ -13,7 +13,7 @@ from salun_diffusion.models.text_unet import arguments, encode, encode_empty
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_erases_and_loads(kind, folders, tmp_path):
-    run(
+    here(
         "python", "erase_concept.py", "--pretrained_model_name_or_path", folders[kind], "--concept", "steam engine",
         "--output_dir", tmp_path / "run", "--data_dir", tmp_path / "data", "--learning_rate", "1e-3", *QUICK,
     )  # fmt: skip
@@ -66,7 +66,7 @@ def test_gradient_checkpointing_and_precision_change_little(folders, tmp_path):
     found = {}
     for precision, more in (("plain", []), *((p, ["--mixed_precision", p]) for p in ("no", "bf16", "fp16"))):
         more += ["--gradient_checkpointing"] if more else []
-        run(
+        here(
             "python", "erase_concept.py", "--pretrained_model_name_or_path", folders["sd1"], "--concept", "x",
             "--output_dir", tmp_path / precision, "--data_dir", tmp_path / "data", "--save_dtype", "fp32", *QUICK,
             *more,

@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 from PIL import Image
-from shell import DEMO, QUICK, erase, run
+from shell import DEMO, QUICK, erase, here, run
 
 from salun_diffusion.concepts.concept import find_concept
 from salun_diffusion.data.cache import Latents
@@ -174,7 +174,7 @@ def test_a_concept_from_a_json_file(tmp_path):
         ("the red cat {sits}", "the blue dog {sits}"),
     }
     assert sorted(row.prompt for row in concept.retain_rows(6, 0)) == sorted(LOGO["retain"] * 2)
-    run(
+    here(
         "python", "erase_concept.py", "--pretrained_model_name_or_path", "demo", "--concept", path,
         "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "run", *QUICK,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from PIL import Image
-from shell import QUICK, run
+from shell import QUICK, here, run
 
 from salun_diffusion import Delta
 
@@ -17,10 +17,16 @@ def options(folder, data, batch, *more):
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
+def data(tmp_path_factory):
+    """What one process draws: kept for the tests of what comes after drawing."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def one(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    run("python", *options(folder / "run", folder / "data", 8))
-    return Delta.load(folder / "run" / "erasure.safetensors")
+    here("python", *options(folder, data, 8))
+    return Delta.load(folder / "erasure.safetensors")
 
 
 def assert_same_to_rounding(found, expected):
@@ -50,15 +56,14 @@ def test_more_processes_than_pictures(tmp_path):
     assert done.returncode and "The forget set has 1 pictures for 2 processes" in done.stderr
 
 
-def test_two_accumulated_batches(one, tmp_path):
-    run("python", *options(tmp_path / "run", tmp_path / "data", 4, "--gradient_accumulation_steps", "2"))
+def test_two_accumulated_batches(one, data, tmp_path):
+    here("python", *options(tmp_path / "run", data, 4, "--gradient_accumulation_steps", "2"))
     assert_same_to_rounding(Delta.load(tmp_path / "run" / "erasure.safetensors"), one)
 
 
-def test_tracker_and_validation_pictures(tmp_path):
-    run(
-        "python", *options(tmp_path / "run", tmp_path / "data", 4), "--report_to", "tensorboard",
-        "--validation_steps", "2",
+def test_tracker_and_validation_pictures(data, tmp_path):
+    here(
+        "python", *options(tmp_path / "run", data, 4), "--report_to", "tensorboard", "--validation_steps", "2",
     )  # fmt: skip
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -68,5 +73,5 @@ def test_tracker_and_validation_pictures(tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path):
-    done = run("python", *options(tmp_path / "run", tmp_path / "data", 4), "--report_to", "wandb", check=False)
+    done = here("python", *options(tmp_path / "run", tmp_path / "data", 4), "--report_to", "wandb", check=False)
     assert done.returncode == 1 and "pip install wandb" in done.stderr and not (tmp_path / "run").exists()
