@@ -95,7 +95,7 @@ def best_settings(results: dict) -> dict[str, dict[str, dict]]:
                 continue
             method = find_method(name)
             trained = {} if method.closed_form else config["settings"]["trained"]
-            best[kind][name] = trained | (config["settings"]["retaining"] if method.retains else {}) | settings
+            best[kind][name] = trained | (config["settings"]["retaining"] if method.uses_retain else {}) | settings
     return best
 
 
@@ -180,7 +180,7 @@ def erase(config: dict, concept: str, method: str, own: dict, folder: Path) -> N
     kind, common = find_method(method), config["settings"]
     # said in full: what the demo model's presets hold came out of this comparison, and must not go into it
     settings = {"scope": kind.scope, "method_option": []} | ({} if kind.closed_form else common["trained"])
-    settings |= common["retaining"] if kind.retains else {}
+    settings |= common["retaining"] if kind.uses_retain else {}
     settings |= common["pictured"] if {"forget", "anchor"} & {*kind.sets(kind.mask)} else {}
     settings |= {"pretrained_model_name_or_path": config["base"], "concept": concept, "method": method} | own
     if (folder / "cost.json").exists() and json.loads((folder / "settings.json").read_text()) == settings:

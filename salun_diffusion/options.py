@@ -123,7 +123,8 @@ def settings_of(given: dict, kind: type) -> dict:
     Raises:
         SalunError: a file that cannot be read, an unknown key or a wrong type in it.
     """
-    given = {name: value for name, value in given.items() if value not in (argparse.SUPPRESS, [argparse.SUPPRESS])}
+    # argparse converts the mark that stands for a positional that was not given, as if it had been
+    given = {name: value for name, value in given.items() if str(value) != argparse.SUPPRESS}
     path = given.pop("config", None)
     return (_read(path, kind) if path else {}) | given
 
