@@ -1,9 +1,9 @@
-"""Is the concept gone, and is everything else still there?
+r"""Is the concept gone, and is everything else still there?
 
-    python -m eval accuracy --pretrained_model_name_or_path demo --concept airplane \\
+    python -m eval accuracy --pretrained_model_name_or_path demo --concept airplane \
         --erasure runs/airplane runs/airplane/no-mask --output_dir runs/airplane
     python -m eval report runs/airplane
-    python -m eval i2p --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4 --erasure runs/nudity \\
+    python -m eval i2p --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4 --erasure runs/nudity \
         --output_dir runs/nudity/i2p
     python -m eval compare runs/airplane runs/cat --output_dir runs/compared
 
@@ -16,41 +16,33 @@ from --config FILE too.
 import argparse
 import os
 import sys
-from importlib import import_module
 
-from salun_diffusion.errors import SalunError
-from salun_diffusion.options import MissingOption, add_options, options_from
+from salun_diffusion.options import add_options, finish, options_from
 
-from .measures import MEASURES
-
-COMMANDS = MEASURES | {
-    "draw": "eval.drawing.command",
-    "compare": "eval.pages.compare",
-    "report": "eval.pages.report",
-}
+from .drawing import command as draw
+from .measures import measures
+from .pages import columns, compare, report
 
 
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m eval", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    parsers = {}
-    for name, path in COMMANDS.items():
-        module = import_module(path)
-        parsers[name] = commands.add_parser(
+    modules = {module.NAME: module for module in (*measures(), draw, compare, report, columns)}
+    parsers = {
+        name: commands.add_parser(
             name, help=module.SUMMARY, description=module.DESCRIPTION, formatter_class=raw, allow_abbrev=False
         )
+        for name, module in modules.items()
+    }
+    for name, module in modules.items():
         add_options(parsers[name], module.Options)
     given = vars(parser.parse_args())
     command = given.pop("command")
-    module = import_module(COMMANDS[command])
+    module = modules[command]
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice on optional packages helps nobody here
     try:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice on optional packages helps nobody here
-        module.run(options_from(given, module.Options))
-    except MissingOption as error:
-        parsers[command].error(str(error))
-    except SalunError as error:
-        sys.exit(f"error: {error}")
+        finish(parsers[command], lambda: module.run(options_from(given, module.Options)))
     except KeyboardInterrupt:
         sys.exit("Stopped before it was done: no scores were written. The same command goes on where it can.")
 

@@ -6,6 +6,10 @@ from pathlib import Path
 from salun_diffusion.errors import SalunError
 from salun_diffusion.options import option
 
+ERASURE = (
+    "erasures to measure beside the base model: run folders, .safetensors files or hub ids; the first is the one that "
+    "matters, any others are controls, such as a run with --mask none"
+)
 PICTURES = "a folder that draw, i2p, accuracy or composition wrote results into"
 
 
@@ -31,12 +35,7 @@ class Models:
         None, "the base model: a diffusers folder, a hub id, or 'demo'", metavar="BASE", required=True
     )
     revision: str | None = option(None, "branch, tag or commit of a base model on the hub")
-    erasure: list[str] = option(
-        [],
-        "erasures to measure beside the base model: run folders, .safetensors files or hub ids; the first is the one "
-        "that matters, any others are controls, such as a run with --mask none",
-        several=True, metavar="RUN",
-    )  # fmt: skip
+    erasure: list[str] = option([], ERASURE, several=True, metavar="RUN")
     scale: list[float] | None = option(
         None, "how much of each erasure to apply: one value for all, or one for each (default: 1)", several=True,
         metavar="S",
@@ -47,12 +46,7 @@ class Models:
 class Erasures(Models):
     """The same, where there is nothing to say of the base model alone."""
 
-    erasure: list[str] = option(
-        [],
-        "erasures to measure beside the base model: run folders, .safetensors files or hub ids; the first is the one "
-        "that matters, any others are controls, such as a run with --mask none",
-        several=True, metavar="RUN", required=True,
-    )  # fmt: skip
+    erasure: list[str] = option([], ERASURE, several=True, metavar="RUN", required=True)
 
 
 @dataclass
@@ -122,6 +116,6 @@ class Prompts(Models, Output, Batch):
             SalunError: no range.
         """
         start, colon, stop = (self.rows or ":").partition(":")
-        if not colon or not (start + stop or "0").isdigit():
+        if not colon or not (start + stop or "0").isdecimal():
             raise SalunError(f"--rows {self.rows} is not a range: give one such as 0:200, 100: or :50.")
         return int(start or 0), int(stop) if stop else None

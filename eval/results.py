@@ -86,8 +86,9 @@ def read_samples(folder: Path, results: dict) -> dict[str, list[dict]]:
     """The lines of ``folder``'s ``samples.jsonl`` by model, in the order of the prompts.
 
     Raises:
-        SalunError: the file is missing or damaged, or does not hold the same prompts and seeds for every model, and as
-            many as ``results`` counted.
+        SalunError: the file is missing or damaged, or does not hold as many lines for every model as ``results``
+            counted, or not the same prompts and seeds (unless ``results`` has ``own_prompts``: a measure may draw
+            other prompts for each model).
     """
     path, lines = folder / SAMPLES, []
     if not path.is_file():
@@ -101,7 +102,8 @@ def read_samples(folder: Path, results: dict) -> dict[str, list[dict]]:
     samples = {model["name"]: [] for model in results["models"]}
     for line in lines:
         samples.setdefault(line["model"], []).append(line)
-    rows = [[(line.get("set"), line.get("prompt"), line.get("seed")) for line in part] for part in samples.values()]
+    compared = ("set",) if results.get("own_prompts") else ("set", "prompt", "seed")
+    rows = [[[line.get(key) for key in compared] for line in part] for part in samples.values()]
     if len(rows) != len(results["models"]) or any(row != rows[0] or len(row) != results["n"] for row in rows):
         raise SalunError(f"{path} and {RESULTS} beside it are of different runs: run the command again.")
     return samples

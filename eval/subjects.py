@@ -9,15 +9,14 @@ from salun_diffusion import list_erasures, load_erasure, unload_erasure
 from salun_diffusion.errors import SalunError
 from salun_diffusion.loader import identity, idle_erasures
 from salun_diffusion.models.base import Model
-from salun_diffusion.models.load import denoiser
 
 
-def as_drawn(pipe) -> dict:
-    """What ``settings`` says of the pipeline itself."""
+def as_drawn(base_model: Model) -> dict:
+    """What ``settings`` says of the model itself."""
     return {
-        "scheduler": type(pipe.scheduler).__name__,
-        "dtype": str(denoiser(pipe).dtype).removeprefix("torch."),
-        "device": str(pipe.device),
+        "scheduler": type(base_model.pipe.scheduler).__name__,
+        "dtype": str(base_model.dtype).removeprefix("torch."),
+        "device": str(base_model.device),
         "safety_checker": False,
     }
 
@@ -27,6 +26,9 @@ def introduce(base_model: Model, base: str, erasures: list[str], scales: list[fl
     so that a wrong path, a wrong base or a delta without effect is found out before the drawing and not after.
 
     Args:
+        base_model: the loaded base, nothing applied.
+        base: what the user called it.
+        erasures: their files, run folders or hub ids.
         scales: how much of each erasure to apply: one for all, or one each; 1 by default.
 
     Raises:
@@ -75,7 +77,8 @@ def _name(source: str) -> str:
 
 def _cost(source: Path) -> dict:
     """What the erasure took, as far as its run folder tells: ``seconds`` of its mask and training, ``bytes`` of its
-    file."""
+    file.
+    """
     folder = source.parent if source.suffix == ".safetensors" else source
     file = source if source.suffix == ".safetensors" else folder / "erasure.safetensors"
     try:

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 
-MEASURES = {
-    "accuracy": "eval.measures.accuracy",
-    "composition": "eval.measures.composition",
-    "i2p": "eval.measures.i2p",
-    "nudity": "eval.measures.nudity",
-    "clip-score": "eval.measures.clip_score",
-    "fid": "eval.measures.fid",
-}
+MEASURES = (  # in the order of tables
+    "accuracy",
+    "composition",
+    "i2p",
+    "nudity",
+    "clip_score",
+    "fid",
+)
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,16 @@ class Column:
         return " ".join(part for part in (self.title, f"({variant})" if variant else "", self.better) if part)
 
 
-def find_measure(name: str) -> ModuleType:
-    """The module of a name in ``MEASURES``."""
-    return import_module(MEASURES[name])
+def measures() -> list[ModuleType]:
+    """The modules that ``MEASURES`` names."""
+    return [import_module(f".{name}", __name__) for name in MEASURES]
 
 
 def measure_of(format: str) -> ModuleType | None:
     """The measure that writes results of ``format``, or None: the first one, where several do."""
-    return next((module for module in map(find_measure, MEASURES) if module.FORMAT == format), None)
+    return next((measure for measure in measures() if measure.FORMAT == format), None)
 
 
 def columns() -> dict[str, Column]:
     """Every measure's columns by key, in the order of tables."""
-    return {key: column for name in MEASURES for key, column in find_measure(name).COLUMNS.items()}
+    return {key: column for measure in measures() for key, column in measure.COLUMNS.items()}

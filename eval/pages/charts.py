@@ -159,7 +159,8 @@ def _svg(figure: plt.Figure, salt: str) -> str:
 
 def before_after(blocks: list[tuple[list[str], list[tuple[str, list]]]]) -> Image.Image:
     """One picture of many: for each block a line of pictures for each model's title, a column for each ``(prompt, PIL
-    pictures)``; blocks stand below one another."""
+    pictures)``; blocks stand below one another.
+    """
     sheets = []
     for titles, columns in blocks:
         figure, grid = plt.subplots(

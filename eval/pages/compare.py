@@ -18,8 +18,9 @@ from salun_diffusion.errors import SalunError
 from salun_diffusion.options import option
 from salun_diffusion.tables import put_into
 
-from ..measures import MEASURES, find_measure, measure_of
+from ..measures import measure_of, measures
 
+NAME = "compare"
 SUMMARY = "one table and one picture grid over several results"
 DESCRIPTION = """\
 Put the results of several erasures and several commands side by side: a line for each model, a column for each score,
@@ -65,6 +66,7 @@ def compare(sources: list[Path], output_dir: Path, into: Path | None = None) -> 
     """Write the files, print the table, return the results.
 
     Args:
+        output_dir: where the comparison goes.
         sources: results folders or ``results.json`` files.
         into: a Markdown document whose part between ``<!-- results -->`` and ``<!-- end -->`` becomes the table.
 
@@ -138,7 +140,8 @@ def _check_alike(runs: list[tuple[Path, dict]]) -> None:
     for source, run in runs:
         if measure_of(run["format"]) is None:
             raise SalunError(
-                f"{source} holds '{run['format']}', which measures nothing: give results of {', '.join(MEASURES)}."
+                f"{source} holds '{run['format']}', which measures nothing: give results of "
+                f"{', '.join(measure.NAME for measure in measures())}."
             )
         other, before = first.setdefault(run["format"], (source, run))
         parts = [part for part in {**before, **run} if part not in APART]
@@ -191,7 +194,7 @@ def _pictures(lines: list[Line]) -> tuple[list, list[dict]]:
     from . import grid
 
     blocks, sections = [], []
-    labelled = [module for module in map(find_measure, MEASURES) if getattr(module, "GRID_ROWS", None)]
+    labelled = [measure for measure in measures() if getattr(measure, "GRID_ROWS", None)]
     several = len({line.concept["name"] for line in lines if line.concept}) > 1
     for name in dict.fromkeys(line.concept["name"] for line in lines if line.concept):
         mine = [line for line in lines if line.concept and line.concept["name"] == name]

@@ -19,7 +19,8 @@ Drawn = list[tuple[Path, list[dict]]]  # for each model, the base model first: i
 
 def name_models(models: list[dict]) -> list[str]:
     """What a page calls each model: its method, with its density and scale where that tells two apart, or else the name
-    of its run."""
+    of its run.
+    """
 
     def titles(model: dict) -> list[str]:
         about = model["erasure"]

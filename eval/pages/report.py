@@ -14,6 +14,7 @@ from salun_diffusion.options import option
 
 from ..measures.accuracy import FORMAT
 
+NAME = "report"
 SUMMARY = "one self-contained HTML page from a run folder"
 DESCRIPTION = """\
 Read what a run folder holds (config.json, results.json, samples.jsonl, pictures/; training.jsonl and mask.safetensors
@@ -105,7 +106,8 @@ def report(run_dir: Path, output: Path | None = None) -> Path:
 
 def find_neighbours(metrics: dict) -> dict[str, float | None]:
     """The words closest to the concept → by how many points their retained accuracy fell: the anchor, then those that
-    fell the most (at most a third of all words, so that there are unrelated ones too)."""
+    fell the most (at most a third of all words, so that there are unrelated ones too).
+    """
     base, main = (model["retained_by_label"] for model in metrics["models"][:2])
     fell = {label: round(base[label]["percent"] - main[label]["percent"], 1) for label in base if label in main}
     anchor = metrics["concept"]["anchor"]
@@ -117,7 +119,6 @@ def find_neighbours(metrics: dict) -> dict[str, float | None]:
 
 def choose(rows: list[dict], value: str, slot: str, neighbours: list[str]) -> dict[str, list[int]]:
     """Which rows the grid shows, as indices: by their prompts and positions alone, so that no picture is preferred."""
-
     from ..judges.metrics import OBJECT_QUESTIONS
     from .grid import ROWS, spread
 

@@ -23,9 +23,7 @@ def copy(tmp_path_factory):
     registry = folder / "eval" / "measures" / "__init__.py"
     text = registry.read_text(encoding="utf-8")
     (added,) = re.findall(r"^    \"brightness.*$", line, flags=re.M)
-    registry.write_text(
-        text.replace('    "fid": "eval.measures.fid",\n', f'    "fid": "eval.measures.fid",\n{added}\n')
-    )
+    registry.write_text(text.replace('    "fid",\n', f'    "fid",\n{added}\n'), encoding="utf-8")
     return folder
 
 
@@ -58,3 +56,8 @@ def test_a_missing_or_wrong_option_is_one_sentence(copy, tmp_path):
     (tmp_path / "options.json").write_text('{"clipp": "x"}')
     done = run("python", "-m", "eval", *words, check=False, cwd=copy)
     assert done.returncode == 1 and "unknown setting 'clipp'. Did you mean 'clip'?" in done.stderr
+
+
+def test_the_document_lists_the_columns_that_the_measures_have():
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert run("python", "-m", "eval", "columns").stdout.strip() in page

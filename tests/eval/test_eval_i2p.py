@@ -171,7 +171,7 @@ def test_a_picture_depends_on_its_own_row_alone(pipe, tmp_path):
 
 
 def test_keys_are_the_same_in_every_process():
-    """diffusers lists a scheduler's default settings in an order that the hash seed decides."""
+    """Diffusers lists a scheduler's default settings in an order that the hash seed decides."""
     code = """from types import SimpleNamespace; from diffusers import DDIMScheduler
 from salun_diffusion.models.load import sampler; print(sampler(SimpleNamespace(scheduler=DDIMScheduler())))"""
     first, second = (run("python", "-c", code, PYTHONHASHSEED=seed).stdout for seed in "12")

@@ -48,6 +48,21 @@ def test_what_was_drawn_is_told(drawn):
     assert samples["base"][3]["seed"] == 3 and len({line["key"] for line in samples["base"]}) == N
 
 
+def test_only_a_measure_that_says_so_draws_each_model_its_own_prompts(drawn, tmp_path):
+    lines = [json.loads(line) for line in (drawn / "samples.jsonl").read_text().splitlines()]
+    for line in lines[N:]:  # an attack's, say
+        line["prompt"] += " xyzzy"
+    (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    results = read(drawn)
+    with pytest.raises(SalunError, match="are of different runs"):
+        read_samples(tmp_path, results)
+    samples = read_samples(tmp_path, results | {"own_prompts": True})
+    assert all(line["prompt"].endswith("xyzzy") for line in samples["forgets"]) and len(samples["base"]) == N
+    (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, lines[:-1])))
+    with pytest.raises(SalunError, match="are of different runs"):  # still as many for each
+        read_samples(tmp_path, results | {"own_prompts": True})
+
+
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     """A small CLIP model with random weights."""
