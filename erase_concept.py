@@ -10,7 +10,7 @@ training.jsonl and pictures of what it was trained on. The same seed gives the s
 import os
 import sys
 
-from salun_diffusion.config import parse
+from salun_diffusion.command_line import parse
 from salun_diffusion.errors import SalunError
 
 

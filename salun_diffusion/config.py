@@ -1,16 +1,15 @@
 """The options of ``erase_concept.py``: one dataclass from which the command line and ``--config FILE`` are derived."""
 
-import argparse
 import difflib
 import re
-import sys
 import textwrap
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import ClassVar
 
 from .errors import SalunError
 from .methods import METHODS, NEEDS_DRAWING, NEEDS_SALIENCY, find_method, names_of
-from .options import add_fields, add_options, option, settings_of
+from .options import checked, option
 
 THRESHOLDS = ("global", "layer")
 RETAIN_TARGETS = ("noise", "base")
@@ -20,7 +19,6 @@ FREE = (  # what may differ between a run and its checkpoint
     "output_dir", "data_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "report_to",
     "validation_steps",
 )  # fmt: skip
-LISTS = ("concept", "anchor", "forget_data", "method_option")  # of which one may be given without a list from Python
 SOURCES = ("command line", "the call", "config file", "preset", "method", "default")
 LR_SCHEDULERS = ("constant", "linear", "cosine")
 
@@ -121,6 +119,13 @@ class EraseConfig:
     validation_steps: int | None = option(None, "draw a few prompts every N steps into validation/")
     seed: int = option(0, "fixes data, noise, saliency and training")
 
+    # No settings, but what is known of them: setting → where it came from; the same for the method's own options, with
+    # their text; settings that the method has no use for; whether `fill` is done.
+    sources: ClassVar[dict[str, str] | None] = None
+    option_sources: ClassVar[dict[str, tuple[str, str]]] = {}
+    unused: ClassVar[list[str]] = []
+    filled: ClassVar[bool] = False
+
     @classmethod
     def from_call(cls, base: str, concept: str | list[str] | None, options: dict) -> "EraseConfig":
         """The config of a call from Python: ``options`` are fields by name, or options of the method.
@@ -128,26 +133,22 @@ class EraseConfig:
         Raises:
             SalunError: no concept, or an unknown option.
         """
-        names, settings, own = {item.name for item in fields(cls)}, {}, []
+        options = {"concept": concept} | {
+            name: str(value) if isinstance(value, Path) else value for name, value in options.items()
+        }
+        names = {item.name for item in fields(cls)} - {"pretrained_model_name_or_path"}
         method = find_method(check_method(options.get("method", "salun")))
         known = {item.name for item in fields(method.Options)}
-        for name, value in ({"concept": concept} | options).items():
-            if name in names:
-                settings[name] = [value] if name in LISTS and isinstance(value, str) else value
-            elif name in known:
-                own.append(f"{name}={value}")
-            else:
+        for name in options:
+            if name not in names | known:
                 close = difflib.get_close_matches(name, names | known, 1)
-                raise SalunError(
-                    f"erase() has no option '{name}'."
-                    + (f" Did you mean '{close[0]}'?" if close else f" Options: {', '.join(sorted(names | known))}.")
-                )
-        if isinstance(settings.get("output_dir"), Path):
-            settings["output_dir"] = str(settings["output_dir"])
-        if own:
-            settings["method_option"] = [*(settings.get("method_option") or []), *own]
-        sources = dict.fromkeys([name for name, value in settings.items() if value is not None], "the call")
-        return cls.given(settings | {"pretrained_model_name_or_path": base}, sources)
+                hint = f"Did you mean '{close[0]}'?" if close else f"Options: {', '.join(sorted(names | known))}."
+                raise SalunError(f"erase() has no option '{name}'. {hint}")
+        given = {name: value for name, value in options.items() if name in names and value is not None}
+        settings = checked(given, cls, "erase():")
+        if own := [f"{name}={value}" for name, value in options.items() if name in known]:
+            settings["method_option"] = [*settings.get("method_option", []), *own]
+        return cls.given(settings | {"pretrained_model_name_or_path": base}, dict.fromkeys(settings, "the call"))
 
     @classmethod
     def given(cls, settings: dict, sources: dict[str, str]) -> "EraseConfig":
@@ -159,7 +160,7 @@ class EraseConfig:
         if not settings.get("concept"):
             raise SalunError("No concept was given: say what to forget with --concept, for example --concept nudity.")
         config = cls(**settings)
-        config.sources = dict(sources)
+        config.sources = sources
         config.check()
         return config
 
@@ -172,32 +173,36 @@ class EraseConfig:
         Raises:
             SalunError: a value outside its range, or one that was given and of which the method has no use.
         """
-        method = find_method(self.method)
-        given = getattr(self, "sources", None)
-        if given is None:  # made in Python, field by field: what differs from the defaults was given
+        if self.filled:
+            return self
+        method, given = find_method(self.method), self.sources
+        if given is None:  # made field by field: what differs from the defaults was given
             defaults = type(self)(concept=self.concept)
             given = {item.name: "the call" for item in fields(self)
                      if getattr(self, item.name) != getattr(defaults, item.name)}  # fmt: skip
-        self.sources = {item.name: "default" for item in fields(self)} | given
         filled = {
             "alpha": 1.0, "retain_target": "noise", "learning_rate": 1e-5, "lr_scheduler": "constant",
             "max_train_steps": 500, "train_batch_size": 8, "num_forget_images": 400, "num_retain_images": 800,
             "num_inference_steps": 50, "guidance_scale": 7.5, "sample_batch_size": 8,
-            "mask": method.mask, "scope": method.scope, "method_option": [],
+            "mask": method.mask, "scope": method.scope,
         }  # fmt: skip
-        sources = dict.fromkeys(filled, "default") | dict.fromkeys(("mask", "scope"), "method")
+        self.sources = dict.fromkeys([item.name for item in fields(self)], "default")
+        self.sources |= dict.fromkeys(("mask", "scope"), "method") | {"anchor": "preset"}
+        options: list[tuple[str, str]] = []  # NAME=VALUE, and where it came from
         layers = [("method", method.settings)]
         layers += [("preset", {key: value for key, value in preset.items() if key not in METHODS})]
         layers += [("preset", preset.get(name, {})) for name in names_of(method)]
         for source, layer in layers:
-            unknown = set(layer) - set(filled)
+            unknown = set(layer) - {*filled, "method_option"}
             if unknown:
                 raise SalunError(
-                    f"The concept's settings name {sorted(unknown)}; only {sorted(filled)} or methods may stand there."
+                    f"The concept's settings name {sorted(unknown)}; only {sorted(filled)}, method_option or methods "
+                    "may stand there."
                 )
-            options = filled["method_option"] + layer.get("method_option", [])
-            filled |= layer | {"method_option": options}
-            sources |= dict.fromkeys(layer, source)
+            layer = checked(layer, type(self), "The concept's settings:")
+            options += [(text, source) for text in layer.pop("method_option", [])]
+            filled |= layer
+            self.sources |= dict.fromkeys(layer, source)
         mask = self.mask or filled["mask"]
         if method.closed_form and mask != "none":
             raise SalunError(f"--mask {mask}: --method {self.method} solves for whole matrices; only none goes.")
@@ -208,16 +213,19 @@ class EraseConfig:
             if setting in given and getattr(self, setting) is not None:
                 without = " without --mask saliency" if setting in NEEDS_SALIENCY else ""
                 raise SalunError(f"--{setting} means nothing to --method {self.method}{without}: leave it out.")
-        self.method_option = filled["method_option"] + (self.method_option or [])  # the last one counts
+        options += [(text, given.get("method_option", "")) for text in self.method_option or []]
+        self.method_option = [text for text, _ in options]  # the last one of a name counts
+        self.option_sources = {text.partition("=")[0]: (text, source) for text, source in options}
         method.parse(self.method_option)
         for setting, value in filled.items():
             if getattr(self, setting) is None and setting not in method.ignores:
                 setattr(self, setting, value)
-                self.sources[setting] = sources[setting]
+        self.sources |= given
         if not self.output_dir:
             method_too = "" if self.method == "salun" else f"-{self.method}"
             self.output_dir = "runs/" + re.sub(r"\W+", "-", name.lower()).strip("-") + method_too
         self.check()
+        self.filled = True
         return self
 
     def table(self) -> str:
@@ -225,10 +233,12 @@ class EraseConfig:
         shown: dict[str, list[str]] = {}
         for item in fields(self):
             value = getattr(self, item.name)
-            if value in (None, [], False) or item.name in self.unused:
+            if value is None or value is False or item.name in (*self.unused, "method_option"):
                 continue
             text = " + ".join(map(str, value)) if isinstance(value, list) else str(value)
             shown.setdefault(self.sources[item.name], []).append(f"{item.name}={text}")
+        for text, source in self.option_sources.values():
+            shown.setdefault(source, []).append(text)
         width = max(map(len, shown))
         order = sorted(shown, key=lambda source: SOURCES.index(source))
         return "\n".join(
@@ -272,41 +282,6 @@ class EraseConfig:
     def as_dict(self, resumable: bool = False) -> dict:
         """Every setting; with ``resumable``, those alone that a run must share with the checkpoint it goes on from."""
         return {name: value for name, value in asdict(self).items() if not (resumable and name in FREE)}
-
-
-def parse(arguments: list[str] | None, description: str) -> EraseConfig:
-    """Command line → settings; ``--config FILE`` (JSON or YAML, the same names) is read first and the line wins. The
-    method's own options are options of the line too: ``--method esd --help`` lists them.
-
-    Raises:
-        SalunError: an unknown key or a wrong type in the file, or no concept.
-    """
-    parser = argparse.ArgumentParser(
-        prog="erase_concept.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False, epilog="--method NAME --help lists the method's own options too.",
-    )  # fmt: skip
-    add_options(parser, EraseConfig)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_options(first, EraseConfig)
-    words = sys.argv[1:] if arguments is None else arguments
-    Options = None
-    asks = {"-h", "--help"} & set(words)
-    if not asks or any(word == "--method" or word.startswith("--method=") for word in words):
-        line, rest = first.parse_known_args([word for word in words if word not in ("-h", "--help")])
-        if rest or asks:  # only then is the method imported, which takes a second
-            settings = settings_of(dict(vars(line)), EraseConfig)
-            Options = find_method(check_method(settings.get("method", "salun"))).Options
-            group = parser.add_argument_group(f"options of --method {settings.get('method', 'salun')} alone")
-            add_fields(group, Options)
-    line = vars(parser.parse_args(words))
-    own = [f"{item.name}={line.pop(item.name)}" for item in (fields(Options) if Options else ()) if item.name in line]
-    sources = dict.fromkeys(line, "command line")
-    settings = settings_of(line, EraseConfig)
-    if own:
-        settings["method_option"] = [*(settings.get("method_option") or []), *own]
-        sources["method_option"] = "command line"
-    sources = dict.fromkeys(settings, "config file") | {key: text for key, text in sources.items() if key != "config"}
-    return EraseConfig.given(settings, sources)
 
 
 def check_method(name: str) -> str:

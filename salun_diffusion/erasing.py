@@ -1,6 +1,8 @@
 """The algorithm, top to bottom: what to forget, in which model; pictures of it and of the rest; the weights that carry
-it; train or solve those; save what changed."""
+it; train or solve those; save what changed.
+"""
 
+import copy
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from .erasures.fingerprint import fingerprint
 from .erasures.mask import load_masks, union
 from .errors import SalunError
 from .files import key_of
+from .loader import FILE_NAME
 from .masks.saliency import select
 from .masks.scope import check_reused, scoped_parameters
 from .methods import find_method
@@ -57,10 +60,12 @@ def erase(base, concept: str | list[str] | None = None, *, callback: Callback | 
     if isinstance(base, EraseConfig):
         if concept is not None or options:
             raise SalunError("erase(config) takes no concept or options beside the config: put them into it.")
-        config = base
+        config = copy.copy(base)  # what is filled in is this run's: the caller's may serve again
     else:
         if not isinstance(base, str | Path):
             pipe, base = base, getattr(base, "name_or_path", None) or type(base).__name__
+            if unused := [name for name in ("revision", "variant") if options.get(name) is not None]:
+                raise SalunError(f"{unused[0]} means nothing to a pipeline that is loaded already: leave it out.")
         config = EraseConfig.from_call(str(base), concept, options)
     with ONE_AT_A_TIME, reporting_to(callback):
         return _erase(config, pipe)
@@ -142,7 +147,7 @@ def _erase(config: EraseConfig, pipe) -> Run:
             accelerator.end_training()
 
             # Save what changed.
-            file = run.path / "erasure.safetensors"
+            file = run.path / FILE_NAME
             if is_main:
                 run.save(change, mask, method.has_anchor, seconds)
                 say(f'Saved {file}: load it with salun_diffusion.load_erasure(pipe, "{run.path}").')

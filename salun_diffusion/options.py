@@ -3,6 +3,8 @@
 import argparse
 import difflib
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 from types import UnionType
@@ -29,6 +31,9 @@ def option(
     """A dataclass field with its help text; ``None`` as default means: decided later, as the text says.
 
     Args:
+        default: a list or a mapping is copied for each object.
+        text: the help.
+        choices: the values that are allowed; all if empty.
         several: a list is given as words after the option; otherwise by repeating it.
         metavar: what stands for the value in the help; its type without it.
         positional: given without its name.
@@ -135,7 +140,6 @@ def _plain(hint: type) -> type:
 
 
 def _read(path: str, kind: type) -> dict:
-    hints, wanted = get_type_hints(kind), {item.name: item.metadata for item in fields(kind)}
     try:
         text = Path(path).read_text(encoding="utf-8")
         if path.endswith(".json"):
@@ -148,29 +152,73 @@ def _read(path: str, kind: type) -> dict:
         raise SalunError(f"--config {path} cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(found, dict):
         raise SalunError(f"--config {path} must hold one mapping of option names to values.")
-    for name, value in found.items():
-        if name not in hints:
-            close = difflib.get_close_matches(name, hints, 1)
-            raise SalunError(
-                f"--config {path} has an unknown setting '{name}'." + (f" Did you mean '{close[0]}'?" if close else "")
-            )
-        told, choices = _plain(hints[name]), wanted[name]["choices"]
-        if get_origin(told) is list:
-            inner = get_args(told)[0]
-            if isinstance(value, dict) and inner is str:  # NAME: value, as the line has NAME=value
-                value = [f"{key}={part}" for key, part in value.items()]
-            written = {Path: str, float: (int, float)}.get(inner, inner)  # as a file has it
-            found[name] = [value] if isinstance(value, written) else value
-            if not (isinstance(found[name], list) and all(isinstance(part, written) for part in found[name])):
-                what = "text or a list of texts" if written is str else "a number or a list of numbers"
-                raise SalunError(f"--config {path}: '{name}' is {value!r}, but must be {what}.")
-            found[name] = [inner(part) for part in found[name]]
+    return checked(found, kind, f"--config {path}:")
+
+
+def checked(settings: dict, kind: type, where: str) -> dict:
+    """``settings`` with the types of the fields of ``kind``: what does not come from a command line, which argparse has
+    checked.
+
+    Args:
+        settings: field name → value, as JSON, YAML or a call has it.
+        kind: the dataclass.
+        where: the beginning of a message, such as "erase():".
+
+    Raises:
+        SalunError: an unknown name, a wrong type, or none of a field's choices.
+    """
+    hints, known = get_type_hints(kind), {item.name: item.metadata for item in fields(kind)}
+    typed = {}
+    for name, value in settings.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            raise SalunError(f"{where} unknown setting '{name}'." + (f" Did you mean '{close[0]}'?" if close else ""))
+        expected = _plain(hints[name])
+        is_list = get_origin(expected) is list
+        single = get_args(expected)[0] if is_list else expected
+        if is_list and isinstance(value, dict) and single is str:  # NAME: value, as the line has NAME=value
+            value = [f"{key}={part}" for key, part in value.items()]
+        if value is None and expected is not hints[name]:
+            typed[name] = None
             continue
-        if told is Path and isinstance(value, str):
-            value = found[name] = Path(value)
-        right = isinstance(value, (int, float) if told is float else told) and isinstance(value, bool) == (told is bool)
-        if not (right or value is None and told is not hints[name]):
-            raise SalunError(f"--config {path}: '{name}' is {value!r}, but must be of type {told.__name__}.")
-        if choices and value not in choices:
-            raise SalunError(f"--config {path}: '{name}' is {value!r}; choose one of {', '.join(choices)}.")
-    return found
+        parts = value if is_list and isinstance(value, list | tuple) else [value]
+        for part in parts:
+            written = {Path: (str, Path), float: (int, float)}.get(single, single)
+            if not isinstance(part, written) or isinstance(part, bool) != (single is bool):
+                several = f"{single.__name__}, or a list of such" if is_list else single.__name__
+                raise SalunError(f"{where} '{name}' is {value!r}, but must be of type {several}.")
+            if known[name]["choices"] and part not in known[name]["choices"]:
+                options = ", ".join(map(str, known[name]["choices"]))
+                raise SalunError(f"{where} '{name}' is {part!r}; choose one of {options}.")
+        parts = [Path(part) if single is Path else part for part in parts]
+        typed[name] = parts if is_list else parts[0]
+    return typed
+
+
+def run_command(prog: str, description: str, kind: type, work: Callable[[Any], None]) -> None:
+    """A whole command: parse the line into a ``kind``, and do ``work`` with it.
+
+    A :class:`SalunError` becomes one line and exit code 1, a missing option argparse's exit code 2.
+
+    Args:
+        prog: as it is typed, such as "python -m demo.train".
+        description: for ``--help``.
+        kind: the dataclass of its options.
+        work: what it does with them.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add_options(parser, kind)
+    given = vars(parser.parse_args())
+    finish(parser, lambda: work(options_from(given, kind)))
+
+
+def finish(parser: argparse.ArgumentParser, work: Callable[[], None]) -> None:
+    """Do ``work``; its errors end the process as :func:`run_command` says, by ``parser`` where an option is missing."""
+    try:
+        work()
+    except MissingOption as error:
+        parser.error(str(error))
+    except SalunError as error:
+        sys.exit(f"error: {error}")

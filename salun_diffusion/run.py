@@ -1,5 +1,6 @@
 """One erasure's run: its folder, what its files say of it, and how a pipeline of the caller's is given back."""
 
+import copy
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +41,8 @@ class Run:
 
 class RunFolder:
     """What is known of a run before it starts, and the files that it leaves: mask.safetensors first, then
-    erasure.safetensors and config.json, which is written last and marks a finished run."""
+    erasure.safetensors and config.json, which is written last and marks a finished run.
+    """
 
     def __init__(self, config: EraseConfig, concepts: list[Concept], commit: str | None, base: Fingerprint):
         self.path, self.config, self.base = Path(config.output_dir), config, base
@@ -64,8 +66,8 @@ class RunFolder:
             save_masks(self.path / "mask.safetensors", mask, self.about)
         return kept, total
 
-    def save(self, change, mask: dict[str, torch.Tensor], has_anchor: bool, seconds: float | None) -> Path:
-        """Write the erasure and config.json; the erasure's path."""
+    def save(self, change, mask: dict[str, torch.Tensor], has_anchor: bool, seconds: float | None) -> None:
+        """Write the erasure and config.json."""
         import diffusers
         import transformers
 
@@ -80,7 +82,6 @@ class RunFolder:
         delta = Delta({name: mask[name] for name in values}, values, self.base, about)
         delta.save(self.path / FILE_NAME, DTYPES[self.config.save_dtype])
         write_json(self.path / "config.json", about | {"base_fingerprint": self.base.digest(), "seconds": seconds})
-        return self.path / FILE_NAME
 
 
 def check_is_base(model: Model) -> None:
@@ -97,9 +98,11 @@ def check_is_base(model: Model) -> None:
 @contextmanager
 def borrowed(model: Model) -> Iterator[None]:
     """Within it, the pipeline may be moved, trained and drawn with; after it, everything but the weights is as before:
-    devices, train and eval mode, gradients and what requires them, checkpointing, progress bars. (The weights are
-    :meth:`.training.change.MaskedChange.restore`'s.)"""
-    network, pipe = model.network, model.pipe
+    devices, train and eval mode, gradients and what requires them, checkpointing, scheduler, progress bars.
+    The weights are :meth:`.training.change.MaskedChange.restore`'s.
+    """
+    network, pipe, scheduler = model.network, model.pipe, model.pipe.scheduler
+    pipe.scheduler = copy.deepcopy(scheduler)  # drawing sets its timesteps
     modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     devices = [next((p.device for p in part.parameters()), None) for part in modules]
     modes = [(module, module.training) for module in network.modules()]
@@ -125,4 +128,5 @@ def borrowed(model: Model) -> Iterator[None]:
         for parameter, required, gradient in parameters:
             parameter.requires_grad_(required)
             parameter.grad = gradient
+        pipe.scheduler = scheduler
         pipe.set_progress_bar_config(**bars)

@@ -47,7 +47,7 @@ def test_sdxl_is_told_what_its_own_pipeline_tells_it(folders):
 
 
 def test_a_velocity_is_compared_with_a_velocity(folders):
-    """v = α·ε − σ·x (Salimans & Ho 2022), written out."""
+    """V = α·ε − σ·x (Salimans & Ho 2022), written out."""
     schedule = DDPMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction")
     clean, noise, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999])
     signal = schedule.alphas_cumprod[t].view(3, 1, 1, 1)

@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from shell import run
 
 from salun_diffusion import Delta, SalunError, erase, list_erasures, load_erasure, unload_erasure
+from salun_diffusion.config import EraseConfig
 
 QUICK = {
     "num_forget_images": 4, "num_retain_images": 4, "num_inference_steps": 3, "max_train_steps": 2,
@@ -127,6 +128,14 @@ def test_options_of_the_method_and_words_for_wrong_ones(pipe, tmp_path):
     ):
         with pytest.raises(SalunError, match=message):
             erase(pipe, "steam engine", method="uce", **where, **options)
+    for options, message in (  # a call's values have the types and the choices of the command line's
+        ({"alpha": "2"}, r"erase\(\): 'alpha' is '2', but must be of type float"),
+        ({"max_train_steps": 2.5}, r"erase\(\): 'max_train_steps' is 2.5, but must be of type int"),
+        ({"threshold": "x"}, r"erase\(\): 'threshold' is 'x'; choose one of global, layer"),
+        ({"revision": "main"}, "revision"),
+    ):
+        with pytest.raises(SalunError, match=message):
+            erase(pipe, "steam engine", **where, **options)
     with pytest.raises(SalunError, match="There is no method 'magic': choose one of salun, esd"):
         erase(pipe, "steam engine", method="magic")
     with pytest.raises(SalunError, match="No concept was given"):
@@ -134,6 +143,31 @@ def test_options_of_the_method_and_words_for_wrong_ones(pipe, tmp_path):
     with pytest.raises(SalunError, match="weights are float16 and mixed_precision is 'no'"):
         erase(pipe.to(torch.float16), "steam engine", method="uce", **where)
     assert not list_erasures(pipe)
+
+
+def test_a_config_can_be_used_again(tiny_folder, tmp_path):
+    """One that was made by hand, and the resolved one of a run: each gives the same bits once more."""
+    config = EraseConfig(
+        concept=["steam engine"], pretrained_model_name_or_path=str(tiny_folder),
+        data_dir=str(tmp_path / "data"), **QUICK,
+    )  # fmt: skip
+    config.output_dir = str(tmp_path / "first")
+    first = erase(config)
+    assert config.alpha is None  # the caller's own stays as it was
+    digest = Delta.load(first.file).digest()
+    config.output_dir = str(tmp_path / "second")
+    assert Delta.load(erase(config).file).digest() == digest
+    assert Delta.load(erase(first.config).file).digest() == digest
+
+
+def test_the_table_of_settings_shows_each_with_its_source():
+    config = EraseConfig.given({"concept": ["airplane"], "seed": 0, "method": "esd"}, {"seed": "command line"})
+    preset = {"esd": {"method_option": ["negative_guidance=2"]}, "alpha": 3.0}
+    config.fill(preset, "airplane")
+    lines = {line.split()[0]: line for line in config.table().splitlines()}
+    assert "seed=0" in lines["command"] and "negative_guidance=2" in lines["preset"]
+    with pytest.raises(SalunError, match="The concept's settings: 'alpha' is '3', but must be of type float"):
+        EraseConfig(concept=["airplane"]).fill({"alpha": "3"}, "airplane")
 
 
 def test_several_concepts_resume_in_any_process(tiny_folder, tmp_path):

@@ -13,7 +13,7 @@ from shell import ROOT
 # Each name is a file or a folder of the room, and may import only those before it (and, a folder, its own files).
 LIBRARY = [
     "errors", "files", "stats", "colours", "tables", "options", "process", "concepts", "models", "erasures", "loader",
-    "masks", "methods", "config", "data", "training", "run", "erasing",
+    "masks", "methods", "config", "data", "training", "run", "erasing", "command_line",
 ]  # fmt: skip
 EVAL = ["options", "results", "subjects", "drawing", "judges", "measures", "pages", "__main__"]
 ORDERS = {"salun_diffusion": LIBRARY, "eval": EVAL}
@@ -92,7 +92,8 @@ def circle(edges):
 
 def against(order, edges):
     """The imports that do not go down ``order``. The room's own ``__init__`` may import any, and any may import it (for
-    the version): that it does not lead back is for :func:`circle`."""
+    the version): that it does not lead back is for :func:`circle`.
+    """
     place = {name: number for number, name in enumerate(order)}
     found = []
     for edge in edges:

@@ -11,7 +11,8 @@ from shell import run
 
 from salun_diffusion import Delta, SalunError, load_erasure, unload_erasure
 from salun_diffusion import erase as run_erasure
-from salun_diffusion.config import EraseConfig, parse
+from salun_diffusion.command_line import parse
+from salun_diffusion.config import EraseConfig
 from salun_diffusion.erasures.mask import load_masks
 from salun_diffusion.masks.scope import SCOPES
 from salun_diffusion.methods import METHODS, find_method, names_of

@@ -1,5 +1,6 @@
 """The house on its seams: a family of base models and a kind of erasure, each added with one file and one line, go
-through erase, load, eval and compare."""
+through erase, load, eval and compare.
+"""
 
 import json
 import shutil
