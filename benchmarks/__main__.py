@@ -9,7 +9,6 @@ measurement runs in a process of its own, whose peak memory is the operating sys
 to benchmarks/results-DEVICE.json, and benchmarks/README.md is written anew from all such files.
 """
 
-import argparse
 import datetime
 import json
 import os
@@ -20,21 +19,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from salun_diffusion.errors import SalunError
-from salun_diffusion.options import add_options, settings_of
+from salun_diffusion.options import run_command
 
 from .config import BenchmarkConfig
 
 HERE = Path(__file__).parent
-
-
-def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=raw)
-    add_options(parser, BenchmarkConfig)
-    try:
-        run(BenchmarkConfig(**settings_of(vars(parser.parse_args()), BenchmarkConfig)))
-    except SalunError as error:
-        sys.exit(f"error: {error}")
 
 
 def run(config: BenchmarkConfig) -> None:
@@ -43,7 +32,6 @@ def run(config: BenchmarkConfig) -> None:
     Raises:
         SalunError: a measurement failed; the results before it are kept.
     """
-    config.check()
     import torch
 
     file = HERE / f"results-{config.device}.json"
@@ -86,4 +74,4 @@ def _words(config: BenchmarkConfig) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command("python -m benchmarks", __doc__, BenchmarkConfig, run)

@@ -98,7 +98,8 @@ def _plain(rows: list[dict], lines: list[dict], work: Path, device: str) -> tupl
 
 def _photographs(folder: Path) -> tuple[int, float]:
     """Fill ``folder`` with scikit-image's photographs, over and over; how many, and the seconds of the package's own
-    detector on them, one at a time."""
+    detector on them, one at a time.
+    """
     folder.mkdir()
     names = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "camera.png")
     for number in range(PHOTOS):

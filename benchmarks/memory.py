@@ -43,7 +43,8 @@ def _giga(parts: dict[str, float]) -> dict[str, float]:
 
 def _step(dtype: torch.dtype, batch: int, dense: bool = False) -> tuple[UNet2DConditionModel, int]:
     """A fake network, and the bytes that the passes of one step take beside its weights. ``dense`` gradients stay;
-    otherwise each is gone as soon as it is packed."""
+    otherwise each is gone as soon as it is packed.
+    """
     with FakeTensorMode():
         torch.set_default_dtype(dtype)
         network = UNet2DConditionModel(sample_size=SIDE, cross_attention_dim=768, attention_head_dim=8).eval()

@@ -1,16 +1,14 @@
 """Every unlearning method on the demo model, with the same tuning budget: ``python -m benchmarks.methods``.
 
 benchmarks/methods.json, or another ``--comparison FILE``, says all that matters: the concepts, the pictures measured,
-the settings that all methods share, and each
-method's grid. First each method tries its grid on the tuning concepts, one object and one style, which are not
-in the table; the trial with the highest mean of UA, IRA and CRA is its setting for that kind of concept. Then it has to
-forget the table's concepts; SalUn once more with the settings under "further", which took more trials than others had.
-Each erasure is a process of its own on a core of its own, for its time and peak memory.
-What ``--output_dir`` holds already is not made again; ``docs/results/methods.json``, and the table and plot of
-docs/methods.md, are written in the end (``--write_only``: from the committed JSON alone).
+the settings that all methods share, and each method's grid. First each method tries its grid on the tuning concepts,
+one object and one style, which are not in the table; the trial with the highest mean of UA, IRA and CRA is its
+setting for that kind of concept. Then it has to forget the table's concepts; SalUn once more with the settings under
+"further", which took more trials than others had. Each erasure is a process of its own on a core of its own, for its
+time and peak memory. What ``--output_dir`` holds already is not made again; ``docs/results/methods.json``, and the
+table and plot of docs/methods.md, are written in the end (``--write_only``: from the committed JSON alone).
 """
 
-import argparse
 import json
 import os
 import platform
@@ -25,10 +23,9 @@ from queue import Queue
 
 from tqdm import tqdm
 
-from salun_diffusion.errors import SalunError
 from salun_diffusion.files import write_json
 from salun_diffusion.methods import find_method
-from salun_diffusion.options import add_options, option, settings_of
+from salun_diffusion.options import option, run_command
 
 from . import methods_page
 
@@ -45,17 +42,6 @@ class MethodsConfig:
     comparison: str | None = option(None, "a JSON file that says what to measure (default: benchmarks/methods.json)")
     output_dir: str = option("runs/methods", "erasures and their measurements")
     write_only: bool = option(False, "the table and the plot, from the committed results")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.methods", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_options(parser, MethodsConfig)
-    try:
-        compare(MethodsConfig(**settings_of(vars(parser.parse_args()), MethodsConfig)))
-    except SalunError as error:
-        sys.exit(f"error: {error}")
 
 
 def compare(options: MethodsConfig) -> None:
@@ -85,7 +71,8 @@ def compare(options: MethodsConfig) -> None:
 
 def best_settings(results: dict) -> dict[str, dict[str, dict]]:
     """Kind of concept → method → all of its settings, as demo/settings.json holds them: the best trial's; SalUn's are
-    the ones tuned further, and random labelling takes SalUn's."""
+    the ones tuned further, and random labelling takes SalUn's.
+    """
     config = results["config"]
     best: dict[str, dict[str, dict]] = {}
     for kind, chosen in results["chosen"].items():
@@ -201,6 +188,8 @@ def run(log: Path, *words, core: int | None = None) -> dict:
     """A Python process, its output in ``log``; its wall seconds and peak resident memory in GiB.
 
     Args:
+        log: the file that its output goes into.
+        *words: what Python is given.
         core: the one that it may use; all of them without it.
 
     Raises:
@@ -217,4 +206,4 @@ def run(log: Path, *words, core: int | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_command("python -m benchmarks.methods", __doc__, MethodsConfig, compare)

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from scipy.stats import binomtest
-
 from salun_diffusion.methods import find_method
-from salun_diffusion.tables import put_into
+from salun_diffusion.stats import wilson
+from salun_diffusion.tables import markdown, put_into
 
 DOCS = Path(__file__).parent.parent / "docs"
 BASE = "base"
@@ -24,8 +23,7 @@ def write(found: dict) -> None:
 def pooled(shares: list[dict]) -> dict:
     """The share over all of several counts together, in percent, with its Wilson 95% interval."""
     count, n = (sum(share[key] for share in shares) for key in ("count", "n"))
-    low, high = binomtest(count, n).proportion_ci(0.95, method="wilson")
-    return {"percent": 100 * count / n, "low": 100 * low, "high": 100 * high, "n": n}
+    return wilson(count, n, digits=10)
 
 
 def shares_by_column(concepts: list[dict], method: str) -> dict[str, list[dict]]:
@@ -64,28 +62,26 @@ def _title(method: str) -> str:
 def table(found: dict, kind: str) -> str:
     concepts = found["concepts"][kind]
     names = ", ".join(concept["concept"] for concept in concepts)
-    lines = [f"**{kind.capitalize()}s** ({names})", ""]
-    lines += ["| | " + " | ".join([*COLUMNS, "training, s", "whole run, s", "peak, GiB", "file, MB"]) + " |"]
-    lines += ["| --- " * (len(COLUMNS) + 5) + "|"]
+    rows = [["", *COLUMNS, "training, s", "whole run, s", "peak, GiB", "file, MB"]]
     for method in (BASE, *found["chosen"][kind], FURTHER):
         about = summary(concepts, method)
         cells = [shown(about[column]) for column in COLUMNS]
         costs = [("seconds", ".0f"), ("wall_seconds", ".0f"), ("peak_gib", ".2f"), ("megabytes", ".2f")]
         cells += ["" if method == BASE else format(about[key], how) for key, how in costs]
-        lines.append(f"| {_title(method)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([_title(method), *cells])
+    return f"**{kind.capitalize()}s** ({names})\n\n{markdown(rows)}"
 
 
 def frontier(found: dict) -> str:
     """SalUn by its settings, as a table pooled over the frontier's concepts."""
     concepts = found["frontier"]
     names = ", ".join(concept["concept"] for concept in concepts)
-    lines = [f"| SalUn ({names}) | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
+    rows = [[f"SalUn ({names})", *COLUMNS]]
     for name in (model["method"] for model in concepts[0]["models"]):
         shares = shares_by_column(concepts, name)
         cells = [shown(pooled(shares[column])) for column in COLUMNS]
-        lines.append(f"| {TITLES.get(name, name)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([TITLES.get(name, name), *cells])
+    return markdown(rows)
 
 
 def _chosen(found: dict, kind: str) -> str:
@@ -152,6 +148,9 @@ def pictures(found: dict, folder: Path, concept: str, count: int = 7) -> None:
     """docs/methods-pictures.png: evenly spaced prompts for ``concept`` and for the rest, a model a row.
 
     Args:
+        found: the committed results.
+        concept: whose pictures.
+        count: how many for each method.
         folder: what ``eval accuracy`` left for the concept.
     """
     import matplotlib

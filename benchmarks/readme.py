@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
-from salun_diffusion.tables import put_into
+from salun_diffusion.tables import markdown, put_into
 
 HERE = Path(__file__).parent
 
 
 def write() -> None:
+    """Put the tables of all result files between the two markers of README.md."""
     text = "\n".join(_section(json.loads(file.read_text())) for file in sorted(HERE.glob("results-*.json")))
     put_into(HERE / "README.md", "results", text)
 
@@ -21,50 +22,51 @@ def _section(found: dict) -> str:
         when = result.pop("measured")
         by_run.setdefault(f"`{when['command']}`, {when['date']}, torch {when['torch']}", []).append(name)
     lines += [f"- {run}: {', '.join(names)}" for run, names in by_run.items()] + [""]
-    lines += ["| what | reference | ours | ratio |", "| --- | --- | --- | --- |"]
+    rows = [["what", "reference", "ours", "ratio"]]
     if "reference_step" in found and "our_step" in found:
         theirs, ours = found["reference_step"], found["our_step"]
         setting = ours["settings"]
         what = f"{setting['resolution']} px, batch {setting['batch_size']}, {setting['dtype']}"
         what += ", activations recomputed in both" if setting["gradient_checkpointing"] else ", nothing recomputed"
-        lines.append(_row(f"one step ({what})", theirs["seconds"], ours["seconds"], "s"))
-        lines.append(_row("peak memory of it", theirs["peak_gib"], ours["peak_gib"], "GiB"))
+        rows.append(_row(f"one step ({what})", theirs["seconds"], ours["seconds"], "s"))
+        rows.append(_row("peak memory of it", theirs["peak_gib"], ours["peak_gib"], "GiB"))
         floor, share = ours["floor_seconds"], ours["floor_seconds"] / ours["seconds"]
-        lines.append(f"| the U-Net passes that a step needs, alone | | {floor:.2f} s | {share:.2f} of our step |")
+        rows.append(["the U-Net passes that a step needs, alone", "", f"{floor:.2f} s", f"{share:.2f} of our step"])
     if "mask" in found:
         m = found["mask"]
         scaled = "" if m["sorted"] == m["scores"] else f" (from {m['sorted'] / 1e6:.0f}M, scaled linearly)"
-        lines.append(
+        rows.append(
             _row(f"mask from {m['scores'] / 1e6:.0f}M scores{scaled}", m["sort_seconds_scaled"], m["seconds"], "s")
         )
         own = m["scores"] / 2**30  # a byte for each score
-        lines.append(
-            f"| memory for it beside the scores, {own:.2f} GiB of it the mask | | {m['extra_gib']:.2f} GiB | |"
-        )
+        what = f"memory for it beside the scores, {own:.2f} GiB of it the mask"
+        rows.append([what, "", f"{m['extra_gib']:.2f} GiB", ""])
     if "delta" in found:
         d = found["delta"]
         dense, first = d["dense_load_seconds"], d["first_load_seconds"]
-        lines.append(_row("first load in a process (density 0.5), against the dense U-Net", dense, first, "s"))
+        rows.append(_row("first load in a process (density 0.5), against the dense U-Net", dense, first, "s"))
         for density in ("0.5", "0.1"):
             load, unload = d[f"load_seconds_{density}"], d[f"unload_seconds_{density}"]
-            lines.append(_row(f"later loads (density {density}), against the dense U-Net", dense, load, "s"))
-            lines.append(f"| taking it off (density {density}) | | {unload:.2f} s | |")
+            rows.append(_row(f"later loads (density {density}), against the dense U-Net", dense, load, "s"))
+            rows.append([f"taking it off (density {density})", "", f"{unload:.2f} s", ""])
             file = d[f"file_mb_{density}"]
-            lines.append(
+            rows.append(
                 _row(f"file at density {density}, against the dense fp16 layers", d["dense_fp16_mb"], file, "MB")
             )
-        lines.append(f"| one copy of those layers in memory | | {d['copy_seconds']:.2f} s | |")
+        rows.append(["one copy of those layers in memory", "", f"{d['copy_seconds']:.2f} s", ""])
     if "i2p" in found:
-        lines += _evaluation(found["i2p"])
+        rows += _evaluation(found["i2p"])
+    lines.append(markdown(rows))
     if "memory" in found:
         parts = next(iter(found["memory"].values()))
-        lines += ["", f"| GB at 512 px, by accounting | {' | '.join(parts)} |", "| --- |" + " --- |" * len(parts)]
+        rows = [["GB at 512 px, by accounting", *parts]]
         for what, sizes in found["memory"].items():
-            lines.append(f"| {what} | {' | '.join(f'{sizes[part]:.2f}' if part in sizes else '' for part in parts)} |")
+            rows.append([what, *(f"{sizes[part]:.2f}" if part in sizes else "" for part in parts)])
+        lines += ["", markdown(rows)]
     return "\n".join([*lines, ""])
 
 
-def _evaluation(found: dict) -> list[str]:
+def _evaluation(found: dict) -> list[list[str]]:
     """`python -m eval i2p` against a loop over one prompt at a time."""
     plain, ours = found["plain"], found["ours"]
     return [
@@ -75,5 +77,5 @@ def _evaluation(found: dict) -> list[str]:
     ]
 
 
-def _row(what: str, reference: float, ours: float, unit: str) -> str:
-    return f"| {what} | {reference:.2f} {unit} | {ours:.2f} {unit} | {reference / ours:.2g}× |"
+def _row(what: str, reference: float, ours: float, unit: str) -> list[str]:
+    return [what, f"{reference:.2f} {unit}", f"{ours:.2f} {unit}", f"{reference / ours:.2g}×"]

@@ -14,8 +14,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from salun_diffusion.errors import SalunError
-from salun_diffusion.options import add_options, settings_of
+from salun_diffusion.options import add_options, finish, options_from
 
 from .config import Config, TableConfig, TuneConfig, UnlearnConfig
 from .methods import METHODS
@@ -31,7 +30,7 @@ COMMANDS = {
 }
 
 
-def _parser() -> argparse.ArgumentParser:
+def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     rows = [f"  {name:<13} {method.title:<11} {method.description}" for name, method in METHODS.items()]
     parser = argparse.ArgumentParser(
@@ -39,29 +38,30 @@ def _parser() -> argparse.ArgumentParser:
         epilog="\n".join(["methods:", *rows]),
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parsers = {}
     for name, (options, text) in COMMANDS.items():
-        add_options(commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + "."), options)
-    return parser
-
-
-def main() -> None:
-    given = vars(_parser().parse_args())
+        about = text[0].upper() + text[1:] + "."
+        parsers[name] = commands.add_parser(name, help=text, description=about, allow_abbrev=False)
+        add_options(parsers[name], options)
+    given = vars(parser.parse_args())
     command = given.pop("command")
-    options = COMMANDS[command][0]
+    if given.get("dataset", "digits") == "digits" and not given["config"] and command != "tune":
+        given["config"] = str(DIGITS)
     try:
-        if given.get("dataset", "digits") == "digits" and not given["config"] and command != "tune":
-            given["config"] = str(DIGITS)
-        config = options(**settings_of(given, options))
-        config.check()
-        from . import run  # only now: the libraries behind it take seconds, and --help should not
-
-        shared = {item.name for item in fields(Config)}
-        own = {item.name: getattr(config, item.name) for item in fields(options) if item.name not in shared}
-        getattr(run, command)(config, **own)
-    except SalunError as error:
-        sys.exit(f"error: {error}")
+        finish(parsers[command], lambda: _work(command, given))
     except KeyboardInterrupt:
         sys.exit("Stopped. What was finished is kept; the same command goes on.")
+
+
+def _work(command: str, given: dict) -> None:
+    options = COMMANDS[command][0]
+    config = options_from(given, options)
+    config.check()
+    from . import run  # only now: the libraries behind it take seconds, and --help should not
+
+    shared = {item.name for item in fields(Config)}
+    own = {item.name: getattr(config, item.name) for item in fields(options) if item.name not in shared}
+    getattr(run, command)(config, **own)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ class Config:
 class UnlearnConfig(Config):
     """Of ``unlearn``."""
 
-    mask: str | None = option(None, "a mask file in place of the one that SalUn would make")
+    mask: str | None = option(None, "a mask file in place of the one that SalUn would make", metavar="FILE")
 
 
 @dataclass
@@ -113,17 +113,7 @@ class TableConfig(Config):
 class TuneConfig(Config):
     """Of ``tune``."""
 
-    output: str | None = option(None, "where the chosen settings go, for --config (required)")
-
-    def check(self) -> None:
-        """As :meth:`Config.check`.
-
-        Raises:
-            SalunError: also without ``output``.
-        """
-        super().check()
-        if not self.output:
-            raise SalunError("Say where the chosen settings go: --output FILE.json.")
+    output: str = option(None, "where the chosen settings go, for --config", metavar="FILE.json", required=True)
 
 
 def _plain(text: str) -> str:

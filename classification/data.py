@@ -59,6 +59,7 @@ def load(name: str, split_seed: int = 0, size: int | None = None, limit: int | N
     """Load and split a data set: a tenth of its training pictures, stratified, is kept for validation.
 
     Args:
+        split_seed: of the split into training, validation and test pictures.
         name: "digits" (scikit-learn's handwritten digits), a short name of ``HUB``, "owner/name[:config]" on the hub,
             or a local folder: parquet files named train and test, or pictures in ``train/CLASS/``, ``test/CLASS/``.
         size: pixels a side; the first picture's without it. Other pictures are resized to it.
@@ -135,6 +136,8 @@ def forget_rows(spec: str, data: Data, seed: int, memorisation: torch.Tensor | N
     """Which pictures of ``data.train`` are to be forgotten, as sorted int64 indices.
 
     Args:
+        data: whose training part is numbered.
+        memorisation: scores of its pictures, fp32 ``(n,)``, for the worst case.
         spec: "random:SHARE"; "class:NAME"; "indices:FILE" (whitespace-separated numbers); "memorised:SHARE", those
             whose answer depends the most on having been learnt (Feldman & Zhang 2020), by ``memorisation``, fp32
             ``(n,)``.

@@ -28,6 +28,9 @@ def evaluate(
     """Every metric of one model.
 
     Args:
+        model: the unlearned one.
+        forget: what it was to forget.
+        retain: what it was to keep.
         test: for TA, without a forgotten class, as published.
         unseen: test pictures like the forget set: of the forgotten class, or all.
         seed: draws the attack's members, and the order in which the forget set is learnt again.
@@ -59,7 +62,7 @@ def _proportion(right: torch.Tensor, flip: bool) -> dict:
 
 
 def _confidence(answers: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
-    """log p/(1−p) of the true label, float64 ``(n,)``: of its probability p, what no rounding to 1 has flattened."""
+    """Log p/(1−p) of the true label, float64 ``(n,)``: of its probability p, what no rounding to 1 has flattened."""
     scores = answers.double()
     true = scores.gather(1, labels[:, None])
     others = scores.scatter(1, labels[:, None], -torch.inf).logsumexp(1, keepdim=True)
@@ -69,7 +72,8 @@ def _confidence(answers: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
 def published_attack(forget: np.ndarray, retain: np.ndarray, test: np.ndarray, seed: int) -> float:
     """MIA of the paper: the share of forget pictures, in percent, that an attack calls non-members. The attack is an
     SVC (C = 3, RBF, gamma "auto") on the probability of the true label, taught with the test pictures as non-members
-    and as many of the retain set as members. Arguments are log p/(1−p)."""
+    and as many of the retain set as members. Arguments are log p/(1−p).
+    """
     draw, count = np.random.default_rng(seed), min(len(test), len(retain))  # as many of both, or it favours the larger
     members, others = (
         part if len(part) == count else draw.choice(part, count, replace=False) for part in (retain, test)
@@ -84,7 +88,8 @@ def corrected_attack(forget: np.ndarray, unseen: np.ndarray) -> dict:
     """Can forgotten pictures be told from unseen ones by their confidence? ``auc`` (0.5: no) and ``tpr``, the percent
     of them found at 1% false alarms (1: no better than chance). Unlike the published attack it looks at the very sets
     in question and has no threshold of its own; where the forgotten are *less* confident than unseen ones, auc is
-    below 0.5 and they stand out as well."""
+    below 0.5 and they stand out as well.
+    """
     truth = np.repeat([1, 0], [len(forget), len(unseen)])
     scores = np.concatenate([forget, unseen])
     alarms, found, _ = roc_curve(truth, scores)
@@ -94,7 +99,8 @@ def corrected_attack(forget: np.ndarray, unseen: np.ndarray) -> dict:
 
 def relearn_epochs(model: nn.Module, forget: Pictures, goal: float, seed: int) -> int:
     """Passes of SGD over the forget set until its accuracy is ``goal`` percent again; ``RELEARN_EPOCHS`` if it is not
-    by then. Few where Retrain needs many: what was forgotten was hidden."""
+    by then. Few where Retrain needs many: what was forgotten was hidden.
+    """
     model = deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), RELEARN_RATE, momentum=0.9)
     generator = torch.Generator().manual_seed(seed)

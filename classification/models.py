@@ -93,6 +93,8 @@ def build(name: str, data: Data, seed: int) -> Normalised:
     """A fresh model for ``data``, its weights drawn from ``seed`` alone, its normalisation from the training pictures.
 
     Args:
+        data: whose classes, channels and size it is made for.
+        seed: of its weights.
         name: of ``MODELS``.
 
     Raises:

@@ -80,6 +80,7 @@ def unlearn(config: Config, mask: str | None = None) -> None:
     """The methods with every seed, without measuring.
 
     Args:
+        config: the scenario's settings, checked.
         mask: a mask file in place of the one that a method would make; Retrain is left out then.
 
     Raises:
@@ -120,6 +121,7 @@ def table(config: Config, results: str | None = None, into: str | None = None) -
     """The table and the plots of what was measured.
 
     Args:
+        config: the scenario's settings, checked.
         results: a ``results.json`` that this command wrote, in place of the folder's cells.
         into: a Markdown document whose part between ``<!-- DATASET -->`` and ``<!-- end -->`` becomes the table.
 
@@ -146,6 +148,7 @@ def tune(config: Config, output: str) -> dict:
     to Retrain wins. Trials that are there already are not run again.
 
     Args:
+        config: the scenario's settings, checked.
         output: where a file for ``--config`` goes.
 
     Returns:

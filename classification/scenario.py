@@ -135,7 +135,8 @@ class Scenario:
 
     def sets(self, seed: int) -> dict[str, Pictures]:
         """The forget and retain set, and what they are measured on: ``test`` without a forgotten class, ``unseen``
-        pictures like the forget set. On validation, its pictures stand for the test's."""
+        pictures like the forget set. On validation, its pictures stand for the test's.
+        """
         rows, held_out = self.rows(seed), self.data.validation if self.on_validation else self.data.test
         forget, retain = (
             self.data.train[rows],

@@ -174,7 +174,8 @@ def _flat(found: dict) -> list[list]:
 
 def _plot_gaps(found: dict, path: Path) -> None:
     """Avg. Gap against run time: low and left is good. The names stand in a column of their own, where none hides
-    another."""
+    another.
+    """
     figure, axis = plt.subplots(figsize=(7, 4.2), dpi=130, layout="constrained")
     methods = {method: told for method, told in found["methods"].items() if method != "retrain"}
     places = {method: (60 * told["minutes"]["mean"], told["avg_gap"]) for method, told in methods.items()}

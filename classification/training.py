@@ -46,6 +46,7 @@ def batches(pictures: Pictures, size: int, generator: torch.Generator, augment: 
     """One shuffled, augmented pass; the last batch is as small as it is.
 
     Args:
+        pictures: ``n`` of them, uint8 with int64 labels.
         size: pictures a batch.
         generator: on the CPU; it fixes order and augmentation.
         augment: "none", "crop" or "crop+flip".
@@ -126,6 +127,12 @@ def optimise(
     """SGD on ``loss(logits, labels)`` over the batches of ``passes(epoch)``, in train mode; it ends in eval mode.
 
     Args:
+        model: what is trained, in place.
+        epochs: passes.
+        learning_rate: SGD's.
+        momentum: SGD's.
+        weight_decay: SGD's.
+        title: before the progress bar.
         passes: epoch → its batches, ``(inputs, labels)``; inputs fp32 ``(n, channels, height, width)`` in 0…1.
         loss: fp32 ``(n, classes)`` and the batch's labels → a scalar.
         rate: factor of the learning rate by the share of the training that is done, 0…1.

@@ -56,7 +56,8 @@ def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def standardise(vae: AutoencoderKL, latents: torch.Tensor) -> None:
     """Fold ``(z − mean) / std`` per channel into the 1×1 convolutions around the latents, so that a pipeline that knows
-    only ``scaling_factor`` sees standardised latents."""
+    only ``scaling_factor`` sees standardised latents.
+    """
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     out, back, channels = vae.quant_conv, vae.post_quant_conv, len(mean)
     out.weight[:channels] /= std[:, None, None, None]

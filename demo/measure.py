@@ -7,16 +7,14 @@ The judge is tested on scenes rendered with layout seeds that no training saw (t
 demo.train leaves it). The model is tested on every object × style × background: alone, several, and in pairs.
 """
 
-import argparse
 import itertools
 import json
 import random
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from salun_diffusion.errors import SalunError
-from salun_diffusion.options import add_options, option, settings_of
+from salun_diffusion.options import option, run_command
+from salun_diffusion.stats import proportion
 
 from .scenes import BACKGROUNDS, NUMBERS, OBJECTS, STYLES, a
 
@@ -29,7 +27,9 @@ class MeasureConfig:
 
     work_dir: str = option("runs/demo", "where demo.train left the artwork")
     model_dir: str | None = option(None, "the pipeline folder with its judge (default: demo/model)")
-    limit: int | None = option(None, "only this many pictures, chosen at random: a quick look, nothing is recorded")
+    limit: int | None = option(
+        None, "only this many pictures, chosen at random: a quick look, nothing is recorded", least=1
+    )
 
 
 def prompts() -> list[tuple[str, dict[str, str]]]:
@@ -51,15 +51,6 @@ def prompts() -> list[tuple[str, dict[str, str]]]:
     return found
 
 
-def wilson(right: int, total: int) -> dict:
-    """Share in % with its 95% Wilson score interval."""
-    from scipy.stats import binomtest
-
-    low, high = binomtest(right, total).proportion_ci(0.95, method="wilson")
-    share = {"percent": right / total, "low": low, "high": high}
-    return {key: round(100 * value, 2) for key, value in share.items()} | {"n": total}
-
-
 def things(answers: dict[str, str]) -> list[str]:
     """The two outermost objects, whichever side they are on."""
     return sorted((answers["left"], answers["right"]))
@@ -67,31 +58,20 @@ def things(answers: dict[str, str]) -> list[str]:
 
 def tally(rows: list[tuple[dict, dict]]) -> dict:
     """Accuracy by question over (expected, found). The objects are right if both outermost ones are the ones asked
-    for; left/right asks in addition that a pair's are on the right sides."""
+    for; left/right asks in addition that a pair's are on the right sides.
+    """
     kinds = {
         "object": rows,
         "object, one": [(e, f) for e, f in rows if e["count"] == "one"],
         "object, two or three alike": [(e, f) for e, f in rows if e["count"] != "one" and e["left"] == e["right"]],
         "object, pair": [(e, f) for e, f in rows if e["left"] != e["right"]],
     }
-    table = {k: wilson(sum(things(e) == things(f) for e, f in v), len(v)) for k, v in kinds.items()}
+    shares = {kind: proportion(things(e) == things(f) for e, f in part) for kind, part in kinds.items()}
     pairs = kinds["object, pair"]
-    right = sum(e["left"] == f["left"] and e["right"] == f["right"] for e, f in pairs)
-    table["left/right of a pair"] = wilson(right, len(pairs))
+    shares["left/right of a pair"] = proportion(e["left"] == f["left"] and e["right"] == f["right"] for e, f in pairs)
     for question in ("style", "background", "count"):
-        table[question] = wilson(sum(e[question] == f[question] for e, f in rows), len(rows))
-    return table
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m demo.measure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_options(parser, MeasureConfig)
-    try:
-        measure(MeasureConfig(**settings_of(vars(parser.parse_args()), MeasureConfig)))
-    except SalunError as error:
-        sys.exit(f"error: {error}")
+        shares[question] = proportion(e[question] == f[question] for e, f in rows)
+    return {question: share for question, share in shares.items() if share}  # a quick look may hold no pair
 
 
 def measure(config: MeasureConfig) -> None:
@@ -139,8 +119,8 @@ def measure(config: MeasureConfig) -> None:
     judged = tally([(scene.labels(), found) for scene, found in zip(scenes, seen, strict=True)])
     # scenes beyond the range that the judge's own smears were made of
     empty = look(instrument.smears(held_out, 1024, first=10**6))
-    judged["nothing recognisable"] = wilson(
-        sum(found["left"] == "nothing" and found["right"] == "nothing" for found in empty), 1024
+    judged["nothing recognisable"] = proportion(
+        found["left"] == "nothing" and found["right"] == "nothing" for found in empty
     )
     mistakes: dict[str, int] = {}
     for scene, found in zip(scenes, seen, strict=True):
@@ -160,7 +140,8 @@ def measure(config: MeasureConfig) -> None:
     by_object = {}
     for name in OBJECTS:
         asked_for = [found for row, found in zip(rows, drawn, strict=True) if name in things(row.expect)]
-        by_object[name] = wilson(sum(name in things(found) for found in asked_for), len(asked_for))
+        if share := proportion(name in things(found) for found in asked_for):
+            by_object[name] = share
     result = {
         "protocol": "every object × style × background alone in two wordings, two or three, a pair; seed 2000000 + row",
         "sampling": options | {"scheduler": type(pipe.scheduler).__name__},
@@ -170,9 +151,7 @@ def measure(config: MeasureConfig) -> None:
         "judge's mistakes on held-out scenes": dict(sorted(mistakes.items(), key=lambda kv: -kv[1])[:10]),
         "model by the judge": model,
         "model by object": by_object,
-        "model drew nothing recognisable": wilson(
-            sum(f["left"] == "nothing" or f["right"] == "nothing" for f in drawn), len(drawn)
-        ),
+        "model drew nothing recognisable": proportion(f["left"] == "nothing" or f["right"] == "nothing" for f in drawn),
     }
     print(json.dumps(result, indent=1, ensure_ascii=False))
     if not config.limit:
@@ -182,16 +161,17 @@ def measure(config: MeasureConfig) -> None:
 
 def write_readme(result: dict) -> None:
     """Put the tables of ``result`` between the two markers of demo/README.md."""
-    from salun_diffusion.tables import put_into
+    from salun_diffusion.tables import markdown, put_into
 
     judged, model = result["judge on held-out scenes"], result["model by the judge"]
-    lines = ["| question | judge on held-out scenes | shipped model, by the judge |", "| --- | --- | --- |"]
+    rows = [["question", "judge on held-out scenes", "shipped model, by the judge"]]
     for question in judged:
         cells = (
             f"{cell['percent']:.1f}% ({cell['low']:.1f}–{cell['high']:.1f}, n = {cell['n']})" if cell else "–"
             for cell in (judged[question], model.get(question))
         )
-        lines.append(f"| {question} | {' | '.join(cells)} |")
+        rows.append([question, *cells])
+    lines = [markdown(rows)]
     weakest = sorted(result["model by object"].items(), key=lambda kv: kv[1]["percent"])[:5]
     lines += ["", "Weakest objects: " + ", ".join(f"{name} {cell['percent']:.0f}%" for name, cell in weakest) + "."]
     nothing = result["model drew nothing recognisable"]
@@ -202,4 +182,4 @@ def write_readme(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command("python -m demo.measure", __doc__, MeasureConfig, measure)

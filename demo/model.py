@@ -24,7 +24,8 @@ SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start"
 
 def tokenizer(folder: Path) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-level merges were learned on captions: a word of the world is one token, and any
-    other text still has a spelling."""
+    other text still has a spelling.
+    """
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -82,6 +83,10 @@ def train(latents: torch.Tensor, words: CLIPTokenizer, work: Path, steps: int, d
     """Noise prediction with min-SNR-5 weights (Hang et al. 2023, eq. 6); returns the averaged (EMA) weights.
 
     Args:
+        words: the tokenizer.
+        work: the folder of checkpoints.
+        steps: of 32 scenes.
+        device: where it trains.
         latents: standardised latents of the training scenes, fp32 ``(n, 4, 16, 16)``.
     """
     torch.manual_seed(0)

@@ -115,6 +115,7 @@ def render(scene: Scene, art: dict[tuple[str, str], Image.Image]) -> Image.Image
     """Draw ``scene`` as a 64×64 RGB picture.
 
     Args:
+        scene: what to draw.
         art: RGBA artwork by (object, "noto" or "ink"), square, from :func:`demo.sprites.load`.
     """
     rng = random.Random(f"layout-{scene.seed}")

@@ -8,14 +8,11 @@ installed; nothing of it is stored in this repository). At the end ``demo/model`
 folder in fp16, with the judge beside its weights. Then ``python -m demo.measure`` says how good it is.
 """
 
-import argparse
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from salun_diffusion.errors import SalunError
-from salun_diffusion.options import add_options, option, settings_of
+from salun_diffusion.options import option, run_command
 
 HERE = Path(__file__).parent
 
@@ -26,22 +23,11 @@ class TrainConfig:
 
     work_dir: str = option("runs/demo", "caches and checkpoints")
     output_dir: str | None = option(None, "the pipeline folder to write (default: demo/model)")
-    autoencoder_steps: int = option(3600, "steps of 32 pictures")
-    judge_steps: int = option(4000, "steps of 64 pictures")
-    steps: int = option(20000, "text-to-image steps of 32 scenes")
+    autoencoder_steps: int = option(3600, "steps of 32 pictures", least=1)
+    judge_steps: int = option(4000, "steps of 64 pictures", least=1)
+    steps: int = option(20000, "text-to-image steps of 32 scenes", least=1)
     device: str = option("cpu", "where the text-to-image model trains", ("cpu", "cuda"))
     stage: str = option("all", "train only one part, its inputs being there", ("all", "judge", "model"))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m demo.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_options(parser, TrainConfig)
-    try:
-        train(TrainConfig(**settings_of(vars(parser.parse_args()), TrainConfig)))
-    except SalunError as error:
-        sys.exit(f"error: {error}")
 
 
 def train(config: TrainConfig) -> None:
@@ -101,4 +87,4 @@ def train(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command("python -m demo.train", __doc__, TrainConfig, train)

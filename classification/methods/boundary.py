@@ -1,5 +1,6 @@
 """Boundary unlearning (Chen et al., CVPR 2023): shrink the forget set's classes into their nearest neighbours (BS), or
-expand the boundary into a class of its own that is then removed (BE)."""
+expand the boundary into a class of its own that is then removed (BE).
+"""
 
 from copy import deepcopy
 

@@ -1,6 +1,7 @@
 """FT: go on training on the retain set, and hope for catastrophic forgetting (Warnecke et al. 2021); l1-sparse: the
 same towards sparse weights, which forget more easily (Jia et al. 2023, "Model sparsity can simplify machine
-unlearning")."""
+unlearning").
+"""
 
 import torch
 import torch.nn.functional as F

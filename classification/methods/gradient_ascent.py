@@ -1,5 +1,6 @@
 """GA: climb the loss of the forget set (Thudi et al. 2022); NegGrad+: climb it while descending that of the retain set
-(Kurmanji et al. 2023, section 4.1)."""
+(Kurmanji et al. 2023, section 4.1).
+"""
 
 from itertools import cycle
 

@@ -1,5 +1,6 @@
 """RL: teach the forget set labels drawn at random, afresh in every epoch, then the retain set its own (Golatkar et al.
-2020)."""
+2020).
+"""
 
 from collections.abc import Callable
 

@@ -1,5 +1,6 @@
 """Retrain: a fresh model on the retain set alone, as the source was trained. Exact unlearning, which all are measured
-against."""
+against.
+"""
 
 from ..training import train
 from .task import Task

@@ -1,5 +1,6 @@
 """SalUn: random labels, but only the weights that are salient for the forget set may move (Fan et al., ICLR 2024);
-SalUn-soft: all may, but each step shrinks the smallest changes to nothing (ibid., section 4 and appendix)."""
+SalUn-soft: all may, but each step shrinks the smallest changes to nothing (ibid., section 4 and appendix).
+"""
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,8 @@ def find_masks(task: Task) -> dict[str, torch.Tensor]:
 def salun_soft(task: Task) -> None:
     """After step t of T, soft-threshold θ − θ0 so that its k smallest absolute values are 0, with
     k = density · N · (1 − t/T) of N weights. θ0 stays the source's throughout; the published code takes each epoch's
-    own start."""
+    own start.
+    """
     soften = Softened(task)
     random_label(task, soften)
 

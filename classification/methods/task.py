@@ -13,7 +13,8 @@ from ..training import Recipe, batches, optimise
 @dataclass(frozen=True)
 class Settings:
     """How a method trains. ``alpha`` is its own factor, and ``density`` the share of the weights that may move, where
-    it has one; each method's file says what they are."""
+    it has one; each method's file says what they are.
+    """
 
     epochs: int = 10
     learning_rate: float = 0.01
