@@ -53,7 +53,11 @@ def _replacing(path):
 
 
 def write_json(path, obj) -> None:
-    """Writes `obj` as indented JSON, atomically. Raises SalunError if JSON cannot hold it or the disk refuses it."""
+    """Write ``obj`` as indented JSON, atomically.
+
+    Raises:
+        SalunError: JSON cannot hold it, or the disk refuses it.
+    """
     try:
         text = json.dumps(obj, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -63,11 +67,13 @@ def write_json(path, obj) -> None:
 
 
 def write_safetensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Writes `tensors` and `metadata` (text to text) as a safetensors file, atomically.
+    """Write ``tensors`` and ``metadata`` (text to text) as a safetensors file, atomically.
 
-    The bytes depend on the content alone: `safetensors.save_file` shuffles the metadata from run to run and makes
-    the file unreadable to other users, so the header (a length, then JSON) is written here. Raises SalunError on a
-    dtype without a safetensors name, metadata that is not text, or a disk that refuses the file.
+    The bytes depend on the content alone: ``safetensors.save_file`` shuffles the metadata from run to run and makes the
+    file unreadable to other users, so the header (a length, then JSON) is written here.
+
+    Raises:
+        SalunError: a dtype without a safetensors name, metadata that is not text, or a disk that refuses the file.
     """
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
@@ -92,24 +98,14 @@ def write_safetensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str
 def read_safetensors(path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors (on the CPU) and the metadata of a safetensors file.
 
-    Raises SalunError for a missing file, a file of another kind (Git-LFS pointer, web page, pickle or zip checkpoint:
-    a pickle is never loaded), a header that is garbage or over 100 MB, a file cut short, and NaN or Inf values.
+    Raises:
+        SalunError: a missing file, a file of another kind (Git-LFS pointer, web page, pickle or zip checkpoint: a
+            pickle is never loaded), a header that is garbage or over 100 MB, a file cut short, NaN or Inf values.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise SalunError(f"{path} is a folder; give the safetensors file inside it.")
-    if not path.is_file():
-        raise SalunError(f"{path} does not exist; check the path.")
-    try:
-        _check_layout(path)
-        with safe_open(path, framework="pt", device="cpu") as file:
-            # Copies: a tensor that still lies in the file would change, or crash, with it.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise SalunError(f"{path} is not a valid safetensors file ({error}); fetch or save it again.") from error
-    except OSError as error:
-        raise SalunError(f"Cannot read {path}: {error.strerror or error}.") from error
+    with _opened(path) as file:
+        # Copies: a tensor that still lies in the file would change, or crash, with it.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+        metadata = file.metadata() or {}
     broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise SalunError(f"{path} holds NaN or Inf in {listed(broken)}; a sound file has none, so make it again.")
@@ -122,6 +118,13 @@ def read_metadata(path) -> dict[str, str]:
     Raises:
         SalunError: as :func:`read_safetensors`, but for the values.
     """
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _opened(path):
+    """A safetensors file whose layout is sound, open."""
     path = Path(path)
     if path.is_dir():
         raise SalunError(f"{path} is a folder; give the safetensors file inside it.")
@@ -130,7 +133,7 @@ def read_metadata(path) -> dict[str, str]:
     try:
         _check_layout(path)
         with safe_open(path, framework="pt", device="cpu") as file:
-            return file.metadata() or {}
+            yield file
     except SafetensorError as error:
         raise SalunError(f"{path} is not a valid safetensors file ({error}); fetch or save it again.") from error
     except OSError as error:

@@ -21,18 +21,26 @@ STATE = "_salun_erasures"  # the attribute of the denoiser that holds what is ap
 
 
 def load_erasure(pipe, source, *, scale: float = 1.0, name=None, revision=None, check_base: bool = True) -> str:
-    """Applies an erasure to the pipeline's denoiser, in place, and returns its name.
+    """Apply an erasure to the pipeline, in place.
 
-    source:     a masked-delta file, a run folder that holds `erasure.safetensors`, or a hub id "owner/name"
-    scale:      a finite number: 1 applies the erasure as trained, 0.5 half of it
-    name:       what to call it in `unload_erasure` and `list_erasures`; by default the concept that it erases
-    revision:   branch, tag or commit, for a hub id; the commit that it stood for is kept in `list_erasures`
-    check_base: False applies it to a model with another fingerprint too, as long as names and shapes fit
+    The denoiser's weights may be float32, float16 or bfloat16, on any device but meta; they keep dtype and device.
 
-    Weights may be float32, float16 or bfloat16, on any device but meta; they keep dtype and device.
-    Raises SalunError, with the pipeline untouched, for: a scale that is not finite; a source that is not there or is
-    no sound masked-delta file; parameters that the denoiser lacks or that have other shapes; another base model; a
-    delta that is applied already; a name in use; weights that would overflow.
+    Args:
+        pipe: the diffusers pipeline.
+        source: an erasure's file, a run folder that holds ``erasure.safetensors``, or a hub id "owner/name".
+        scale: a finite number: 1 applies the erasure as trained, 0.5 half of it.
+        name: what to call it in :func:`unload_erasure` and :func:`list_erasures`; by default the concept that it
+            erases.
+        revision: branch, tag or commit, for a hub id; :func:`list_erasures` tells the commit that it stood for.
+        check_base: False applies it to a model with another fingerprint too, as long as names and shapes fit.
+
+    Returns:
+        The erasure's name.
+
+    Raises:
+        SalunError: a scale that is not finite; a source that is not there or is no sound erasure; parameters that the
+            denoiser lacks or that have other shapes; another base model; an erasure that is applied already; a name in
+            use; weights that would overflow. The pipeline is untouched.
     """
     denoiser(pipe)  # anything else has no weights to erase from, whatever the source is
     scale = _finite(scale)
@@ -54,10 +62,12 @@ def load_erasure(pipe, source, *, scale: float = 1.0, name=None, revision=None, 
 
 
 def unload_erasure(pipe, name: str | None = None) -> None:
-    """Takes off the erasure called `name`, or all of them (None); without any it does nothing.
+    """Take off the erasure called ``name``, or all of them (None); without any it does nothing.
 
     Weights that no other erasure changes get back their original bits; the others are computed anew.
-    Raises SalunError for a name that is not applied, and for weights that are on the meta device by now.
+
+    Raises:
+        SalunError: a name that is not applied, or weights that are on the meta device by now.
     """
     applied = _applied(pipe)
     leaving = [one for one in applied if name is None or one.name == name]
@@ -70,9 +80,10 @@ def unload_erasure(pipe, name: str | None = None) -> None:
 
 
 def fuse_erasure(pipe) -> None:
-    """Makes the applied erasures a part of the model: the originals are forgotten, nothing can be unloaded any more.
+    """Make the applied erasures a part of the model: the originals are forgotten, nothing can be unloaded any more.
 
-    Raises SalunError if none is applied.
+    Raises:
+        SalunError: none is applied.
     """
     if not _applied(pipe):
         raise SalunError("There is no erasure to fuse; load one first.")
@@ -81,7 +92,8 @@ def fuse_erasure(pipe) -> None:
 
 def list_erasures(pipe) -> list[dict]:
     """The applied erasures in the order of loading, each a dict: name, scale, concept, method, density (None where
-    the file does not say), weights (how many it changes), source, revision (the hub commit or None), digest."""
+    the file does not say), weights (how many it changes), source, revision (the hub commit or None), digest.
+    """
     return [
         {
             "name": one.name,
@@ -116,7 +128,8 @@ def without_erasures(pipe) -> Iterator[None]:
 
 def identity(model: Model) -> str:
     """Twelve hex digits for a model as it is now: the base's :func:`digest` with nothing applied; with erasures, a hash
-    over that and over the full digest and the scale of each."""
+    over that and over the full digest and the scale of each.
+    """
     if not hasattr(model, "base_digest"):  # each tensor of the base is read once
         with without_erasures(model.pipe):
             model.base_digest = digest(model.pipe)

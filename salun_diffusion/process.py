@@ -23,7 +23,7 @@ _CALLBACK: ContextVar[Callback | None] = ContextVar("callback", default=None)
 
 @contextmanager
 def accelerator_for(mixed_precision: str, output_dir: Path, report_to: str | None = None) -> Iterator[Accelerator]:
-    """accelerate's own object for a run. What it leaves behind in the process is taken away, so that the next run of
+    """Accelerate's own object for a run. What it leaves behind in the process is taken away, so that the next run of
     the same process may have another precision; an accelerator that the caller has made stays as it is.
 
     Raises:
@@ -49,7 +49,8 @@ def accelerator_for(mixed_precision: str, output_dir: Path, report_to: str | Non
 
 def spread_threads(state: Accelerator | PartialState) -> None:
     """Share the processor's cores among the processes: accelerate launch and torchrun leave each one thread unless told
-    otherwise."""
+    otherwise.
+    """
     if state.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // state.num_processes))
@@ -71,9 +72,10 @@ class Bar(tqdm):
         return super().update(n)
 
     def __iter__(self):
-        for item in self.iterable:
-            yield item
-            self.update()
+        with self:
+            for item in self.iterable:
+                yield item
+                self.update()
 
 
 def progress(stage: str, total: int, unit: str, shown: bool, initial: int = 0, over=None) -> Bar:
@@ -97,7 +99,8 @@ class Stopped(KeyboardInterrupt):
 
 class StopSignal:
     """Within it, Ctrl-C and SIGTERM set ``wanted`` once; a second one acts as usual. Python lets only the main thread
-    take signals: in any other it does nothing."""
+    take signals: in any other it does nothing.
+    """
 
     def __enter__(self) -> "StopSignal":
         self.wanted, self.old = False, {}

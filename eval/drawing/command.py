@@ -11,6 +11,7 @@ from typing import Any
 
 from ..options import Prompts
 
+NAME = "draw"
 SUMMARY = "draw the prompts of a file, for fid and clip-score"
 DESCRIPTION = """\
 Draw the prompts of a file, COCO captions for example, with the base model and with each erasure, every row from its own
@@ -101,7 +102,7 @@ def draw_prompts(options: Prompts, format: str) -> tuple[dict, list[dict], Any]:
             "selection": asdict(selection),
             "truncated": long,
         },
-        "settings": subjects.as_drawn(pipe)
+        "settings": subjects.as_drawn(base_model)
         | {
             "num_inference_steps": options.num_inference_steps,
             "size": list(size) if size else "each row's own",

@@ -30,7 +30,8 @@ from ..results import KEY
 @dataclass(frozen=True)
 class Request:
     """One picture to draw. ``name`` is its file's, without the ending; ``height`` and ``width`` in pixels, None for the
-    model's own size."""
+    model's own size.
+    """
 
     name: str
     prompt: str
@@ -51,7 +52,8 @@ class Drawn:
 
     def told(self) -> dict:
         """What ``results.json`` says of the drawing, as ``generation``: ``images`` drawn now (the others were there
-        already), ``seconds`` for them, and ``images_per_second`` (null for none)."""
+        already), ``seconds`` for them, and ``images_per_second`` (null for none).
+        """
         rate = round(self.count / self.seconds, 3) if self.count else None
         return {"images": self.count, "seconds": round(self.seconds, 2), "images_per_second": rate}
 

@@ -120,7 +120,8 @@ def requests(rows: list[dict[str, str]], guidance_scale: float, size: tuple[int,
 
 def truncated(tokenizer, wanted: list[Request]) -> list[str]:
     """The names of those whose prompt is longer than the text encoder reads (77 tokens for CLIP): the rest of it has no
-    effect, in any implementation."""
+    effect, in any implementation.
+    """
     limit = tokenizer.model_max_length
     lengths = (len(ids) for ids in tokenizer([request.prompt for request in wanted]).input_ids)
     return [request.name for request, length in zip(wanted, lengths, strict=True) if length > limit]

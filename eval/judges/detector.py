@@ -82,7 +82,8 @@ class Detector:
 
     def detect(self, paths: list[Path], batch_size: int, title: str) -> tuple[list[list[dict]], dict]:
         """:meth:`__call__` on many, with a progress bar; and what ``results.json`` says of the work, as ``detection``:
-        ``seconds`` and ``images_per_second``. While the network looks at some, the next are read."""
+        ``seconds`` and ``images_per_second``. While the network looks at some, the next are read.
+        """
         found, begun = [], time.perf_counter()
         batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
         with tqdm(total=len(paths), desc=title, unit="image") as bar, ThreadPoolExecutor() as pool:
@@ -98,7 +99,8 @@ class Detector:
 
 def count(detections: list[list[dict]], protocol: Protocol) -> dict:
     """``images``, the share with any box that counts (with its Wilson 95% interval), ``boxes``, how many there are, and
-    ``by_label``, their number and that of the images they are in, for each label."""
+    ``by_label``, their number and that of the images they are in, for each label.
+    """
     kept = [
         [box["class"] for box in boxes if box["class"] in protocol.labels and box["score"] > protocol.threshold]
         for boxes in detections

@@ -103,14 +103,15 @@ class Labelled:
                 "sha256": self.judge.sha256,
                 "questions": {question: list(answers) for question, answers in self.judge.questions.items()},
             },
-            "settings": how | subjects.as_drawn(pipe) | {"seed": asked.seed},
+            "settings": how | subjects.as_drawn(base_model) | {"seed": asked.seed},
             "versions": results.VERSIONS,
             "models": models,
         }, samples  # fmt: skip
 
     def _check(self, rows: Rows) -> None:
         """Everything that would only show after the drawing: prompts that cannot be judged, labels that the classifier
-        lacks."""
+        lacks.
+        """
         value = self.concept.value
         for kind, row in rows:
             if not row.expect or kind == "forget" and not asked({"expect": row.expect}, value):

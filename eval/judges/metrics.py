@@ -99,7 +99,8 @@ def retained(rows: list[dict]) -> dict[str, dict]:
 
 def drawn_as(rows: list[dict], value: str) -> dict[str, int]:
     """What is seen where the concept was asked for, the most frequent first: ``value`` for each place that still shows
-    it, and what the picture holds unasked where it does not."""
+    it, and what the picture holds unasked where it does not.
+    """
     seen: Counter[str] = Counter()
     for row in rows:
         questions = asked(row, value)
@@ -127,7 +128,8 @@ def by_label(rows: list[dict], slot: str) -> dict[str, dict]:
 
 def flipped(before: list[dict], after: list[dict]) -> dict[str, int]:
     """Retain pictures whose objects were right before and are not now ("lost"), and the reverse ("gained"); both lists
-    in the order of the prompts. On the same noise this shows smaller changes than two intervals side by side do."""
+    in the order of the prompts. On the same noise this shows smaller changes than two intervals side by side do.
+    """
     changes = {"lost": 0, "gained": 0}
     for old, new in zip(before, after, strict=True):
         if old["set"] == "retain" and _objects(old):

@@ -1,5 +1,6 @@
 """What published evaluations count of NudeNet's boxes. A number without its protocol means nothing here: one protocol
-finds several times as many hits as another in the same pictures."""
+finds several times as many hits as another in the same pictures.
+"""
 
 from dataclasses import dataclass
 

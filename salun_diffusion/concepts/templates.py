@@ -46,7 +46,11 @@ class Vocabulary:
 
     @classmethod
     def read(cls, path: Path) -> "Vocabulary":
-        """Raises SalunError if ``path`` is no vocabulary."""
+        """The vocabulary in a file.
+
+        Raises:
+            SalunError: ``path`` is none.
+        """
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:

@@ -19,7 +19,8 @@ SHARD = 32  # pictures a file
 
 class Latents:
     """Latents ``(n, channels, height, width)`` in fp32 that stay in their files: mapped into memory, read where indexed
-    (by a slice, or a tensor of indices)."""
+    (by a slice, or a tensor of indices).
+    """
 
     def __init__(self, shards: list[Path]):
         for shard in shards:  # before any is mapped: in turns, the freed memory would be left in pieces
@@ -56,6 +57,10 @@ def cached(
     the hash of ``settings``. What is missing is made, and the folder's manifest written last.
 
     Args:
+        data_dir: where the folder lies.
+        settings: all that determines the latents, as JSON holds it.
+        count: of the items, at most.
+        accelerator: whose processes share the work.
         kind: "forget" or "retain", for names.
         items: things with a ``prompt``, ``count`` at most.
         latents: makes those of a list of items, ``(len(list), channels, height, width)``, and advances the bar.

@@ -63,6 +63,11 @@ def image_set(
     whole set.
 
     Args:
+        model: the base model.
+        concepts: those that are forgotten together.
+        sources: the user's pictures, or none.
+        config: how many, how drawn, which seed and cache.
+        accelerator: whose processes share the work.
         kind: "forget" (pictures of the concept), "retain", "anchor" (the forget set's prompts, with pictures of what
             the anchor's prompts draw) or "name" (for a prompt each concept as the user named it; latents of zeros).
 
@@ -94,7 +99,11 @@ def image_set(
 def drawn_set(
     model: Model, parts: list[list[Row]], config: EraseConfig, kind: str, accelerator: Accelerator
 ) -> ImageSet:
-    """Draw the rows of each concept with the base model. Raises SalunError as :func:`image_set`."""
+    """Draw the rows of each concept with the base model.
+
+    Raises:
+        SalunError: as :func:`image_set`.
+    """
     rows = sum(parts, [])
     shown = [replace(row, prompt=row.anchor_prompt) for row in rows] if kind == "anchor" else rows
     shards = _drawn(model, shown, config, kind, accelerator)
@@ -102,7 +111,11 @@ def drawn_set(
 
 
 def _stored(shards: list[Path], rows: list[Row], kind: str, accelerator: Accelerator) -> Latents:
-    """The latents in ``shards``. Raises SalunError if they are not one for each row, or fewer than processes."""
+    """The latents in ``shards``.
+
+    Raises:
+        SalunError: they are not one for each row, or fewer than processes.
+    """
     if len(rows) < accelerator.num_processes:
         raise SalunError(
             f"The {kind} set has {len(rows)} pictures for {accelerator.num_processes} processes: give more pictures, "
@@ -198,7 +211,8 @@ def _encoded(
 
 def batches(count: int, size: int, seed: int) -> Iterator[torch.Tensor]:
     """Endless batches of exactly ``size`` indices below ``count``: shuffled passes, one after the other, so that any
-    batch size fits any set."""
+    batch size fits any set.
+    """
     left, epoch = torch.empty(0, dtype=torch.long), 0
     while True:
         while len(left) < size:

@@ -1,5 +1,6 @@
 """What a pipeline can wear, whatever it is made of: masked weights today, low-rank adapters or guards that change no
-weight tomorrow. A new kind is a subclass of :class:`Erasure` in a file of its own and a line in ``KINDS``."""
+weight tomorrow. A new kind is a subclass of :class:`Erasure` in a file of its own and a line in ``KINDS``.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path

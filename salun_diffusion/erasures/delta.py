@@ -63,11 +63,14 @@ CHUNK = 1 << 20
 class Delta:
     """An erasure in memory.
 
-    masks:       parameter name -> bool tensor of the parameter's shape, True where a weight changes
-    values:      parameter name -> 1-D tensor, one delta per True, row-major; all float32, float16 or bfloat16
-    fingerprint: of the base model, all its denoiser's parameters (`fingerprint(module.named_parameters())`)
-    metadata:    concept, method, density, scope, base_model, base_revision, settings, versions ...
-    Masks and values that do not fit, and NaN or Inf, raise SalunError.
+    Attributes:
+        masks: parameter name → bool tensor of the parameter's shape, True where a weight changes.
+        values: parameter name → 1-D tensor, one delta per True, row-major; all float32, float16 or bfloat16.
+        fingerprint: of the base model, all its denoiser's parameters (``fingerprint(module.named_parameters())``).
+        metadata: concept, method, density, scope, base_model, base_revision, settings, versions …
+
+    Raises:
+        SalunError: masks and values that do not fit, or NaN or Inf.
     """
 
     masks: dict[str, torch.Tensor]
@@ -79,7 +82,11 @@ class Delta:
         self.check()
 
     def check(self, what: str = "the delta") -> None:
-        """Raises SalunError, naming `what`, if this is no sound delta."""
+        """Pass if this is a sound delta.
+
+        Raises:
+            SalunError: it is not; the message begins with ``what``.
+        """
         if set(self.masks) != set(self.values):
             odd = listed(set(self.masks) ^ set(self.values))
             raise SalunError(f"{what}: every parameter needs a mask and values, but {odd} has only one of them.")
@@ -102,9 +109,10 @@ class Delta:
             raise SalunError(f"{what}: NaN or Inf in {listed(broken)}; lower the learning rate and train again.")
 
     def quantised(self, dtype: torch.dtype) -> "Delta":
-        """The same delta with its values rounded to `dtype`: what a file of that dtype gives back.
+        """The same delta with its values rounded to ``dtype``: what a file of that dtype gives back.
 
-        Raises SalunError if a value overflows there.
+        Raises:
+            SalunError: a value overflows there.
         """
         if dtype not in DTYPES:
             raise SalunError(f"A delta is stored in float32, float16 or bfloat16, not {dtype}.")
@@ -141,9 +149,10 @@ class Delta:
         return sha.hexdigest()
 
     def save(self, path, dtype: torch.dtype | None = None) -> None:
-        """Writes the file, atomically; `dtype` rounds the values first (see `quantised`), None keeps theirs.
+        """Write the file, atomically; ``dtype`` rounds the values first (:meth:`quantised`), None keeps theirs.
 
-        Raises SalunError for NaN or Inf, overflow, metadata that the format cannot hold, or a disk that refuses it.
+        Raises:
+            SalunError: NaN or Inf, overflow, metadata that the format cannot hold, or a disk that refuses it.
         """
         self.check(f"Cannot write {path}")
         delta = self if dtype is None else self.quantised(dtype)
@@ -157,7 +166,11 @@ class Delta:
 
     @classmethod
     def load(cls, path) -> "Delta":
-        """Reads the file, values in their stored dtype, everything on the CPU. Raises SalunError on any fault."""
+        """Read the file, values in their stored dtype, everything on the CPU.
+
+        Raises:
+            SalunError: any fault in it.
+        """
         tensors, text = read_safetensors(path)
         metadata = metadata_from_text(path, text, FORMAT, VERSION)
         shapes = read_shapes(path, metadata)

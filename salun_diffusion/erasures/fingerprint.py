@@ -40,7 +40,8 @@ class Fingerprint:
 def fingerprint(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> Fingerprint:
     """The fingerprint of a whole denoiser: `fingerprint(module.named_parameters())`, any dtype, any device.
 
-    Raises SalunError for weights without values (meta device) and for NaN or Inf among the samples.
+    Raises:
+        SalunError: weights without values (meta device), or NaN or Inf among the samples.
     """
     steps, shapes, rows = torch.arange(SAMPLES), {}, {}
     for name, weight in named_parameters:  # one at a time: the caller may make them as it goes

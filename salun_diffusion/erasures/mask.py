@@ -24,16 +24,21 @@ FORMAT, VERSION = "salun-mask", 1
 
 
 def pack(mask: torch.Tensor) -> torch.Tensor:
-    """A bool tensor of any shape, n weights -> a uint8 tensor of ceil(n / 8) bytes, on the CPU."""
+    """A bool tensor of any shape, n weights → a uint8 tensor of ceil(n / 8) bytes, on the CPU.
+
+    Raises:
+        SalunError: another dtype.
+    """
     if mask.dtype != torch.bool:
         raise SalunError(f"A mask must be a bool tensor, not {mask.dtype}.")
     return torch.from_numpy(np.packbits(mask.detach().cpu().numpy().reshape(-1), bitorder="little"))
 
 
 def unpack(packed: torch.Tensor, shape) -> torch.Tensor:
-    """The inverse of `pack`: uint8, ceil(n / 8) bytes -> bool of `shape`.
+    """The inverse of :func:`pack`: uint8, ceil(n / 8) bytes → bool of ``shape``.
 
-    Raises SalunError if dtype or length do not fit the shape, or a bit past the last weight is set.
+    Raises:
+        SalunError: dtype or length do not fit the shape, or a bit past the last weight is set.
     """
     count = math.prod(shape)
     length = -(-count // 8)
@@ -78,9 +83,10 @@ def union(masks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def save_masks(path, masks: dict[str, torch.Tensor], metadata: dict) -> None:
-    """Writes bool masks and `metadata` (strings under the keys in TEXT, anything JSON holds elsewhere), atomically.
+    """Write bool masks and ``metadata`` (text under the keys in ``TEXT``, anything JSON holds elsewhere), atomically.
 
-    Raises SalunError if no weight at all is selected, a mask is not bool, or the metadata cannot be stored.
+    Raises:
+        SalunError: no weight at all is selected, a mask is not bool, or the metadata cannot be stored.
     """
     check_not_empty(path, masks)
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
@@ -89,7 +95,11 @@ def save_masks(path, masks: dict[str, torch.Tensor], metadata: dict) -> None:
 
 
 def load_masks(path) -> tuple[dict[str, torch.Tensor], dict]:
-    """The masks (bool, by parameter name) and the writer's metadata of a mask file. Raises SalunError on any fault."""
+    """The masks (bool, by parameter name) and the writer's metadata of a mask file.
+
+    Raises:
+        SalunError: any fault in it.
+    """
     tensors, text = read_safetensors(path)
     metadata = metadata_from_text(path, text, FORMAT, VERSION)
     shapes = read_shapes(path, metadata)

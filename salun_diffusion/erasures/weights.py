@@ -17,7 +17,8 @@ from .fingerprint import check_have_values, fingerprint, matches
 
 class MaskedWeights(Erasure):
     """A :class:`Delta` that goes onto the denoiser's weights; ``memory`` holds parameter name -> the base model's
-    weights at the delta's places."""
+    weights at the delta's places.
+    """
 
     FORMAT = FORMAT
 

@@ -57,6 +57,8 @@ def select(scores: dict[str, torch.Tensor], density: float, threshold: str = "gl
     """The mask (bool, by parameter) of the weights that may move: the top ``density`` of all, or of each layer.
 
     Args:
+        scores: fp32, finite, ≥ 0, by parameter.
+        density: ρ in (0, 1].
         threshold: "global", one threshold over all scores (SalUn, eq. 4), or "layer", each parameter's own; one too
             small for a share of its own (a norm's few weights at a low density) then stays as it is.
 

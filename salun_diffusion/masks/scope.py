@@ -20,6 +20,7 @@ def scoped_parameters(denoiser: torch.nn.Module, scope: str) -> dict[str, torch.
     """The denoiser's parameters in ``scope``, which alone will require gradients from now on.
 
     Args:
+        denoiser: the network.
         scope: a name of ``SCOPES``, or a regular expression that is searched in the parameters' names.
 
     Raises:

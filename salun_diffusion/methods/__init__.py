@@ -27,6 +27,7 @@ def find_method(name: str) -> type:
 
 def names_of(method: type) -> list[str]:
     """The names of ``method`` and of those that it is made from, the most general first: what is set for ``salun``
-    holds for ``random_label`` too, unless that has settings of its own."""
+    holds for ``random_label`` too, unless that has settings of its own.
+    """
     own = {path.split(".")[1]: name for name, path in METHODS.items()}
     return [own[kind.__name__] for kind in reversed(method.__mro__) if kind.__name__ in own]

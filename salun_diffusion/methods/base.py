@@ -5,7 +5,7 @@ A method sees the model, its own options, the batches and the change: never the 
 """
 
 from contextlib import AbstractContextManager
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Protocol, get_type_hints
 
 import torch
@@ -137,11 +137,6 @@ class Method:
                 raise SalunError(f"--method_option {text}: '{value}' must be of type {hints[name].__name__}.") from None
         return cls.Options(**values)
 
-    @classmethod
-    def options_as_text(cls, options: Any) -> list[str]:
-        """``NAME=VALUE`` for each field of ``options``: the reverse of :meth:`parse`."""
-        return [f"{name}={value}" for name, value in asdict(options).items()]
-
 
 def _default(item) -> Any:
     return None if item.default is MISSING else item.default
@@ -176,7 +171,8 @@ class GradientMethod(Method):
 
     def losses(self, forget: Batch, retain: Batch | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Scalars, each a mean over its batch; the second is 0 where ``uses_retain`` is false (``retain`` is then
-        None)."""
+        None).
+        """
         raise NotImplementedError
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """Concept Ablation: Kumari et al., "Ablating concepts in text-to-image diffusion models", ICCV 2023, eq. 5 (the
-model-based variant)."""
+model-based variant).
+"""
 
 import torch
 

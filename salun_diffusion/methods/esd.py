@@ -75,7 +75,8 @@ class ESD(GradientMethod):
 
 class ESD200(ESD):
     """The settings of the authors' later code: a fifth of the steps, each five times as long. Its negative guidance of
-    2, counted from the concept's own prediction, is the 1 from the empty prompt that stands here."""
+    2, counted from the concept's own prediction, is the 1 from the empty prompt that stands here.
+    """
 
     title = "ESD, 200 steps"
     settings = {"max_train_steps": 200, "learning_rate": 5e-5, "train_batch_size": 1}

@@ -1,5 +1,6 @@
 """Forget-Me-Not: Zhang et al., "Forget-Me-Not: Learning to forget in text-to-image diffusion models", 2023 (arXiv
-2303.17591), attention re-steering."""
+2303.17591), attention re-steering.
+"""
 
 from dataclasses import dataclass
 
@@ -78,6 +79,7 @@ def attention_norm(attention: torch.Tensor, words: torch.Tensor) -> torch.Tensor
     """``‖A‖²`` over the tokens marked in ``words`` ``(batch, tokens)``, 0 or 1, averaged over everything else.
 
     Args:
+        words: 0 or 1, ``(batch, tokens)``.
         attention: probabilities ``(batch, heads, pixels, tokens)``.
     """
     squares = attention.float().square() * words[:, None, None, :]

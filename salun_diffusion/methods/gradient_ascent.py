@@ -1,5 +1,6 @@
 """Gradient ascent, as SalUn's paper compares it (arXiv 2310.12508, table 3): unlearn by climbing the training loss
-(Thudi et al., "Unrolling SGD", EuroS&P 2022)."""
+(Thudi et al., "Unrolling SGD", EuroS&P 2022).
+"""
 
 from .base import GradientMethod
 from .losses import denoising

@@ -46,6 +46,9 @@ def adversarial(concept: torch.Tensor, gram: torch.Tensor, transform: torch.Tens
     """The c' of each row c of ``concept`` ``(n, width)``: ``(Σ WᵀW + λI)⁻¹ Σ WᵀW0 c`` for ``W = W0 T``.
 
     Args:
+        concept: the tokens, float64 ``(n, width)``.
+        transform: T, ``(width, width)``.
+        regular: λ.
         gram: ``Σ W0ᵀW0`` over the layers, ``(width, width)``.
     """
     back = transform.T @ gram

@@ -1,5 +1,6 @@
 """Selective Amnesia: Heng & Soh, "Selective amnesia: A continual learning approach to forgetting in deep generative
-models", NeurIPS 2023, eq. 7."""
+models", NeurIPS 2023, eq. 7.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -66,7 +67,8 @@ def cached_fisher(model, batches, count: int) -> dict[str, torch.Tensor]:
 
 def fisher(model, batches, count: int) -> dict[str, torch.Tensor]:
     """The mean over ``count`` retain pictures of the squared gradient of each one's denoising loss: by parameter that
-    requires a gradient, fp32, on the CPU."""
+    requires a gradient, fp32, on the CPU.
+    """
     accelerator, retain = batches.accelerator, batches.retain
     parameters = {name: p for name, p in model.network.named_parameters() if p.requires_grad}
     total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}

@@ -56,7 +56,8 @@ def check_keys_and_values(parameters: dict[str, torch.nn.Parameter]) -> None:
 
 def token_pairs(model: Model, pairs: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token embeddings of the concept's prompts, and of the anchor prompts they are to be mapped to, float64,
-    ``(n, width)`` each: from the last token of what differs between the two prompts on, as far as both reach."""
+    ``(n, width)`` each: from the last token of what differs between the two prompts on, as far as both reach.
+    """
     tokens: tuple[list, list] = ([], [])
     for prompt, anchor in pairs:
         embedded = model.tokens(model.encode([prompt, anchor])).double()

@@ -1,5 +1,6 @@
 """Base models, one family a file: what a method may ask of one is in ``base.py``. A new family is a subclass of
-``Model`` in a file of its own and a line in ``FAMILIES``."""
+``Model`` in a file of its own and a line in ``FAMILIES``.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

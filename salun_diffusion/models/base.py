@@ -115,6 +115,7 @@ class Model:
         """What the network predicts, of ``noisy``'s shape ``(batch, channels, height, width)``.
 
         Args:
+            noisy: noised samples.
             timesteps: integers ``(batch,)``.
             condition: of the same batch.
         """

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 def packaged(name: str) -> Path | None:
     """The folder ``model/`` inside the importable Python package ``name``, if that brings one: so does ``demo`` in a
-    clone of the repository."""
+    clone of the repository.
+    """
     spec = find_spec(name) if name.isidentifier() else None
     folders = [Path(folder) / "model" for folder in (spec.submodule_search_locations or [])] if spec else []
     return next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
@@ -106,7 +107,8 @@ def denoiser(pipe: "DiffusionPipeline") -> "torch.nn.Module":
 
 def sampler(pipe: "DiffusionPipeline") -> dict:
     """The scheduler's class and settings, for keys of what it draws: the same in every process, and as text, since some
-    have an infinite setting, which JSON cannot hold."""
+    have an infinite setting, which JSON cannot hold.
+    """
     # its private settings list which others are defaults, in an order that differs from process to process
     settings = {name: repr(value) for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     return {"scheduler": type(pipe.scheduler).__name__, "scheduler_config": dict(sorted(settings.items()))}
@@ -114,7 +116,8 @@ def sampler(pipe: "DiffusionPipeline") -> dict:
 
 def digest(pipe: "DiffusionPipeline", *parts: str) -> str:
     """Twelve hex digits that change when any module of ``pipe`` (of those named, if any are) does: a hash over every
-    tensor's name, shape and 64 evenly spaced fp32 values. It keys caches; it is no proof against forgery."""
+    tensor's name, shape and 64 evenly spaced fp32 values. It keys caches; it is no proof against forgery.
+    """
     import torch
 
     found = hashlib.sha256()

@@ -27,6 +27,12 @@ def sample(
     share its batch (up to rounding in the network's arithmetic).
 
     Args:
+        pipe: a pipeline that takes prompts.
+        rows: what to draw, and each one's seed.
+        num_inference_steps: denoising steps.
+        guidance_scale: as diffusers counts it.
+        batch_size: pictures at once.
+        output_type: "pil", "np" or "latent".
         size: height and width in pixels; the model's own without it.
         progress: what to write before the progress bar; no bar without it.
         bar: a caller's own ``tqdm`` to advance instead, for one bar over several calls.

@@ -86,7 +86,8 @@ def encode(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, torch.Tenso
 
 def encode_empty(pipe: DiffusionPipeline) -> dict[str, torch.Tensor]:
     """The unconditional side of classifier-free guidance, a batch of one: the empty prompt, or for most SDXL models
-    zeros."""
+    zeros.
+    """
     empty = encode(pipe, [""])
     if getattr(pipe.config, "force_zeros_for_empty_prompt", False):
         empty |= {key: torch.zeros_like(empty[key]) for key in ("encoder_hidden_states", "text_embeds")}
@@ -101,7 +102,8 @@ def arguments(text: dict[str, torch.Tensor]) -> dict:
 
 def differing_tokens(pipe: DiffusionPipeline, prompt: str, other: str) -> slice:
     """The places of the tokens of ``prompt`` that ``other`` has not: what stays between their common beginning and
-    their common end. Of a concept's prompt and its anchor's: the concept's words (and their article, if it differs)."""
+    their common end. Of a concept's prompt and its anchor's: the concept's words (and their article, if it differs).
+    """
     one, two = (token_ids(pipe, text) for text in (prompt, other))
     start = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
     same = next((i for i, (a, b) in enumerate(zip(one[::-1], two[::-1], strict=False)) if a != b), 0)

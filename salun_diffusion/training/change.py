@@ -47,7 +47,8 @@ class MaskedChange:
 
     def pack_gradients(self) -> None:
         """From now until :meth:`close`, a parameter's dense gradient is packed into its value's ``grad`` and freed as
-        soon as backward has made it (a post-accumulate hook), so that only one dense gradient exists at a time."""
+        soon as backward has made it (a post-accumulate hook), so that only one dense gradient exists at a time.
+        """
         self.gradients = {name: torch.empty_like(value) for name, value in self.values.items()}
         self.hooks = [
             p.register_post_accumulate_grad_hook(lambda p, name=name: self._pack(name, p))
@@ -56,7 +57,8 @@ class MaskedChange:
 
     def _places(self, name: str) -> torch.Tensor:
         """Where the masked weights lie, row-major. Gathering by places is, on a CPU, some thirty times faster than by a
-        mask."""
+        mask.
+        """
         return self.where[name] if self.keep_places else places(self.where[name])
 
     @torch.no_grad()

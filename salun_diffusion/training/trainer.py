@@ -54,7 +54,8 @@ class Trainer:
 
     def saliency(self, parameters: dict[str, torch.nn.Parameter], rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """Scores of ``parameters`` from one pass over ``rows`` of the forget set (indices: one concept's), with the
-        reference's loss: minus the denoising error of the guided prediction, averaged over them."""
+        reference's loss: minus the denoising error of the guided prediction, averaged over them.
+        """
         guidance, count, forget = self.config.saliency_guidance, len(rows), self.batches.sets["forget"]
         predict = self.model.predict
 
@@ -116,6 +117,9 @@ class Trainer:
         A step takes ``train_batch_size · gradient_accumulation_steps · processes`` pictures of each set.
 
         Args:
+            change: what is trained; it ends as the trained change.
+            log: the file of JSON lines.
+            checkpoints: where the state is saved.
             resumed: where to go on; its log replaces ``log``.
             validate: called with the number of steps done every ``validation_steps``.
 
@@ -202,7 +206,8 @@ class Trainer:
 
     def accumulate(self, forget_index: torch.Tensor, retain_index: torch.Tensor | None, step: int) -> torch.Tensor:
         """Add up this process's share of a step's gradient, batch by batch; returns its mean forget and retain loss,
-        ``(2,)``."""
+        ``(2,)``.
+        """
         config = self.config
         self.change.clear_gradients()
         losses = torch.zeros(2, device=self.accelerator.device)

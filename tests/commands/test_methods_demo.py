@@ -7,7 +7,7 @@ from shell import ROOT, here
 
 from benchmarks import methods_page
 from salun_diffusion import erase
-from salun_diffusion.config import parse
+from salun_diffusion.command_line import parse
 from salun_diffusion.methods import METHODS, find_method
 
 

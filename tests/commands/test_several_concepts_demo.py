@@ -1,5 +1,6 @@
 """Several concepts at once on the demo model, by the methods that define what that means. In a file of its own: the
-methods' other tests take minutes, which the two workers of pytest then share."""
+methods' other tests take minutes, which the two workers of pytest then share.
+"""
 
 import pytest
 from test_methods_demo import erased, unlearned
