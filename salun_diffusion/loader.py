@@ -44,7 +44,7 @@ def load_erasure(pipe, source, *, scale: float = 1.0, name=None, revision=None, 
     """
     denoiser(pipe)  # anything else has no weights to erase from, whatever the source is
     scale = _finite(scale)
-    path, commit = _locate(source, revision)
+    path, commit = locate(source, revision)
     erasure = load(path)
     digest, applied = erasure.digest(), _applied(pipe)
     name = name or erasure.metadata.get("concept") or Path(path).stem
@@ -151,7 +151,7 @@ def _finite(scale) -> float:
     return number
 
 
-def _locate(source, revision) -> tuple[Path, str | None]:
+def locate(source, revision=None) -> tuple[Path, str | None]:
     """The file that `source` means, and the commit if it came from the hub."""
     text, path = str(source), Path(source).expanduser()
     if path.is_dir():

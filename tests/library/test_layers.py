@@ -14,6 +14,7 @@ from shell import ROOT
 LIBRARY = [
     "errors", "files", "stats", "colours", "tables", "options", "process", "concepts", "models", "erasures", "loader",
     "masks", "methods", "config", "data", "training", "run", "erasing", "command_line",
+    "export", "__main__",
 ]  # fmt: skip
 EVAL = ["options", "results", "subjects", "drawing", "judges", "measures", "pages", "__main__"]
 ORDERS = {"salun_diffusion": LIBRARY, "eval": EVAL}

@@ -1,0 +1,171 @@
+"""An erasure in other tools' formats: written by the command, loaded back by those tools' own means, and compared."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders import single_file_utils
+from safetensors import safe_open
+from safetensors.torch import load_file
+from shell import DEMO, here, run
+
+from salun_diffusion import SalunError, load_erasure
+from salun_diffusion.export import differences, export
+from salun_diffusion.export.original import unet_names, vae_names
+from salun_diffusion.models.load import load_pipeline
+
+PROMPTS = ["an airplane", "two cats in ink style"]
+SD14 = {"cross_attention_dim": 768, "attention_head_dim": 8}
+SDXL = {
+    "block_out_channels": (320, 640, 1280), "attention_head_dim": [5, 10, 20], "cross_attention_dim": 2048,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "use_linear_projection": True,
+    "transformer_layers_per_block": [1, 2, 10], "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def erasure(tmp_path_factory):
+    """A change of every parameter of the demo's U-Net, norms and biases too, and one of its attention alone."""
+    folder = tmp_path_factory.mktemp("erasures")
+    unet = load_pipeline("demo").unet
+    for name, only in (("all", ""), ("attention", "attn2.to_")):
+        delta = tiny.erasure(unet, only=only, base_model="demo", concept="airplane")
+        delta.save(folder / f"{name}.safetensors", torch.float16)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def erased(erasure):
+    """The demo model with the larger of them, and its pictures."""
+    pipe = load_pipeline("demo")
+    load_erasure(pipe, erasure / "all.safetensors")
+    return pipe
+
+
+@pytest.mark.parametrize("format", ["diff", "unet", "single_file"])
+def test_exact_formats_are_exact(format, erasure, tmp_path):
+    words = ["export", erasure / "all.safetensors", "--format", format, "--output", tmp_path / "out.safetensors"]
+    command = run if format == "diff" else here  # each starts the command anew, or in this process
+    done = command("python", "-m", "salun_diffusion", *words, "--prompts", *PROMPTS)
+    assert "weights: bit for bit those of the erasure" in done.stdout
+    assert "pictures: 0 of 255 apart on average, at most 0, over 2 prompts" in done.stdout
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert file.metadata()["salun_concept"] == "airplane" and len(file.metadata()["salun_digest"]) == 64
+
+
+def test_stock_diffusers_opens_them(erasure, erased, tmp_path):
+    """No line of ours takes part: the network from a state dict, the pipeline from one file."""
+    export(erasure / "all.safetensors", "unet", tmp_path / "unet.safetensors")
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(DEMO, subfolder="unet"))
+    unet.load_state_dict(load_file(tmp_path / "unet.safetensors"))
+    export(erasure / "all.safetensors", "single_file", tmp_path / "model.safetensors")
+    pipe = StableDiffusionPipeline.from_single_file(
+        str(tmp_path / "model.safetensors"), config=str(DEMO), local_files_only=True, safety_checker=None
+    )
+    for name, weight in erased.unet.named_parameters():
+        assert torch.equal(unet.get_parameter(name), weight) and torch.equal(pipe.unet.get_parameter(name), weight)
+    for part in ("vae", "text_encoder"):
+        theirs, ours = getattr(pipe, part).state_dict(), getattr(erased, part).state_dict()
+        assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
+
+
+def test_a_lora_is_the_nearest_of_its_rank(erasure, tmp_path):
+    """Against the plain sum of the left-out singular values; a full rank is the erasure, to rounding."""
+    from salun_diffusion import Delta
+
+    delta = Delta.load(erasure / "attention.safetensors")
+    done = export(erasure / "attention.safetensors", "lora", tmp_path / "lora", rank=6)
+    left, whole = 0.0, 0.0
+    for name in delta.masks:
+        if name.endswith("weight"):
+            squares = torch.linalg.svdvals(delta.dense(name).double()).square()
+            left, whole = left + float(squares[6:].sum()), whole + float(squares.sum())
+    biases = [name for name in delta.masks if name.endswith("bias")]
+    missing = left + sum(float(delta.dense(name).double().square().sum()) for name in biases)
+    moved = whole + missing - left
+    assert done.relative_error == pytest.approx((missing / moved) ** 0.5, rel=1e-3) and done.rank == 6
+    assert done.left_out == sorted(biases) and biases
+    full = export(erasure / "attention.safetensors", "lora", tmp_path / "full", rank=128)
+    assert full.relative_error == pytest.approx(((missing - left) / moved) ** 0.5, rel=1e-3)
+    by_error = export(
+        erasure / "attention.safetensors", "lora", tmp_path / "error", error=(left / whole) ** 0.5 * 1.001
+    )
+    assert by_error.rank == 6
+
+
+def test_a_lora_loads_as_people_load_loras(erasure, erased, tmp_path):
+    """Under both kinds of names it does the same, and its strength is set_adapters'."""
+    export(erasure / "attention.safetensors", "lora", tmp_path / "lora", rank=16)
+    export(erasure / "attention.safetensors", "lora", tmp_path / "a1111.safetensors", rank=16, names="kohya")
+    keys = load_file(tmp_path / "a1111.safetensors").keys()
+    assert {key.rpartition(".")[0].startswith("lora_unet_") for key in keys} == {True}
+    assert {key.split(".", 1)[1] for key in keys} == {"lora_down.weight", "lora_up.weight", "alpha"}
+    with safe_open(tmp_path / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["lora_adapter_metadata"])["unet.r"] == 16
+
+    def draw(pipe):
+        noise = torch.Generator().manual_seed(0)
+        return pipe("a cat", num_inference_steps=2, generator=noise, output_type="pt").images
+
+    pipe = load_pipeline("demo")
+    plain = draw(pipe)
+    pipe.load_lora_weights(str(tmp_path / "lora"), adapter_name="one")
+    one = draw(pipe)
+    pipe.set_adapters(["one"], [0.0])
+    assert torch.equal(draw(pipe), plain) and not torch.allclose(one, plain, atol=1e-2)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(str(tmp_path), weight_name="a1111.safetensors")
+    assert torch.allclose(draw(pipe), one, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [SD14, SDXL], ids=["sd14", "sdxl"])
+def test_names_are_those_that_diffusers_reads_back(shape):
+    """For every parameter of the real shapes: diffusers' own converter takes each name to where it came from."""
+    with torch.device("meta"):
+        unet, vae = UNet2DConditionModel(**shape), AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+        )  # fmt: skip
+    config = dict(unet.config) | {"class_embed_type": None}
+    original = {f"model.diffusion_model.{new}": name for name, new in unet_names(unet).items()}
+    assert len(original) == len(list(unet.parameters()))
+    back = single_file_utils.convert_ldm_unet_checkpoint(dict(original), config)
+    assert back == {name: name for name, _ in unet.named_parameters()}
+    original = {f"first_stage_model.{new}": torch.full((1, 1), i) for i, new in enumerate(vae_names(vae).values())}
+    back = single_file_utils.convert_ldm_vae_checkpoint(dict(original), dict(vae.config))
+    assert {name: int(value) for name, value in back.items()} == {name: i for i, name in enumerate(vae_names(vae))}
+
+
+def test_differences_of_sdxl_have_the_original_names():
+    with torch.device("meta"):
+        pipe = type("Pipe", (), {"unet": UNet2DConditionModel(**SDXL)})()
+    named = differences.keys(pipe)
+    assert len({*named.values()}) == len(named)
+    assert named["up_blocks.0.upsamplers.0.conv.weight"] == "lora_unet_output_blocks_2_2_conv.diff"
+    assert named["conv_norm_out.bias"] == "lora_unet_out_0.diff_b"
+
+
+def test_words_for_what_does_not_go(erasure, tmp_path):
+    source = erasure / "attention.safetensors"
+    (tmp_path / "there").mkdir()
+    for words, message in (
+        (("diff", tmp_path / "x", "--rank", "4"), "--rank means nothing to --format diff: leave it out."),
+        (("unet", tmp_path / "there"), "exists: name another --output, or remove it."),
+        (("lora", tmp_path / "x", "--rank", "4", "--error", "0.1"), "--rank and --error were both given"),
+    ):
+        format, output, *more = words
+        line = ["export", source, "--format", format, "--output", output, *more]
+        done = here("python", "-m", "salun_diffusion", *line, check=False)
+        assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
+    done = here("python", "-m", "salun_diffusion", "export", source, "--output", tmp_path / "x", check=False)
+    assert done.returncode == 2 and "--format is missing" in done.stderr
+    with pytest.raises(SalunError, match="'format' is 'onnx'; choose one of lora, diff"):
+        export(source, "onnx", tmp_path / "x")
+    tiny.build(tmp_path / "tiny")
+    with pytest.raises(SalunError, match="other base model|does not have|has shape"):
+        export(source, "unet", tmp_path / "x", base=str(tmp_path / "tiny"))
+    assert not (tmp_path / "x").exists()
