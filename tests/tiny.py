@@ -42,14 +42,13 @@ def tokenizer(folder):
 def _text_config(words, **more):
     return CLIPTextConfig(
         vocab_size=len(words),
-        hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=77,
         bos_token_id=words.bos_token_id,
         eos_token_id=words.eos_token_id,
-        **more,
+        **{"hidden_size": 16, **more},
     )
 
 
@@ -78,12 +77,15 @@ def _unet(**more):
     )
 
 
-def build(folder, seed=0, prediction_type="epsilon"):
-    """Makes a StableDiffusionPipeline, saves it into `folder` (a Path) and returns it: float32, 16x16 pictures."""
+def build(folder, seed=0, prediction_type="epsilon", **text):
+    """Makes a StableDiffusionPipeline, saves it into `folder` (a Path) and returns it: float32, 16x16 pictures.
+
+    `text` goes into its text encoder's config.
+    """
     torch.manual_seed(seed)
     words = tokenizer(folder / "tokenizer")
     pipe = StableDiffusionPipeline(
-        text_encoder=CLIPTextModel(_text_config(words)),
+        text_encoder=CLIPTextModel(_text_config(words, **text)),
         vae=_autoencoder(),
         tokenizer=words,
         unet=_unet(cross_attention_dim=16),
@@ -99,18 +101,20 @@ def build(folder, seed=0, prediction_type="epsilon"):
     return pipe
 
 
-def build_xl(folder, seed=0):
-    """The same for a StableDiffusionXLPipeline: two text encoders, pooled embeddings and time ids."""
+def build_xl(folder, seed=0, hidden_size=16):
+    """The same for a StableDiffusionXLPipeline: two text encoders, the second of `hidden_size`, pooled embeddings and
+    time ids.
+    """
     torch.manual_seed(seed)
     words = tokenizer(folder / "tokenizer")
     pipe = StableDiffusionXLPipeline(
         vae=_autoencoder(),
         text_encoder=CLIPTextModel(_text_config(words)),
-        text_encoder_2=CLIPTextModelWithProjection(_text_config(words, projection_dim=16)),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(words, projection_dim=16, hidden_size=hidden_size)),
         tokenizer=words,
         tokenizer_2=words,
         unet=_unet(
-            cross_attention_dim=32,
+            cross_attention_dim=16 + hidden_size,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=6 * 8 + 16,

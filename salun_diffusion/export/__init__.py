@@ -27,7 +27,7 @@ class ExportConfig:
     lora   low-rank adapter (peft), for pipe.load_lora_weights; --names kohya for A1111 and ComfyUI. It approximates:
            --rank says how well, or --error what is allowed. Norms and biases cannot be part of it.
     diff   exact differences under the names that ComfyUI, Forge, A1111 and stable-diffusion.cpp read
-    single_file   the whole erased model (Stable Diffusion 1.x) in the original one-file layout, for
+    single_file   the whole erased model (Stable Diffusion 1.x, 2.x, XL) in the original one-file layout, for
            from_single_file, ComfyUI and others
     unet   the erased denoiser as one safetensors file under diffusers' names, for tools that take a state dict
     """

@@ -73,6 +73,26 @@ def test_stock_diffusers_opens_them(erasure, erased, tmp_path):
         assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
 
 
+@pytest.mark.parametrize("kind", ["sd2", "sdxl"])
+def test_one_file_of_the_other_kinds_opens_too(kind, tmp_path):
+    """OpenCLIP's layout of a text encoder, alone (2.x) and beside CLIP's (XL)."""
+    if kind == "sd2":
+        pipe = tiny.build(tmp_path / "base", prediction_type="v_prediction", hidden_act="gelu")
+    else:
+        pipe = tiny.build_xl(tmp_path / "base", hidden_size=24)
+    tiny.erasure(pipe.unet, only="", concept="x").save(tmp_path / "erasure.safetensors")
+    done = export(
+        tmp_path, "single_file", tmp_path / "model.safetensors", base=str(tmp_path / "base"), prompts=["a cat"]
+    )
+    assert done.largest_difference == 0 and done.picture_difference == (0, 0) and not done.left_out
+    opened = type(pipe).from_single_file(
+        str(tmp_path / "model.safetensors"), config=str(tmp_path / "base"), local_files_only=True
+    )
+    for part in {"text_encoder", "text_encoder_2", "vae"} & pipe.components.keys():
+        theirs, ours = getattr(opened, part).state_dict(), getattr(pipe, part).state_dict()
+        assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
+
+
 def test_a_lora_is_the_nearest_of_its_rank(erasure, tmp_path):
     """Against the plain sum of the left-out singular values; a full rank is the erasure, to rounding."""
     from salun_diffusion import Delta
