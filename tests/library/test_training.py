@@ -208,6 +208,10 @@ def test_no_gradient_is_made_or_kept_where_nothing_may_move(setup):
     assert [name for name, p in pipe.unet.named_parameters() if p.requires_grad] == [first]
     assert all(p.grad is None for p in pipe.unet.parameters())
     assert {name: value.grad.shape for name, value in deltas.values.items()} == {first: (1,)}
+    deltas.parameters[first].grad = torch.full_like(parameters[first], 9)  # as of an earlier backward
+    deltas.clear_gradients()
+    pipe.unet(torch.zeros(1, 4, 8, 8), 5, torch.zeros(1, 7, 16)).sample.mul(0).sum().backward()
+    assert deltas.values[first].grad.tolist() == [0], "a step's gradient is its own alone"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(setup, tmp_path):
