@@ -19,6 +19,7 @@ ALLOWED = {  # what an array's pickle is made of, by the names of numpy 1 and 2;
     ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): lambda text, *_: text.encode("latin1"),  # how Python 3 writes bytes into these
 }
 
 

@@ -173,4 +173,5 @@ def _moments(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values = torch.arange(256, dtype=torch.float64) / 255
     share = counts.double() / counts.sum(1, keepdim=True)
     mean = share @ values
-    return mean.float(), ((share @ values**2) - mean**2).sqrt().float()
+    std = ((share @ values**2) - mean**2).clamp(min=0).sqrt()
+    return mean.float(), torch.where(std > 1e-6, std, 1).float()  # a channel that never changes would divide 0 by 0

@@ -171,7 +171,10 @@ def tune(config: Config, output: str) -> dict:
     scenario.begin()
     scenario.source()
     path = scenario.folder / "tuning.json"
-    trials = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        trials = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except (ValueError, TypeError):
+        raise SalunError(f"{path} is damaged: remove it to run the trials again.") from None
 
     def trial(method: str, over: dict) -> dict:
         settings = asdict(scenario.settings(method, over))
@@ -220,7 +223,8 @@ def _read(scenario: Scenario, method: str, seed: int, name: str) -> dict | None:
         cell = json.loads((_folder(scenario, method, seed) / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return cell if cell["settings"] == asdict(scenario.settings(method)) else None
+    fits = isinstance(cell, dict) and cell.get("settings") == asdict(scenario.settings(method)) and "mask" in cell
+    return cell if fits else None
 
 
 def _unlearn(scenario: Scenario, method: str, seed: int, path: str | None = None) -> float:

@@ -18,6 +18,7 @@ from . import memorisation, models
 from .config import Config
 from .data import Data, Pictures, forget_rows, load, others, read_indices, share_of
 from .methods import METHODS
+from .methods.boundary import last_layer
 from .methods.task import Settings, Task
 from .metrics import evaluate
 from .training import batches, logits, seeded, train
@@ -74,6 +75,8 @@ class Scenario:
             SalunError: a forget set that cannot be, or a model, a source or a test part that do not fit the data.
         """
         model = self.model(self.config.source_seed)
+        if "be" in self.config.methods:
+            last_layer(model, len(self.data.classes))
         if self.config.source:
             models.load_weights(model, self.config.source, bool(self.config.mean))
             self._check_source(self.accuracy(model, self.data.train))

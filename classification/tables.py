@@ -59,7 +59,8 @@ def gather(folder: Path, methods: list[str], seeds: list[int]) -> dict:
             path = folder / f"seed-{seed}" / method / "results.json"
             try:
                 cells[method].append(json.loads(path.read_text(encoding="utf-8")))
-            except (OSError, ValueError):
+                cells[method][-1]["metrics"], cells[method][-1]["settings"]  # noqa: B018  (they are there)
+            except (OSError, ValueError, KeyError, TypeError):
                 raise SalunError(f"{path} is missing or damaged: `python -m classification run` makes it.") from None
         kinds = {json.dumps([cell["settings"], cell.get("mask")], sort_keys=True) for cell in cells[method]}
         if len(kinds) > 1:

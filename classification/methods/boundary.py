@@ -38,10 +38,7 @@ def nearest(source: nn.Module, pixels: torch.Tensor, labels: torch.Tensor) -> to
 def boundary_expanding(task: Task) -> None:
     """The forget set is taught one more class; then the class goes, and its pictures fall to their next likeliest."""
     model = task.model
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not layers or layers[-1][1].out_features != task.classes:
-        raise SalunError("BE widens a linear layer of classes, and this model does not end in one: leave be out.")
-    name, last = layers[-1]
+    name, last = last_layer(model, task.classes)
     parent = model.get_submodule(name.rpartition(".")[0])
     wide = nn.Linear(last.in_features, last.out_features + 1, last.bias is not None).to(last.weight)
     with torch.no_grad():
@@ -63,3 +60,15 @@ def boundary_expanding(task: Task) -> None:
             if last.bias is not None:
                 last.bias.copy_(wide.bias[:-1])
         setattr(parent, name.rpartition(".")[2], last)
+
+
+def last_layer(model: nn.Module, classes: int) -> tuple[str, nn.Linear]:
+    """The name of the linear layer that answers with ``classes`` numbers, and the layer.
+
+    Raises:
+        SalunError: the model ends in another.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not layers or layers[-1][1].out_features != classes:
+        raise SalunError("BE widens a linear layer of classes, and this model does not end in one: leave be out.")
+    return layers[-1]
