@@ -64,6 +64,8 @@ def load(
         SalunError: no such data set, no pictures or labels in it, or a class with too few pictures to split.
     """
     if name == "digits":
+        if size not in (None, 8):
+            raise SalunError(f"The digits are 8 pixels wide, not {size}: leave --image_size out.")
         digits = load_digits()
         images = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8))[:, None]
         whole, classes = Pictures(images, torch.from_numpy(digits.target).long()), tuple(map(str, range(10)))
@@ -103,10 +105,10 @@ def _split(
         kept, held = train_test_split(
             free.numpy(), test_size=math.ceil(share * len(rows)), random_state=seed, stratify=labels[free].numpy()
         )
-    except ValueError as error:
+    except ValueError:
         raise SalunError(
-            f"{name} cannot be split by class ({str(error).rstrip('.')}): give a data set with more pictures, or a "
-            "higher --limit."
+            f"{name} cannot be split by class: {len(rows)} pictures of {len(labels.unique())} classes are too few for "
+            "some of each in every part; give a data set with more pictures, or a higher --limit."
         ) from None
     kept = np.concatenate([kept, rows[torch.isin(rows, learnt)].numpy()])
     return torch.from_numpy(np.sort(kept)), torch.from_numpy(np.sort(held))

@@ -70,6 +70,8 @@ def read(name: str, size: int | None = None) -> tuple[dict[str, Pictures | None]
         SalunError: no such data set, no pictures or labels in it, or files that cannot be read, by name.
     """
     path = Path(name)
+    if not name.strip():
+        raise SalunError(f"--dataset is empty: give 'digits', one of {', '.join(HUB)}, or a folder.")
     if path.is_dir() and (where := cifar.folder(path)):
         pictures, labels, names = cifar.read(where)
         parts = {key: Part(pictures[key], labels[key], len(labels[key])) for key in pictures}
@@ -78,6 +80,8 @@ def read(name: str, size: int | None = None) -> tuple[dict[str, Pictures | None]
     else:
         parts, names = _table(name)
     labels, classes = _numbered(name, {key: part.labels for key, part in parts.items()}, names)
+    if len(classes) < 2:
+        raise SalunError(f"{name} has the one class '{', '.join(classes)}': give pictures of two or more.")
     found, faults = {}, []
     for key, part in parts.items():
         found[key] = Pictures(_decoded(part, size, faults), labels[key])
@@ -198,7 +202,12 @@ def _decoded(part: Part, size: int | None, faults: list[str]) -> torch.Tensor:
             continue
         size = size or picture.width
         if images is None:
-            images = torch.empty(part.count, 3, size, size, dtype=torch.uint8)
+            try:
+                images = torch.empty(part.count, 3, size, size, dtype=torch.uint8)
+            except RuntimeError:  # the allocator's
+                raise SalunError(
+                    f"{part.count:,} pictures of {size} pixels do not fit into memory: give a lower --image_size."
+                ) from None
         if picture.size != (size, size):
             picture = picture.resize((size, size), Image.Resampling.BICUBIC)
         images[number] = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)

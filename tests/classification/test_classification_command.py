@@ -524,6 +524,20 @@ def test_any_model_of_torchvision(colours, name):
     assert model.network.conv1.kernel_size == (7, 7) if name.endswith("resnet18") else True
 
 
+def test_data_that_cannot_be_learnt_from(colours, tmp_path):
+    shutil.copytree(colours / "folders/train/red", tmp_path / "one/red")
+    with pytest.raises(SalunError, match="has the one class 'red': give pictures of two or more"):
+        load(str(tmp_path / "one"))
+    with pytest.raises(SalunError, match="The digits are 8 pixels wide, not 32: leave --image_size out"):
+        load("digits", size=32)
+    with pytest.raises(SalunError, match="40 pictures of 1000000 pixels do not fit into memory"):
+        load(str(colours / "folders"), size=1_000_000)
+    with pytest.raises(SalunError, match="cannot be split by class: 5 pictures of 10 classes are too few|of 5 classes"):
+        load("digits", limit=5)
+    with pytest.raises(SalunError, match="--dataset is empty"):
+        load("")
+
+
 def test_models_of_torchvision_that_do_not_fit(colours, tmp_path):
     data = load(str(colours / "folders"), size=32)
     with pytest.raises(SalunError, match="alexnet takes no pictures of 32 pixels .*: give another --image_size"):
