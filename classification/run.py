@@ -97,9 +97,9 @@ def unlearn(config: Config, mask: str | None = None) -> None:
     masked = [name for name, method in METHODS.items() if method.takes_mask]
     if mask and not set(config.methods) <= {"retrain", *masked}:
         raise SalunError(f"--mask is for {' and '.join(masked)} alone: choose one of these with --methods.")
-    scenario.begin()
     if mask:
         scenario.read_masks(mask)
+    scenario.begin()
     for seed in config.seeds:
         for method in config.methods:
             if mask and method == "retrain":
@@ -167,6 +167,8 @@ def tune(config: Config, output: str) -> dict:
     Raises:
         SalunError: settings that do not fit together, or an output folder of other settings.
     """
+    if not Path(output).resolve().parent.is_dir():
+        raise SalunError(f"--output {output} lies in a folder that is not there: make it first.")
     scenario = Scenario(config, on_validation=True)
     scenario.begin()
     scenario.source()

@@ -88,7 +88,12 @@ class Scenario:
                     told = "no test picture" if name == "unseen" else f"nothing in the {name} set"
                     raise SalunError(f"--forget {self.config.forget} leaves {told} to measure with: choose another.")
         if not (self.folder / "config.json").exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise SalunError(
+                    f"--output_dir {self.folder} cannot be made ({error.strerror}): give a folder that can."
+                ) from None
             write_json(self.folder / "config.json", self.shared)
 
     def _check_source(self, accuracy: float) -> None:

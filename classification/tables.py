@@ -112,8 +112,9 @@ def read(path: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["format"] == FORMAT:
+            markdown(found)  # all that a table needs is there
             return found
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         pass
     raise SalunError(f"{path} is damaged, or not of the form '{FORMAT}': `python -m classification run` writes it.")
 

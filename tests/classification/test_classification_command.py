@@ -538,6 +538,23 @@ def test_data_that_cannot_be_learnt_from(colours, tmp_path):
         load("")
 
 
+def test_places_that_cannot_be_written_or_read(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    quick = ["--limit", "400", "--epochs", "1", "--methods", "salun", "--seeds", "0"]
+    (tmp_path / "results.json").write_text('{"format": "salun-diffusion unlearning table 1"}')
+    for command, place, words, message in (
+        ("run", "file", [], "file cannot be made"),
+        ("run", "file/below", [], "below cannot be made"),
+        ("tune", "out", ["--output", tmp_path / "no/where.json"], "lies in a folder that is not there: make it first"),
+        ("unlearn", "out", ["--mask", tmp_path / "none"], "none does not exist; check the path"),
+        ("table", "out", ["--results", tmp_path / "results.json"], "results.json is damaged, or not of the form"),
+    ):
+        done = classification(command, tmp_path / place, *quick, *words, check=False)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert re.fullmatch(f"error: .*{message}.*", done.stderr.splitlines()[-1])
+    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "out").exists()
+
+
 def test_models_of_torchvision_that_do_not_fit(colours, tmp_path):
     data = load(str(colours / "folders"), size=32)
     with pytest.raises(SalunError, match="alexnet takes no pictures of 32 pixels .*: give another --image_size"):
