@@ -113,7 +113,7 @@ def fuse_erasure(pipe) -> None:
         if lost:
             raise SalunError(
                 f"Something else has written over what the erasures {listed(lost)} wrote, or the pipeline draws with "
-                "other weights: undo that first (unfuse_lora(), unfuse_qkv_projections()), or load the pipeline anew."
+                "other weights: undo that first (unfuse_qkv_projections()), or load the pipeline anew."
             )
         delattr(denoiser(pipe), STATE)
 

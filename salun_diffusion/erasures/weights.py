@@ -74,8 +74,8 @@ class MaskedWeights(Erasure):
             if not matches(delta.fingerprint, here):
                 raise SalunError(
                     f"{path} was made for another base model{base}: fingerprint {delta.fingerprint.digest()} there and "
-                    f"{here.digest()} here; load that model, or pass check_base=False to apply it to this one all the "
-                    "same."
+                    f"{here.digest()} here{_fused_lora(module)}; load that model, or pass check_base=False to apply it "
+                    "to this one all the same."
                 )
 
     @classmethod
@@ -95,7 +95,8 @@ class MaskedWeights(Erasure):
         if altered := [name for name in sorted(touched) if not _as_written(parameters[name], name, before)]:
             raise SalunError(
                 f"Something else has written over what the erasures {listed(repr(one.name) for one in before)} wrote: "
-                f"{listed(altered, 3)}; undo that first (a LoRA by unfuse_lora()), or load the pipeline anew."
+                f"{listed(altered, 3)}; load the pipeline anew, and unload or fuse erasures before such an edit "
+                "(fuse_lora(), load_state_dict())."
             )
         known = (*before, *(one for one in after if one not in before))
         try:
@@ -121,6 +122,11 @@ class MaskedWeights(Erasure):
             if weight is None or not _as_written(weight, name, applied):
                 return False
         return True
+
+
+def _fused_lora(module) -> str:
+    fused = any(getattr(part, "merged", False) is True for part in module.modules())  # peft's layers have it
+    return " (a LoRA is fused into it: load the erasure before fuse_lora())" if fused else ""
 
 
 def _from_disk(file, key, weight):

@@ -231,6 +231,15 @@ def test_a_lora_before_or_after(pipe, file):
     assert torch.equal(picture(pipe), both)
 
 
+def test_a_fused_lora_is_named(pipe, file):
+    wrap(pipe.unet)
+    layer = next(part for part in pipe.unet.modules() if isinstance(part, Lora))
+    with torch.no_grad():
+        layer.base_layer.weight += 0.1
+    layer.merged = True
+    refused(r"a LoRA is fused into it: load the erasure before fuse_lora\(\)", load_erasure, pipe, file)
+
+
 def test_other_adapters_do_not_make_another_base_model(pipe, file):
     attention = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2
     processor = nn.Module()
