@@ -21,6 +21,16 @@ class TextUNet(Model):
 
     capabilities = frozenset({"text", "cross-attention", "pictures"})
 
+    def __init__(self, pipe):
+        super().__init__(pipe)
+        takes, latent = self.network.config.in_channels, pipe.vae.config.latent_channels
+        if takes != latent:  # inpainting (9), depth (5), instructed editing (8): they need a picture beside the prompt
+            raise SalunError(
+                f"The U-Net takes {takes} channels, not the {latent} of a latent, as those for inpainting and editing "
+                "do: train and measure an erasure on the text-to-image model, and put it onto this one by "
+                "load_erasure(pipe, file, check_base=False)."
+            )
+
     @classmethod
     def accepts(cls, pipe):
         return hasattr(pipe, "tokenizer") and hasattr(pipe, "encode_prompt") and hasattr(pipe, "vae")

@@ -5,17 +5,19 @@ import threading
 import pytest
 import tiny
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 from salun_diffusion import (
     SalunError,
+    erase,
     fuse_erasure,
     list_erasures,
     load_erasure,
     set_erasure_scale,
     unload_erasure,
 )
+from salun_diffusion.erasures.delta import Delta
 from salun_diffusion.erasures.live import own_parameters
 from salun_diffusion.models import model_of
 from salun_diffusion.run import check_is_base
@@ -281,3 +283,22 @@ def test_a_saved_pipeline_says_that_it_is_erased(pipe, file, tmp_path, fuse):
         unload_erasure(pipe)
         pipe.save_pretrained(tmp_path / "saved")
         load_erasure(DiffusionPipeline.from_pretrained(tmp_path / "saved", safety_checker=None), file)
+
+
+def test_an_inpainting_model(pipe, base, file, tmp_path):
+    config = dict(pipe.unet.config)
+    torch.manual_seed(1)
+    nine = UNet2DConditionModel.from_config(config | {"in_channels": 9})
+    weights = {name: weight for name, weight in pipe.unet.state_dict().items() if name != "conv_in.weight"}
+    nine.load_state_dict(weights, strict=False)
+    delta = Delta.load(file)
+    pipe.unet = nine
+    refused("another base model.*check_base=False", load_erasure, pipe, file)
+    load_erasure(pipe, file, check_base=False)
+    for name, mask in delta.masks.items():
+        assert torch.equal(nine.get_parameter(name)[mask], weights[name][mask] + delta.values[name])
+    unload_erasure(pipe)
+    pipe.save_pretrained(tmp_path / "nine")
+    sentence = "takes 9 channels, not the 4 of a latent.*check_base=False"
+    refused(sentence, model_of, pipe)
+    refused(sentence, erase, str(tmp_path / "nine"), "a cat", output_dir=str(tmp_path / "run"), method="uce")
