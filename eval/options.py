@@ -32,9 +32,14 @@ class Models:
     """Which models are drawn."""
 
     pretrained_model_name_or_path: str = option(
-        None, "the base model: a diffusers folder, a hub id, or 'demo'", metavar="BASE", required=True
+        None,
+        "the base model: a diffusers folder or .safetensors file, a hub id, or 'demo'",
+        metavar="BASE",
+        required=True,
     )
     revision: str | None = option(None, "branch, tag or commit of a base model on the hub")
+    variant: str | None = option(None, "the base model's weight files to load, such as fp16")
+    dtype: str = option("fp32", "of the model; its autoencoder is in fp32 always", ("fp32", "fp16", "bf16"))
     erasure: list[str] = option([], ERASURE, several=True, metavar="RUN")
     scale: list[float] | None = option(
         None, "how much of each erasure to apply: one value for all, or one for each (default: 1)", several=True,
@@ -97,7 +102,6 @@ class Prompts(Models, Output, Batch):
     guidance_scale: float = option(7.5, "for rows that name none", metavar="S")
     height: int | None = option(None, "draw every row at this size instead of its own", metavar="PIXELS", least=1)
     width: int | None = option(None, "as --height", metavar="PIXELS", least=1)
-    dtype: str = option("fp32", "of the model", ("fp32", "fp16", "bf16"))
 
     def size(self) -> tuple[int, int] | None:
         """Height and width in pixels, or None for each row's own.

@@ -16,10 +16,10 @@ from .config import EraseConfig
 from .data.sets import ImageSet, contact_sheet, image_set
 from .data.sources import Source
 from .erasures.fingerprint import fingerprint
+from .erasures.locate import FILE_NAME
 from .erasures.mask import load_masks, union
 from .errors import SalunError
 from .files import key_of
-from .loader import FILE_NAME
 from .masks.saliency import select
 from .masks.scope import check_reused, scoped_parameters
 from .methods import find_method

@@ -13,10 +13,12 @@ from .concepts.concept import Concept
 from .config import EraseConfig
 from .erasures.delta import Delta
 from .erasures.fingerprint import Fingerprint
+from .erasures.live import own_parameters
+from .erasures.locate import FILE_NAME
 from .erasures.mask import describe, save_masks
 from .errors import SalunError
-from .files import write_json
-from .loader import FILE_NAME, list_erasures
+from .files import listed, write_json
+from .loader import list_erasures
 from .models.base import Model
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -88,11 +90,16 @@ def check_is_base(model: Model) -> None:
     """Pass if nothing is applied to the pipeline.
 
     Raises:
-        SalunError: an erasure is: what is trained now would hold on top of that one alone.
+        SalunError: an adapter is, or an erasure: what is trained now would hold on top of that one alone.
     """
     if applied := list_erasures(model.pipe):
         names = ", ".join(f"'{erasure['name']}'" for erasure in applied)
         raise SalunError(f"The pipeline has the erasure {names} applied: call unload_erasure(pipe) first.")
+    if added := {name for name, _ in model.network.named_parameters()} ^ set(own_parameters(model.network)):
+        raise SalunError(
+            f"The pipeline is not the base model alone: {listed(added, 3)} was added since it was loaded. Take it off "
+            "(unload_lora_weights(), unload_ip_adapter()), or load the base model anew, uncompiled."
+        )
 
 
 @contextmanager

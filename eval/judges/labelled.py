@@ -21,6 +21,7 @@ from salun_diffusion.errors import SalunError
 from salun_diffusion.models import load_model
 from salun_diffusion.models.load import resolve
 from salun_diffusion.process import spread_threads
+from salun_diffusion.run import DTYPES
 
 from .. import options, results, subjects
 from ..drawing.pictures import Drawn, Request, draw
@@ -66,7 +67,7 @@ class Labelled:
         self._check(rows)
         state, preset = self.state, self.concept.settings
         spread_threads(state)
-        base_model = load_model(self.base, self.commit)
+        base_model = load_model(self.base, self.commit, DTYPES[asked.dtype], asked.variant)
         pipe = base_model.pipe.to(state.device)
         self.judge.to(state.device)
         guidance = preset.get("guidance_scale", 7.5) if asked.guidance_scale is None else asked.guidance_scale
