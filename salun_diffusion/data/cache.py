@@ -11,7 +11,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from ..errors import SalunError
-from ..files import key_of, read_safetensors, write_json, write_safetensors
+from ..files import key_of, make_folder, read_safetensors, write_json, write_safetensors
 from ..process import progress
 
 SHARD = 32  # pictures a file
@@ -77,7 +77,7 @@ def cached(
         shards = [_shard(folder, start) for start in range(0, len(prompts), SHARD)]
         if all(shard.exists() for shard in shards):
             return shards, prompts
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     shards, prompts, items = [], [], iter(items)
     with progress(title, count, "image", accelerator.is_main_process) as bar:
         while part := list(islice(items, SHARD)):
@@ -111,7 +111,7 @@ def cached_tensors(
     if not path.exists():
         tensors = make()
         if accelerator.is_main_process:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             write_safetensors(path, tensors, {"format": f"salun-{kind}"})
         accelerator.wait_for_everyone()
     return read_safetensors(path)[0]
