@@ -72,8 +72,7 @@ def cached(
     settings = json.loads(json.dumps({"format": "salun-latents 2"} | settings))
     folder = Path(data_dir) / f"{kind}-{key_of(settings)}"
     manifest = folder / "manifest.json"
-    if manifest.exists():
-        prompts = json.loads(manifest.read_text())["prompts"]
+    if (prompts := _prompts(manifest)) is not None:
         shards = [_shard(folder, start) for start in range(0, len(prompts), SHARD)]
         if all(shard.exists() for shard in shards):
             return shards, prompts
@@ -115,6 +114,15 @@ def cached_tensors(
             write_safetensors(path, tensors, {"format": f"salun-{kind}"})
         accelerator.wait_for_everyone()
     return read_safetensors(path)[0]
+
+
+def _prompts(manifest: Path) -> list[str] | None:
+    """The prompts of a finished folder, or None: what lacks a whole manifest is looked through and finished anew."""
+    try:
+        prompts = json.loads(manifest.read_text(encoding="utf-8"))["prompts"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return prompts if isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts) else None
 
 
 def _shard(folder: Path, start: int) -> Path:

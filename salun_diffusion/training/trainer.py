@@ -203,7 +203,10 @@ class Trainer:
                     validate(done)
                 if wanted and done < config.max_train_steps:
                     save(done)
-                    raise Stopped(f"Stopped after step {done} of {config.max_train_steps}; its state is saved.")
+                    raise Stopped(
+                        f"Stopped after step {done} of {config.max_train_steps}; its state is saved. To go on: the "
+                        "same command with --resume_from_checkpoint latest."
+                    )
                 if config.checkpointing_steps and done % config.checkpointing_steps == 0:
                     save(done)
 
