@@ -28,6 +28,7 @@ from salun_diffusion.files import make_folder, replacing, write_json
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
 KEY = "salun-key"  # under which a picture's file carries the hash of all that made it
 FORMAT = "salun-diffusion "
+MODEL = ("name", "role", "source", "digest", "erasure")  # what is known of every model
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 VERSIONS = {
     "python": platform.python_version(),
@@ -74,7 +75,8 @@ def read(path: Path) -> dict:
         raise SalunError(f"There is no {file}: give a folder that a command of `python -m eval` wrote results into.")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        if found["format"].startswith(FORMAT) and found["models"]:
+        whole = all({*MODEL} <= {*model} and isinstance(model["name"], str) for model in found["models"])
+        if found["format"].startswith(FORMAT) and found["models"] and whole and isinstance(found["n"], int):
             return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
