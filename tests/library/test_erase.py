@@ -297,3 +297,40 @@ def test_a_reused_folder_never_holds_files_of_two_runs(tiny_folder, tmp_path):
         load_erasure(DiffusionPipeline.from_pretrained(tiny_folder), first.path)
     second = erase(str(tiny_folder), "golf ball", **options)
     assert Delta.load(second.file).metadata["concept"] == "golf ball" and not previous.exists()
+
+
+@pytest.mark.parametrize("place", ["output_dir", "data_dir"])
+def test_a_folder_that_cannot_be_one_is_named(place, tiny_folder, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for wrong in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("long" * 80), "/proc/none"):
+        where = {"output_dir": tmp_path / "run", "data_dir": str(tmp_path / "data")} | {place: str(wrong)}
+        with pytest.raises(SalunError, match=f"Cannot make the folder {wrong}.*: .*; give another one"):
+            erase(str(tiny_folder), "steam engine", **QUICK | where)
+    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("file", ["forget.png", "training.jsonl", "validation/step-00001.png"])
+def test_a_disk_that_refuses_a_file_is_said(file, tiny_folder, tmp_path):
+    """A folder of the file's name refuses it as a full disk does: when it is written."""
+    options = QUICK | {"output_dir": tmp_path / "run", "data_dir": str(tmp_path / "data"), "validation_steps": 1}
+
+    def block(stage, done, total):
+        if stage == ("saliency" if file != "forget.png" else "drawing the retain set"):
+            (tmp_path / "run" / file / "x").mkdir(parents=True, exist_ok=True)
+
+    with pytest.raises(SalunError, match=f"Cannot write .*{file}: "):
+        erase(str(tiny_folder), "steam engine", callback=block, **options)
+    assert not (tmp_path / "run" / "erasure.safetensors").exists()
+
+
+def test_a_cache_with_a_garbage_manifest_is_finished_anew(tiny_folder, tmp_path):
+    options = QUICK | {"output_dir": tmp_path / "run", "data_dir": str(tmp_path / "data"), "max_train_steps": 1}
+    first = Delta.load(erase(str(tiny_folder), "steam engine", **options).file).digest()
+    manifests = [*(tmp_path / "data").glob("*/manifest.json")]
+    whole = [path.read_bytes() for path in manifests]
+    assert len(manifests) == 2
+    for contents in ((b"", b"{}"), (b"[" * 100_000, bytes(range(256)))):
+        for path, content in zip(manifests, contents, strict=True):
+            path.write_bytes(content)
+        assert Delta.load(erase(str(tiny_folder), "steam engine", **options).file).digest() == first
+        assert [path.read_bytes() for path in manifests] == whole
