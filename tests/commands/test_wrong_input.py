@@ -1,5 +1,7 @@
 """Whatever a user gives, the answer is a result or one sentence: hundreds of wrong inputs for every command."""
 
+import json
+import os
 from dataclasses import fields
 from importlib import import_module
 
@@ -7,10 +9,12 @@ import huggingface_hub.constants
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from shell import ROOT, here
+from shell import ROOT, here, run
 
 from salun_diffusion import SalunError, load_erasure
+from salun_diffusion.concepts.templates import Vocabulary
 from salun_diffusion.config import EraseConfig
+from salun_diffusion.files import write_json
 from salun_diffusion.models.load import load_pipeline
 
 CONTENTS = {
@@ -154,3 +158,58 @@ def test_an_erasure_is_loaded_or_refused(paths, tiny_folder, monkeypatch):
         for more in ({}, {"scale": "x"}, {"name": 5}):
             with pytest.raises(SalunError):
                 load_erasure(pipe, source, **more)
+
+
+def test_yaml_and_names_as_people_write_them(tmp_path):
+    """YAML 1.1 reads 1e-5 as text and a bare no as false; sixty concepts, or none of letters, still name a folder."""
+    from salun_diffusion.options import settings_of
+
+    path = tmp_path / "settings.yaml"
+    path.write_text("learning_rate: 1e-5\nmixed_precision: no\ngradient_checkpointing: yes\n")
+    found = settings_of({"config": str(path)}, EraseConfig)
+    assert found == {"learning_rate": 1e-5, "mixed_precision": "no", "gradient_checkpointing": True}
+    folders = set()
+    for names in ([f"concept {i}" for i in range(60)], [f"concept {i}" for i in range(59)], ["!!!"], ["☃" * 300]):
+        config = EraseConfig(concept=names).fill({}, ", ".join(names))
+        name = config.output_dir.removeprefix("runs/")
+        assert name and "/" not in name and len(name.encode()) < 150
+        folders.add(name)
+    assert len(folders) == 4
+    for empty in ("", "  "):
+        with pytest.raises(SalunError, match="An empty concept was given: say what to forget"):
+            EraseConfig(concept=[empty]).check()
+
+
+def test_sigterm_outside_training_says_a_word():
+    code = "import os, signal\nfrom salun_diffusion import options\n"
+    code += "options.finish(lambda: os.kill(os.getpid(), signal.SIGTERM), stopped='Stopped; kept.')"
+    done = run("python", "-c", code, check=False)
+    assert done.returncode == 130 and done.stderr.strip() == "Stopped; kept."
+
+
+def test_a_folder_that_cannot_be_synced_is_written_all_the_same(tmp_path, monkeypatch):
+    """As on Windows and many FUSE mounts, whose folders cannot be opened or synced."""
+    opened = os.open
+
+    def refuse(path, *more, **options):
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *more, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    write_json(tmp_path / "file.json", {"a": 1})
+    assert json.loads((tmp_path / "file.json").read_text()) == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_a_concepts_file_with_faults_is_refused_by_what_is_wrong(tmp_path):
+    path = tmp_path / "concepts.json"
+    for template, message in (("a {thing}", "names {thing}, which is no slot"), ("a {object", "cannot be read"),
+                              ("{}", "vocabulary"), ("a {object} }", "cannot be read")):  # fmt: skip
+        path.write_text(json.dumps({"slots": {"object": ["cat", "dog"]}, "templates": [{"prompt": template}]}))
+        with pytest.raises(SalunError, match="is not a concept vocabulary") as refused:
+            Vocabulary.read(path)
+        assert message in str(refused.value)
+    path.write_text("[" * 100_000)
+    with pytest.raises(SalunError, match="is not a concept vocabulary"):
+        Vocabulary.read(path)
