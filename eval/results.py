@@ -23,11 +23,12 @@ import transformers
 from PIL import Image
 
 from salun_diffusion.errors import SalunError
-from salun_diffusion.files import write_json
+from salun_diffusion.files import make_folder, replacing, write_json
 
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
 KEY = "salun-key"  # under which a picture's file carries the hash of all that made it
 FORMAT = "salun-diffusion "
+MODEL = ("name", "role", "source", "digest", "erasure")  # what is known of every model
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 VERSIONS = {
     "python": platform.python_version(),
@@ -47,18 +48,19 @@ def begin(folder: Path, format: str) -> None:
     if path.exists():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))["format"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             found = "unknown"
         if found != format:
             raise SalunError(f"{folder} holds results of the form '{found}': give another --output_dir.")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for name in (RESULTS, SAMPLES):
         (folder / name).unlink(missing_ok=True)
 
 
 def write(folder: Path, results: dict, samples: list[dict]) -> None:
     """Write both files; ``results.json`` last: where it stands, everything that it counts does."""
-    (folder / SAMPLES).write_text("".join(json.dumps(row) + "\n" for row in samples), encoding="utf-8")
+    with replacing(folder / SAMPLES) as file:
+        file.write("".join(json.dumps(row) + "\n" for row in samples).encode())
     write_json(folder / RESULTS, results)
 
 
@@ -73,9 +75,10 @@ def read(path: Path) -> dict:
         raise SalunError(f"There is no {file}: give a folder that a command of `python -m eval` wrote results into.")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        if found["format"].startswith(FORMAT) and found["models"]:
+        whole = all({*MODEL} <= {*model} and isinstance(model["name"], str) for model in found["models"])
+        if found["format"].startswith(FORMAT) and found["models"] and whole and isinstance(found["n"], int):
             return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise SalunError(
         f"{file} is damaged, or holds no results of `python -m eval`: run the command that wrote it again."

@@ -20,6 +20,7 @@ FREE = (  # what may differ between a run and its checkpoint
     "validation_steps",
 )  # fmt: skip
 SOURCES = ("command line", "the call", "config file", "preset", "method", "default")
+LONGEST = 120  # bytes of the concept in the run folder's name
 LR_SCHEDULERS = ("constant", "linear", "cosine")
 
 
@@ -157,8 +158,6 @@ class EraseConfig:
         Raises:
             SalunError: no concept, or a value out of range.
         """
-        if not settings.get("concept"):
-            raise SalunError("No concept was given: say what to forget with --concept, for example --concept nudity.")
         config = cls(**settings)
         config.sources = sources
         config.check()
@@ -223,7 +222,13 @@ class EraseConfig:
         self.sources |= given
         if not self.output_dir:
             method_too = "" if self.method == "salun" else f"-{self.method}"
-            self.output_dir = "runs/" + re.sub(r"\W+", "-", name.lower()).strip("-") + method_too
+            slug = re.sub(r"\W+", "-", name.lower()).strip("-")
+            from .files import key_of  # only now: it imports torch, and --help should answer at once
+
+            if not slug or len(slug.encode()) > LONGEST:  # a file system's limit is 255 bytes
+                slug = slug.encode()[:LONGEST].decode(errors="ignore").rpartition("-")[0] or "concept"
+                slug += "-" + key_of(name, 8)
+            self.output_dir = "runs/" + slug + method_too
         self.check()
         self.filled = True
         return self
@@ -251,6 +256,9 @@ class EraseConfig:
 
     def check(self) -> None:
         """Raise SalunError for the first value out of range, in a sentence."""
+        if not self.concept or not all(name.strip() for name in self.concept):
+            what = "An empty concept" if self.concept else "No concept"
+            raise SalunError(f"{what} was given: say what to forget with --concept, for example --concept nudity.")
         if not 0 < self.density < 1:
             raise SalunError(
                 f"--density is {self.density}: give a share of the weights between 0 and 1, or --mask none for all."

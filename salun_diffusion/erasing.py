@@ -19,7 +19,7 @@ from .erasures.fingerprint import fingerprint
 from .erasures.locate import FILE_NAME
 from .erasures.mask import load_masks, union
 from .errors import SalunError
-from .files import key_of
+from .files import key_of, locked, sha256
 from .masks.saliency import select
 from .masks.scope import check_reused, scoped_parameters
 from .methods import find_method
@@ -29,7 +29,7 @@ from .models.load import resolve
 from .process import Callback, accelerator_for, reporting_to
 from .run import DTYPES, Run, RunFolder, borrowed, check_is_base
 from .training.change import MaskedChange
-from .training.checkpoints import Checkpoints
+from .training.checkpoints import Checkpoints, threads_of
 from .training.trainer import Trainer
 
 ONE_AT_A_TIME = threading.Lock()  # threads of one process would share accelerate's state and the processor's cores
@@ -97,19 +97,27 @@ def _erase(config: EraseConfig, pipe) -> Run:
             parameters = scoped_parameters(model.network, config.scope)
             if reused is not None:
                 check_reused(reused, parameters, config.mask)
+            undo.enter_context(locked(run.path, wanted=is_main))
             checkpoints = Checkpoints(run.path, _same(config, run, concepts, sources, accelerator.num_processes),
                                       config.checkpoints_total_limit)  # fmt: skip
             resumed = checkpoints.load(config.resume_from_checkpoint) if config.resume_from_checkpoint else None
             if resumed:
-                say(f"Going on from {resumed.path}, after step {resumed.step} of {config.max_train_steps}.")
+                say(resumed.told(config.max_train_steps))
             else:
+                if config.resume_from_checkpoint:
+                    say(f"{run.path} holds no checkpoint: starting anew.")
                 checkpoints.start_anew()
-            run.path.mkdir(parents=True, exist_ok=True)
             if config.report_to:
                 accelerator.init_trackers("salun-diffusion", {k: str(v) for k, v in config.as_dict().items()})
 
             # The forget set and the retain set.
             sets = _sets(model, method, concepts, sources, config, accelerator)
+            if is_main:
+                if run.make_way(resumed is not None):
+                    say(f"The run that was finished here is kept in {run.path / 'previous'} until this one is too.")
+                for kind in sets.keys() - {"name"}:
+                    contact_sheet(model, sets[kind].latents[:32], run.path / f"{kind}.png")
+            accelerator.wait_for_everyone()
 
             # The weights that carry the concept.
             begun = time.perf_counter()
@@ -119,7 +127,7 @@ def _erase(config: EraseConfig, pipe) -> Run:
                 undo.callback(trainer.method.close)
                 model.move_others("cpu")
             if resumed:
-                mask = resumed.masks
+                mask = resumed.whole_mask(parameters if reused is None else reused)
             elif reused is not None:
                 mask = reused
             elif config.mask == "none":
@@ -149,7 +157,7 @@ def _erase(config: EraseConfig, pipe) -> Run:
             # Save what changed.
             file = run.path / FILE_NAME
             if is_main:
-                run.save(change, mask, method.has_anchor, seconds)
+                run.save(change, mask, method.has_anchor, seconds, threads_of(resumed))
                 say(f'Saved {file}: load it with salun_diffusion.load_erasure(pipe, "{run.path}").')
             return Run(run.path, file, config, seconds)
 
@@ -193,16 +201,21 @@ def _check_counts(config: EraseConfig, concepts: int, processes: int) -> None:
 
 def _same(config: EraseConfig, run: RunFolder, concepts: list[Concept], sources: dict, processes: int) -> dict:
     """What a run must share with the checkpoint that it goes on from."""
-    return config.as_dict(resumable=True) | {
-        "base": run.base.digest(),
-        "processes": processes,
-        "prompts": key_of([concept.as_data() for concept in concepts]),
-        "pictures": {kind: [source.key for source in parts] for kind, parts in sources.items()},
-    }
+    file = config.mask not in ("saliency", "none")
+    return (
+        config.as_dict(resumable=True)
+        | ({"mask_digest": sha256(config.mask)} if file else {})
+        | {
+            "base": run.base.digest(),
+            "processes": processes,
+            "prompts": key_of([concept.as_data() for concept in concepts]),
+            "pictures": {kind: [source.key for source in parts] for kind, parts in sources.items()},
+        }
+    )
 
 
 def _sets(model: Model, method, concepts, sources, config: EraseConfig, accelerator) -> dict[str, ImageSet]:
-    """The image sets that the method asks for, each with a sheet of its pictures in the run folder."""
+    """The image sets that the method asks for."""
     sets = {}
     for kind in method.sets(config.mask):
         given = sources.get(kind, [])
@@ -213,8 +226,6 @@ def _sets(model: Model, method, concepts, sources, config: EraseConfig, accelera
             continue
         made = f", from {', '.join(source.text for source in given)}" if given else ", drawn by the base model"
         accelerator.print(f"The {kind} set: {len(sets[kind])} pictures{made}.")
-        if accelerator.is_main_process:
-            contact_sheet(model, sets[kind].latents[:32], Path(config.output_dir) / f"{kind}.png")
     return sets
 
 

@@ -27,8 +27,87 @@ DTYPE_NAMES = {
 
 
 @contextmanager
-def _replacing(path):
-    """A binary file to write into; it takes the place of `path` only when all of it is on the disk."""
+def writing(path):
+    """Within it, what the file system refuses is said in a sentence, of ``path`` where the system names none.
+
+    Raises:
+        SalunError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise SalunError(f"Cannot write {error.filename or path}: {error.strerror or error}.") from error
+
+
+def make_folder(path) -> Path:
+    """``path`` as a folder, with those above it.
+
+    Raises:
+        SalunError: a file is in the way, the name is too long, or nothing may be written there.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SalunError(f"Cannot make the folder {path}: {error.strerror or error}; give another one.") from error
+    return path
+
+
+@contextmanager
+def locked(folder, wanted: bool = True):
+    """``folder``, made if need be, for this run alone; a process that dies lets go of it. One that stays empty goes.
+
+    Args:
+        folder: what a command writes into.
+        wanted: False does nothing: of several processes of one run, one locks it.
+
+    Raises:
+        SalunError: another run has it, or nothing may be written there.
+    """
+    if not wanted:
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    folder = make_folder(folder)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise SalunError(
+            f"Another run is writing into {folder}: wait for its end, or give another --output_dir."
+        ) from None
+    except OSError as error:
+        raise SalunError(f"Cannot write into {folder}: {error.strerror or error}; give another folder.") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # while it is held: a run that has opened this one meanwhile finds it gone
+            os.unlink(lock.lock_file)
+        lock.release()
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def sync_folder(path) -> None:
+    """Have a new name in the folder survive a power cut, where the system can: Windows and many FUSE mounts cannot, and
+    what was written there is whole all the same.
+    """
+    with suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def replacing(path):
+    """A binary file to write into; it takes the place of `path` only when all of it is on the disk.
+
+    Raises:
+        SalunError: the disk refuses it.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -37,11 +116,6 @@ def _replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the new name itself must survive a power cut too
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
@@ -50,6 +124,7 @@ def _replacing(path):
                 f"Cannot write {path}: {error.strerror or error}; what was there before is kept."
             ) from error
         raise
+    sync_folder(path.parent)
 
 
 def write_json(path, obj) -> None:
@@ -62,7 +137,7 @@ def write_json(path, obj) -> None:
         text = json.dumps(obj, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise SalunError(f"Cannot write {path}: JSON cannot hold its content ({error}).") from error
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(text.encode() + b"\n")
 
 
@@ -89,7 +164,7 @@ def write_safetensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             file.write(raw_bytes(tensors[name]))

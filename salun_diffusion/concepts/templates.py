@@ -52,9 +52,43 @@ class Vocabulary:
             SalunError: ``path`` is none.
         """
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            vocabulary = cls(**json.loads(path.read_text(encoding="utf-8")))
+            vocabulary._check()
+            return vocabulary
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise SalunError(f"{path} is not a concept vocabulary (JSON with slots and templates): {error}") from None
+
+    def _check(self) -> None:
+        """Pass if every slot has words, and every template can be filled with them.
+
+        Raises:
+            ValueError: with what is wrong. (TypeError, KeyError or AttributeError: something has another form.)
+        """
+        for slot, words in self.slots.items():
+            if not isinstance(words, list) or len(words) < 2 or not all(isinstance(w, str) and w for w in words):
+                raise ValueError(f"the slot '{slot}' must be a list of at least two words")
+        for kind in (self.plurals, self.aliases, self.settings):
+            if not isinstance(kind, dict):
+                raise ValueError("plurals, aliases and settings must be mappings")
+        if not all(isinstance(settings, dict) for settings in self.settings.values()):
+            raise ValueError("settings must have a mapping for each slot")
+        if not all(isinstance(prompt, str) and prompt for prompt in self.retain):
+            raise ValueError("retain must be a list of prompts")
+        for alias, word in self.aliases.items():
+            if word.lower() not in (known.lower() for words in self.slots.values() for known in words):
+                raise ValueError(f"the alias '{alias}' stands for '{word}', which is no word of a slot")
+        for template in self.templates:
+            expect = template.get("expect", {}).values()
+            for text in (template["prompt"], *expect):
+                try:
+                    names = placeholders({"prompt": text})
+                except ValueError as error:
+                    raise ValueError(f"the template '{text}' cannot be read: {error}") from None
+                if unknown := [name for name in names if slot_of(name) not in self.slots]:
+                    raise ValueError(f"the template '{text}' names {{{unknown[0]}}}, which is no slot")
+                if missing := set(names) - set(placeholders(template)):
+                    raise ValueError(f"the answer '{text}' names {{{missing.pop()}}}, which its prompt does not")
+            self.fill(template, {name: self.slots[slot_of(name)][0] for name in placeholders(template)})
 
     def names(self) -> dict[str, tuple[str, str]]:
         """What a user may type → (slot, word): the word, "word slot" ("ink style"), or an alias."""

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from ..errors import SalunError
-from ..files import key_of, read_safetensors, write_json, write_safetensors
+from ..files import key_of, make_folder, read_safetensors, write_json, write_safetensors
 from ..process import progress
 
 SHARD = 32  # pictures a file
@@ -72,12 +72,11 @@ def cached(
     settings = json.loads(json.dumps({"format": "salun-latents 2"} | settings))
     folder = Path(data_dir) / f"{kind}-{key_of(settings)}"
     manifest = folder / "manifest.json"
-    if manifest.exists():
-        prompts = json.loads(manifest.read_text())["prompts"]
+    if (prompts := _prompts(manifest)) is not None:
         shards = [_shard(folder, start) for start in range(0, len(prompts), SHARD)]
         if all(shard.exists() for shard in shards):
             return shards, prompts
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     shards, prompts, items = [], [], iter(items)
     with progress(title, count, "image", accelerator.is_main_process) as bar:
         while part := list(islice(items, SHARD)):
@@ -111,10 +110,19 @@ def cached_tensors(
     if not path.exists():
         tensors = make()
         if accelerator.is_main_process:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             write_safetensors(path, tensors, {"format": f"salun-{kind}"})
         accelerator.wait_for_everyone()
     return read_safetensors(path)[0]
+
+
+def _prompts(manifest: Path) -> list[str] | None:
+    """The prompts of a finished folder, or None: what lacks a whole manifest is looked through and finished anew."""
+    try:
+        prompts = json.loads(manifest.read_text(encoding="utf-8"))["prompts"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return prompts if isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts) else None
 
 
 def _shard(folder: Path, start: int) -> Path:

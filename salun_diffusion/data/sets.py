@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ..concepts.concept import Concept, Row, shared_rows
 from ..config import EraseConfig
 from ..errors import SalunError
+from ..files import make_folder, replacing
 from ..models.base import Condition, Model
 from ..models.load import digest, sampler
 from .cache import Latents, cached
@@ -227,5 +228,6 @@ def contact_sheet(model: Model, latents: torch.Tensor, path: Path, columns: int 
     pictures = model.decode(latents)
     rows = -(-len(pictures) // columns)
     empty = Image.new("RGB", pictures[0].size, "white")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    make_image_grid(pictures + [empty] * (rows * columns - len(pictures)), rows, columns).save(path)
+    make_folder(path.parent)
+    with replacing(path) as file:
+        make_image_grid(pictures + [empty] * (rows * columns - len(pictures)), rows, columns).save(file, "PNG")

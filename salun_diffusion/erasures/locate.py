@@ -21,7 +21,13 @@ def locate(source, revision) -> tuple[Path, str | None]:
     Raises:
         SalunError: it is not there, or a revision was given for a local file.
     """
-    text, path = str(source), Path(source).expanduser()
+    try:
+        text, path = str(source), Path(source).expanduser()
+        path.exists()
+    except (TypeError, ValueError, RuntimeError, OSError) as error:  # no path, NUL in it, no such user, too long
+        raise SalunError(
+            f"{source!r:.100} can be no path ({error!s:.100}): give a file, a run folder or a hub id."
+        ) from None
     if path.is_dir():
         path = path / FILE_NAME
         if not path.exists():
