@@ -131,7 +131,7 @@ def _opened(path):
     if not path.is_file():
         raise SalunError(f"{path} does not exist; check the path.")
     try:
-        _check_layout(path)
+        check_layout(path)
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
     except SafetensorError as error:
@@ -172,7 +172,7 @@ def listed(names, at_most: int = 8) -> str:
     return text if len(names) <= at_most else f"{text} and {len(names) - at_most} more"
 
 
-def _check_layout(path: Path) -> None:
+def check_layout(path: Path) -> None:
     """Refuses, with the reason, a file that is not one whole safetensors file."""
     size = path.stat().st_size
     with open(path, "rb") as file:

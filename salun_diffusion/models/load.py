@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import SalunError
+from .complete import complete_modules
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +75,7 @@ def load_pipeline(
     where, commit = resolve(name, revision)
     options = {} if "safety_checker" not in _index(where, commit) else {"safety_checker": None}
     dtypes = {"vae": torch.float32, "default": dtype or torch.float32}
+    options |= complete_modules(where, commit, dtypes, variant, options)
     try:
         return DiffusionPipeline.from_pretrained(
             where, revision=commit, variant=variant, dtype=dtypes, use_safetensors=True, **options
