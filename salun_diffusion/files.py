@@ -1,9 +1,11 @@
 """Files that are written whole or not at all, and safetensors files whose faults are named before they are used."""
 
+import glob
 import hashlib
 import json
 import math
 import os
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -33,6 +35,11 @@ def _replacing(path):
     """A binary file to write into; it takes the place of `path` only when all of it is on the disk."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        # what a killed process left; another that lives writes the same file within the hour, or not at all
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
     try:
         with open(temporary, "wb") as file:
             yield file
