@@ -110,6 +110,7 @@ def load_masks(path) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def unpack_all(path, tensors: dict, shapes: dict) -> dict[str, torch.Tensor]:
+    check_not_empty(path, {name: tensors[f"{name}.mask"] for name in shapes})  # before it takes eight times the memory
     masks = {}
     for name, shape in shapes.items():
         try:

@@ -10,6 +10,7 @@ import re
 
 import pytest
 import torch
+from shell import run
 from test_delta import random_delta
 
 from salun_diffusion.erasures.delta import Delta
@@ -103,3 +104,23 @@ def test_a_header_may_not_claim_a_hundred_megabytes(tmp_path):
     for load in (Delta.load, load_masks):
         with pytest.raises(SalunError, match="claims a header of 99000000 bytes"):
             load(path)
+
+
+def test_a_mask_of_holes_takes_no_memory_for_each_weight(tmp_path):
+    path, packed = tmp_path / "mask.safetensors", 1 << 28
+    code = (
+        "import resource, sys; from salun_diffusion.errors import SalunError\n"
+        "from salun_diffusion.erasures.mask import load_masks\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try: load_masks(sys.argv[1])\n"
+        "except SalunError as error: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, error)\n"
+    )
+    header = {"a.mask": {"dtype": "U8", "shape": [packed], "data_offsets": [0, packed]}}
+    header["__metadata__"] = {"format": "salun-mask", "version": "1", "shapes": json.dumps({"a": [packed * 8]})}
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + packed)
+    taken, fault = run("python", "-c", code, path).stdout.split(" ", 1)
+    assert "selects no weight" in fault
+    assert int(taken) < 3 * packed / 1024  # the file mapped and its copy, in kilobytes; a byte a weight would be 8
