@@ -1,8 +1,11 @@
 """Files that are written whole or not at all, and safetensors files whose faults are named before they are used."""
 
+import glob
 import hashlib
 import json
+import math
 import os
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from .errors import SalunError
 
 HEADER_LIMIT = 100_000_000  # bytes: the limit of the safetensors format itself
+OUR_HEADER_LIMIT = 4_000_000  # bytes: the largest models' need a tenth, and parsing takes ten times a header's memory
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -110,6 +114,11 @@ def replacing(path):
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        # what a killed process left; another that lives writes the same file within the hour, or not at all
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -170,17 +179,44 @@ def write_safetensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str
             file.write(raw_bytes(tensors[name]))
 
 
-def read_safetensors(path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors (on the CPU) and the metadata of a safetensors file.
+def strict_json(text: str | bytes):
+    """JSON by its standard: no name twice in an object, no NaN or Infinity, no nesting or number without bounds.
+
+    Raises:
+        ValueError: anything else.
+    """
+
+    def once(pairs):
+        if len(found := dict(pairs)) != len(pairs):
+            raise ValueError("a name stands twice in one object")
+        return found
+
+    def refuse(word):
+        raise ValueError(f"{word} is no number of JSON")
+
+    def finite(digits):
+        number = float(digits)
+        return number if math.isfinite(number) else refuse(digits)
+
+    try:
+        return json.loads(text, object_pairs_hook=once, parse_constant=refuse, parse_float=finite)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def read_safetensors(path, header_limit: int = HEADER_LIMIT) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors (on the CPU) and the metadata of a safetensors file, whose header may have ``header_limit`` bytes.
 
     Raises:
         SalunError: a missing file, a file of another kind (Git-LFS pointer, web page, pickle or zip checkpoint: a
             pickle is never loaded), a header that is garbage or over 100 MB, a file cut short, NaN or Inf values.
     """
-    with _opened(path) as file:
+    with _opened(path, header_limit) as file:
         # Copies: a tensor that still lies in the file would change, or crash, with it.
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         metadata = file.metadata() or {}
+    if odd := [name for name, value in tensors.items() if value.dtype not in DTYPE_NAMES]:  # float8 lacks isfinite
+        raise SalunError(f"{path} holds {listed(odd)} in a dtype that is not read here; save it as float32 or float16.")
     broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise SalunError(f"{path} holds NaN or Inf in {listed(broken)}; a sound file has none, so make it again.")
@@ -198,7 +234,7 @@ def read_metadata(path) -> dict[str, str]:
 
 
 @contextmanager
-def _opened(path):
+def _opened(path, header_limit: int = HEADER_LIMIT):
     """A safetensors file whose layout is sound, open."""
     path = Path(path)
     if path.is_dir():
@@ -206,10 +242,10 @@ def _opened(path):
     if not path.is_file():
         raise SalunError(f"{path} does not exist; check the path.")
     try:
-        _check_layout(path)
+        check_layout(path, header_limit)
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError, OverflowError) as error:  # the last two: shapes that torch cannot hold
         raise SalunError(f"{path} is not a valid safetensors file ({error}); fetch or save it again.") from error
     except OSError as error:
         raise SalunError(f"Cannot read {path}: {error.strerror or error}.") from error
@@ -247,7 +283,7 @@ def listed(names, at_most: int = 8) -> str:
     return text if len(names) <= at_most else f"{text} and {len(names) - at_most} more"
 
 
-def _check_layout(path: Path) -> None:
+def check_layout(path: Path, header_limit: int = HEADER_LIMIT) -> None:
     """Refuses, with the reason, a file that is not one whole safetensors file."""
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -255,9 +291,9 @@ def _check_layout(path: Path) -> None:
         if start[8:9] != b"{":  # a safetensors header MUST start with a brace, so nothing sound is sniffed away here
             raise SalunError(f"{path} {_other_kind(start)}")
         length = int.from_bytes(start[:8], "little")
-        if length > HEADER_LIMIT:
+        if length > header_limit:
             raise SalunError(
-                f"{path} claims a header of {length} bytes where safetensors allows {HEADER_LIMIT}; "
+                f"{path} claims a header of {length} bytes where {_allowed(header_limit)}; "
                 "it is damaged or no safetensors file, so fetch or save it again."
             )
         if size < 8 + length:
@@ -268,7 +304,7 @@ def _check_layout(path: Path) -> None:
         file.seek(8)
         text = file.read(length)
     try:
-        header = json.loads(text)
+        header = strict_json(text)
         header.pop("__metadata__", None)
         expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
@@ -276,6 +312,10 @@ def _check_layout(path: Path) -> None:
     if size != expected:
         fault = "is cut short" if size < expected else "has bytes after its end"
         raise SalunError(f"{path} {fault}: {expected} bytes expected, {size} found; fetch or save it again.")
+
+
+def _allowed(header_limit: int) -> str:
+    return f"{'safetensors' if header_limit == HEADER_LIMIT else 'a file of this kind'} allows {header_limit}"
 
 
 def _other_kind(start: bytes) -> str:

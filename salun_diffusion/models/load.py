@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import SalunError
+from .complete import complete_modules
 from .single_file import from_single_file
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def load_pipeline(
         return from_single_file(Path(where), dtype, variant)
     options = {} if "safety_checker" not in _index(where, commit) else {"safety_checker": None}
     dtypes = {"vae": torch.float32, "default": dtype or torch.float32}
+    options |= complete_modules(where, commit, dtypes, variant, options)
     try:
         return DiffusionPipeline.from_pretrained(
             where, revision=commit, variant=variant, dtype=dtypes, use_safetensors=True, **options

@@ -236,7 +236,25 @@ def test_an_interrupted_set_is_continued_and_equal(setup, tmp_path, monkeypatch)
     assert torch.equal(again.latents[:], trainer.batches.sets["forget"].latents[:])
     assert shards[0].stat().st_mtime_ns == untouched
     shards[2].write_bytes(shards[2].read_bytes()[:-3])
-    with pytest.raises(SalunError, match="cut short"):
+    with pytest.raises(SalunError, match="cut short.*delete that file"):
+        drawn_set(model_of(pipe), [FORGET], config, "forget", trainer.accelerator)
+
+
+def test_a_changed_cache_is_refused(setup, tmp_path):
+    trainer, pipe, config = setup()
+    (shard,) = (tmp_path / "data").glob("forget-*/latents-*.safetensors")
+    whole = shard.read_bytes()
+    for spoiled in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-64] + bytes(64)):
+        shard.write_bytes(spoiled)
+        with pytest.raises(SalunError, match="its checksum differs; it is only a cache, so delete that file"):
+            drawn_set(model_of(pipe), [FORGET], config, "forget", trainer.accelerator)
+    shard.unlink()
+    drawn_set(model_of(pipe), [FORGET], config, "forget", trainer.accelerator)
+    assert shard.read_bytes() == whole
+    manifest = shard.with_name("manifest.json")
+    told = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**told, "prompts": ["something else"] * len(told["prompts"])}))
+    with pytest.raises(SalunError, match="prompts differ from their checksum; .* delete that folder"):
         drawn_set(model_of(pipe), [FORGET], config, "forget", trainer.accelerator)
 
 
