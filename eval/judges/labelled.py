@@ -121,11 +121,10 @@ class Labelled:
             "base": {"source": self.base, "revision": self.commit},
             "classifier": {
                 "source": self.classifier,
-                "judge": asked.judge,
-                "reference": str(asked.reference) if asked.reference else None,
                 "sha256": self.judge.sha256,
                 "questions": {question: list(answers) for question, answers in self.judge.questions.items()},
-            },
+            }
+            | ({} if asked.judge == "classifier" else {"judge": asked.judge, "reference": str(asked.reference or "")}),
             "settings": how | subjects.as_drawn(base_model) | {"seed": asked.seed},
             "versions": results.VERSIONS,
             "models": models,
