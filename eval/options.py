@@ -8,7 +8,7 @@ from salun_diffusion.options import option
 
 ERASURE = (
     "erasures to measure beside the base model: run folders, .safetensors files or hub ids; the first is the one that "
-    "matters, any others are controls, such as a run with --mask none"
+    "matters, any others are controls, such as a run with --mask none; A+B applies both together"
 )
 PICTURES = "a folder that draw, i2p, accuracy or composition wrote results into"
 
@@ -58,8 +58,16 @@ class Erasures(Models):
 class Labelled(Erasures, Output):
     """How labelled prompts of a concept are drawn and judged."""
 
-    concept: str = option(None, "what was erased, as given to erase_concept.py", metavar="NAME", required=True)
-    anchor: str | None = option(
+    concept: list[str] = option(
+        None,
+        "what was erased, as given to erase_concept.py; repeat it for several, none of which is then asked for as "
+        "retained",
+        metavar="NAME", required=True,
+    )  # fmt: skip
+    concept_type: list[str] | None = option(
+        None, "what words of your own name, where erase_concept.py was told", ("object", "person", "place", "style")
+    )
+    anchor: list[str] | None = option(
         None, "what was to be drawn instead, where erase_concept.py was given one", metavar="NAME"
     )
     num_inference_steps: int | None = option(
@@ -79,6 +87,18 @@ class Labelled(Erasures, Output):
         "the folder or hub id of an image classifier of transformers, whose labels may be grouped by question, as in "
         "'left:cat' or 'style:ink' (default: the folder judge/ inside the base model's folder)",
         metavar="PATH",
+    )
+    judge: str = option(
+        "classifier",
+        "who looks at the pictures: an image classifier; clip, zero-shot by the words of the prompts, for any concept "
+        "and style; or reference, by which folder of --reference a picture's CLIP features lie nearest to",
+        ("classifier", "clip", "reference"),
+    )
+    clip: str | None = option(
+        None, "the CLIP model of those two: folder or hub id (default: openai/clip-vit-large-patch14)", metavar="PATH"
+    )
+    reference: Path | None = option(
+        None, "a folder with a folder of pictures for each answer, named by it", metavar="FOLDER"
     )
     seed: int = option(0, "fixes the prompts and every starting noise", metavar="N")
 

@@ -74,8 +74,9 @@ def erase(base, concept: str | list[str] | None = None, *, callback: Callback | 
 def _erase(config: EraseConfig, pipe) -> Run:
     # What to forget, in which model, by which method.
     folder, commit = _resolved(config, pipe)
-    concepts = find_concepts(config.concept, folder, config.anchor)
-    config.fill(concepts[0].settings, ", ".join(concept.name for concept in concepts))
+    concepts = find_concepts(config.concept, folder, config.anchor, config.concept_type)
+    preset = config.one_preset({concept.value: concept.settings for concept in concepts})
+    config.fill(preset, ", ".join(concept.name for concept in concepts))
     config.anchor = [concept.anchor for concept in concepts]
     method = find_method(config.method)
     sources = {
@@ -85,10 +86,12 @@ def _erase(config: EraseConfig, pipe) -> Run:
     reused = load_masks(config.mask)[0] if config.mask not in ("saliency", "none") else None
     with accelerator_for(config.mixed_precision, config.output_dir, config.report_to) as accelerator:
         say, is_main = accelerator.print, accelerator.is_main_process
-        _check_counts(config, len(concepts), accelerator.num_processes)
+        _check_counts(config, concepts, accelerator.num_processes)
         for concept in concepts:
-            aim = f": to be drawn as '{concept.anchor}'" if method.has_anchor else ""
-            say(f"Erasing '{concept.value}' from {config.pretrained_model_name_or_path} by {config.method}{aim}.")
+            instead = f"'{concept.anchor}'" if concept.anchor else "the empty prompt"
+            aim = f": to be drawn as {instead}" if method.has_anchor else ""
+            also = f" (also as {', '.join(concept.synonyms)})" if concept.synonyms else ""
+            say(f"Erasing '{concept.value}'{also} from {config.pretrained_model_name_or_path} by {config.method}{aim}.")
         say(config.table())
         with _model(config, pipe, commit) as model, ExitStack() as undo:
             model.need(method.needs, f"--method {config.method}")
@@ -189,13 +192,14 @@ def _model(config: EraseConfig, pipe, commit: str | None) -> Iterator[Model]:
         yield model
 
 
-def _check_counts(config: EraseConfig, concepts: int, processes: int) -> None:
-    least = concepts * processes
+def _check_counts(config: EraseConfig, concepts: list[Concept], processes: int) -> None:
+    names = max(len(concept.names) for concept in concepts)  # each is to be in a prompt
     for setting, count in (("forget", config.num_forget_images), ("retain", config.num_retain_images)):
+        least = len(concepts) * processes * (names if setting == "forget" else 1)
         if count is not None and count < least:
             raise SalunError(
-                f"--num_{setting}_images {count} are too few (concepts: {concepts}, processes: {processes}): give at "
-                f"least {least}."
+                f"--num_{setting}_images {count} are too few (concepts: {len(concepts)}, processes: {processes}, names "
+                f"of a concept: {names}): give at least {least}."
             )
 
 

@@ -28,7 +28,16 @@ and the pictures of all models on the same seeds. Everything is made from the gi
 (self-contained), .md, .tex and .csv, grid.png."""
 FORMAT = "salun-diffusion compare 1"
 COMMAND = "python -m eval compare"
-APART = {"format", "models", "n", "concept", "pictures", "truncated", "protocols"}  # what results may differ in
+APART = {
+    "format",
+    "models",
+    "n",
+    "concept",
+    "pictures",
+    "truncated",
+    "protocols",
+    "judged_right",
+}  # what results may differ in
 
 
 @dataclass

@@ -96,7 +96,7 @@ class Source:
         Raises:
             SalunError: labels of which none is the concept.
         """
-        names = {concept.name.lower(), concept.value.lower()}
+        names = {name.lower() for name in (concept.name, *concept.names)}
         if self.labels and names.isdisjoint(label.lower() for label in self.labels):
             raise SalunError(
                 f"{self.text} has no pictures labelled '{concept.value}'; its labels are {', '.join(self.labels)}."
@@ -116,7 +116,7 @@ class Source:
                 f"{self.text} does not say what its pictures show: put them into one folder for each kind, or add a "
                 "metadata.jsonl with file_name and text."
             )
-        erased = {name.lower() for concept in concepts for name in (concept.name, concept.value)}
+        erased = {name.lower() for concept in concepts for name in (concept.name, *concept.names)}
         names = named(erased)
         vocabulary = concepts[0].vocabulary
         for number, row in enumerate(self.rows):

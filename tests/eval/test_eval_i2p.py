@@ -49,7 +49,7 @@ def i2p(folder, prompts, *more, command=here, launch=("python", "-m", "eval"), c
 
 def test_boxes_of_a_batch_are_the_packages_own(tmp_path):
     """Real photographs of several sizes and shapes; Astronaut has a face, which NudeNet knows."""
-    detector, package = Detector(), NudeDetector()
+    detector, package = Detector(channels="package"), NudeDetector()
     paths = [PHOTOS / name for name in NAMES]
     together = detector(paths)
     for path, boxes in zip(paths, together, strict=True):
@@ -58,6 +58,24 @@ def test_boxes_of_a_batch_are_the_packages_own(tmp_path):
         assert np.allclose([b["score"] for b in boxes], [b["score"] for b in expected], atol=1e-5), path
         assert [detector([path])[0]] == [expected]  # alone, to the last bit
     assert "FACE_FEMALE" in {box["class"] for box in together[0]}
+
+
+def test_the_network_sees_red_where_a_picture_is_red(tmp_path):
+    """NudeNet 3.4.2's own reader swaps red and blue: a red file reached the network as blue."""
+    Image.new("RGB", (40, 30), (255, 0, 0)).save(tmp_path / "red.png")
+    for channels, expected in (("rgb", [1, 0, 0]), ("package", [0, 0, 1])):
+        pixels = Detector(channels=channels)._prepare(tmp_path / "red.png")[0]
+        assert np.allclose(pixels[0, :, 10, 10], expected), channels
+    paths, swapped = [PHOTOS / name for name in NAMES], []
+    for number, path in enumerate(paths):  # the package's own count on files whose red and blue were swapped before
+        swapped.append(tmp_path / f"{number}.png")
+        Image.fromarray(np.asarray(Image.open(path).convert("RGB"))[..., ::-1]).save(swapped[-1])
+    assert Detector()(paths[:3]) == Detector(channels="package")(swapped[:3])
+    (tmp_path / "one").mkdir()
+    (tmp_path / "red.png").rename(tmp_path / "one" / "red.png")
+    for protocol, channels in ((None, "rgb"), ("mace", "rgb"), ("mace-package", "package")):
+        found = nudity(NudityOptions(folder=tmp_path / "one", output_dir=tmp_path / "out", protocol=protocol))
+        assert found["detector"]["channels"] == channels
 
 
 def test_an_unreadable_picture_is_never_safe(tmp_path):

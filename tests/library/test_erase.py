@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 from shell import run
 
 from salun_diffusion import Delta, SalunError, erase, list_erasures, load_erasure, unload_erasure
@@ -334,3 +335,45 @@ def test_a_cache_with_a_garbage_manifest_is_finished_anew(tiny_folder, tmp_path)
             path.write_bytes(content)
         assert Delta.load(erase(str(tiny_folder), "steam engine", **options).file).digest() == first
         assert [path.read_bytes() for path in manifests] == whole
+
+
+def test_settings_of_concepts_of_different_kinds_are_given_or_refused():
+    presets = {
+        "church": {"max_train_steps": 3, "salun": {"alpha": 0.5}},
+        "ink": {"max_train_steps": 3, "salun": {"alpha": 2.0}},
+    }
+    with pytest.raises(
+        SalunError, match=r"'church' and 'ink' have presets .* differ in alpha \(0.5, 2.0\): say --alpha"
+    ):
+        EraseConfig.from_call("demo", ["church", "ink"], {}).one_preset(presets)
+    config = EraseConfig.from_call("demo", ["church", "ink"], {"alpha": 1.5})
+    assert config.fill(config.one_preset(presets), "x").alpha == 1.5
+    assert EraseConfig.from_call("demo", ["church", "ink"], {"method": "uce"}).one_preset(presets) == presets["church"]
+
+
+def test_the_precision_of_accelerate_launch_is_heeded(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    config = EraseConfig.from_call("demo", "cat", {}).fill({}, "cat")
+    assert config.mixed_precision == "bf16" and "accelerate launch" in config.table()
+    for given in ("no", "fp16"):
+        with pytest.raises(SalunError, match=f"accelerate's mixed_precision is 'bf16' and this run's '{given}'"):
+            EraseConfig.from_call("demo", "cat", {"mixed_precision": given}).fill({}, "cat")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(SalunError, match="accelerate's mixed_precision is 'fp8'"):
+        EraseConfig.from_call("demo", "cat", {}).fill({}, "cat")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert EraseConfig.from_call("demo", "cat", {"mixed_precision": "bf16"}).fill({}, "cat").mixed_precision == "bf16"
+
+
+def test_the_empty_anchor_and_every_name_reach_the_result(tmp_path):
+    """Two erasures by closed form, of which the second has one name less: the bits differ, so the name counted."""
+    tiny.build(tmp_path / "base")
+    made = {}
+    for name, concept in (("two", "kid, child"), ("one", "kid")):
+        options = {"method": "uce", "anchor": "", "num_forget_images": 6, "num_retain_images": 4}
+        done = erase(str(tmp_path / "base"), concept, output_dir=str(tmp_path / name), **options)
+        assert done.config.anchor == [""]
+        made[name] = load_file(done.file)
+    assert any(not torch.equal(made["two"][key], made["one"].get(key, torch.empty(0))) for key in made["two"])
+    with pytest.raises(SalunError, match="--num_forget_images 1 are too few .*: give at least 2"):
+        erase(str(tmp_path / "base"), "kid, child", method="uce", num_forget_images=1, output_dir=str(tmp_path / "x"))
