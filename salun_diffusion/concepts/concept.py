@@ -76,6 +76,8 @@ class Concept:
             prompts = [prompt for _ in range(-(-count // len(kept))) for prompt in rng.sample(kept, len(kept))]
             return [Row(prompt, None, {}, rng.getrandbits(31)) for prompt in prompts[:count]]
         templates = [t for t in self.vocabulary.templates if self.slot in map(slot_of, placeholders(t))]
+        if not templates:
+            raise SalunError(f"No template uses the slot '{self.slot}' of '{self.name}': nothing can ask for it.")
         rows = []
         while len(rows) < count:
             # every template in turn, in a fresh order each round, so that a small draw is still a fair sample
@@ -90,6 +92,10 @@ class Concept:
                         banned |= {self.value, self.anchor} if forget else {self.value}
                     free = [word for word in self.vocabulary.slots[slot_of(name)] if word not in banned]
                     if name not in words:
+                        if not free:
+                            raise SalunError(
+                                f"The slot '{slot_of(name)}' has too few words for '{template['prompt']}'."
+                            )
                         words[name] = rng.choice(free)
                 prompt, expect = self.vocabulary.fill(template, words)
                 swapped = {name: self.anchor if word == self.value else word for name, word in words.items()}
@@ -159,7 +165,8 @@ def _read_concept(path: str, anchor: str | None) -> Concept:
         ) from None
     templates = []
     for prompt in forget:
-        parts = re.split(re.escape(concept), prompt, flags=re.IGNORECASE)
+        # as whole words, plurals and genitives among them: not the "cat" of "catalogue"
+        parts = re.split(rf"(?<!\w){re.escape(concept)}(?=(?:'?s)?(?!\w))", prompt, flags=re.IGNORECASE)
         if len(parts) == 1:
             raise SalunError(f"{path}: the forget prompt '{prompt}' does not name the concept '{concept}'.")
         templates.append({"prompt": "{concept}".join(part.replace("{", "{{").replace("}", "}}") for part in parts)})
