@@ -28,7 +28,7 @@ from salun_diffusion.files import write_json
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
 KEY = "salun-key"  # under which a picture's file carries the hash of all that made it
 FORMAT = "salun-diffusion "
-ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 VERSIONS = {
     "python": platform.python_version(),
     "torch": torch.__version__,

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from eval.judges import metrics
-from eval.results import read_samples
+from eval.results import in_folder, read_samples
 from salun_diffusion.errors import SalunError
 
 
@@ -150,3 +150,9 @@ def test_samples_name_pictures_of_their_own_folder_only(tmp_path, shown):
     (folder / "samples.jsonl").write_text(json.dumps({"model": "base", "picture": shown}) + "\n")
     with pytest.raises(SalunError, match="names a picture outside its folder"):
         read_samples(folder, {"n": 1, "models": [{"name": "base"}]})
+
+
+def test_no_usual_kind_of_picture_is_passed_over(tmp_path):
+    for name in ("a.png", "b.gif", "c.tiff", "d.TIF"):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / name)
+    assert [path.name for path in in_folder(tmp_path)] == ["a.png", "b.gif", "c.tiff", "d.TIF"]
