@@ -120,6 +120,10 @@ class Prompts(Models, Output, Batch):
     rows: str | None = option(None, "only rows A to B-1 of those, such as 0:200", metavar="A:B")
     num_inference_steps: int = option(50, "denoising steps", metavar="N", least=1)
     guidance_scale: float = option(7.5, "for rows that name none", metavar="S")
+    seed: int | None = option(
+        None, "rows without a seed get this one plus their place among the rows drawn (default: they are refused)",
+        metavar="N", least=0,
+    )  # fmt: skip
     height: int | None = option(None, "draw every row at this size instead of its own", metavar="PIXELS", least=1)
     width: int | None = option(None, "as --height", metavar="PIXELS", least=1)
 

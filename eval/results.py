@@ -15,7 +15,7 @@ folder) and ``key`` (the hash of all that made the picture, which its file carri
 
 import json
 import platform
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import diffusers
 import torch
@@ -29,7 +29,7 @@ RESULTS, SAMPLES = "results.json", "samples.jsonl"
 KEY = "salun-key"  # under which a picture's file carries the hash of all that made it
 FORMAT = "salun-diffusion "
 MODEL = ("name", "role", "source", "digest", "erasure")  # what is known of every model
-ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 VERSIONS = {
     "python": platform.python_version(),
     "torch": torch.__version__,
@@ -99,9 +99,12 @@ def read_samples(folder: Path, results: dict) -> dict[str, list[dict]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             lines.append(json.loads(line))
-            _ = lines[-1]["model"], lines[-1]["picture"]
-        except (ValueError, KeyError, TypeError):
+            _, shown = lines[-1]["model"], lines[-1]["picture"]
+            inside = _inside(folder, shown)
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise SalunError(f"{path}, line {number}, is damaged: run the command that wrote it again.") from None
+        if not inside:
+            raise SalunError(f"{path}, line {number}, names a picture outside its folder ({shown}): nothing was read.")
     samples = {model["name"]: [] for model in results["models"]}
     for line in lines:
         samples.setdefault(line["model"], []).append(line)
@@ -110,6 +113,13 @@ def read_samples(folder: Path, results: dict) -> dict[str, list[dict]]:
     if len(rows) != len(results["models"]) or any(row != rows[0] or len(row) != results["n"] for row in rows):
         raise SalunError(f"{path} and {RESULTS} beside it are of different runs: run the command again.")
     return samples
+
+
+def _inside(folder: Path, shown: str) -> bool:
+    """Whether ``shown`` is a path below ``folder``, links followed: a stranger's folder may name any file of ours."""
+    parts = PureWindowsPath(shown)  # which knows both kinds of separators
+    plain = not (parts.drive or parts.root or ".." in parts.parts)
+    return plain and (folder / shown).resolve().is_relative_to(folder.resolve())
 
 
 def read_sets(where: Path) -> tuple[list[dict], dict[str, list[dict]]]:

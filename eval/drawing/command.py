@@ -68,7 +68,7 @@ def draw_prompts(options: Prompts, format: str) -> tuple[dict, list[dict], Any]:
         library.utils.logging.disable_progress_bar()
     commit = resolve(base, options.revision)[1]
     rows = prompts.select(prompts.read(options.prompts) if options.prompts else prompts.from_hub(), selection)
-    wanted = prompts.requests(rows, options.guidance_scale, size)
+    wanted = prompts.requests(rows, options.guidance_scale, size, options.seed)
     state = PartialState()
     spread_threads(state)
     base_model = load_model(base, commit, DTYPES[options.dtype], options.variant)
@@ -107,7 +107,8 @@ def draw_prompts(options: Prompts, format: str) -> tuple[dict, list[dict], Any]:
             "size": list(size) if size else "each row's own",
             "guidance_scale": f"each row's own, or {options.guidance_scale:g}",
             "batch_size": options.batch_size,
-        },
+        }
+        | ({} if options.seed is None else {"seed": f"each row's own, or {options.seed} plus its place"}),
         "versions": results.VERSIONS,
         "models": models,
     }

@@ -134,7 +134,7 @@ class Judge:
 def _transformers(source: str) -> tuple:
     """The network, what makes its input ``(n, 3, height, width)`` from pictures, its labels, its weights' files."""
     model, loading = AutoModelForImageClassification.from_pretrained(
-        source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        source, use_safetensors=True, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
     )
     if loading["missing_keys"]:
         raise SalunError(
@@ -142,7 +142,7 @@ def _transformers(source: str) -> tuple:
             f"({min(loading['missing_keys'])} …): answers would be random; give a trained classifier."
         )
     # named, since which one is the default depends on what else is installed, and the two resize differently
-    processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+    processor = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
 
     def prepare(pictures: list[Image.Image]) -> torch.Tensor:
         return processor(images=pictures, return_tensors="pt")["pixel_values"]

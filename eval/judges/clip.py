@@ -20,9 +20,11 @@ class ClipScorer:
     def __init__(self, source: str, device: torch.device):
         try:
             self.model, loading = CLIPModel.from_pretrained(
-                source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+                source, use_safetensors=True, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
             )
-            self.processor = CLIPProcessor.from_pretrained(source, backend="pil")  # whatever else is installed
+            self.processor = CLIPProcessor.from_pretrained(
+                source, backend="pil", trust_remote_code=False
+            )  # whatever else is installed
             folder = Path(source)
             files = sorted(folder.glob("model*.safetensors")) if folder.is_dir() else []
             self.files = files or [Path(cached_file(source, "model.safetensors"))]

@@ -93,6 +93,8 @@ class Concept:
             prompts = [prompt for _ in range(-(-count // len(kept))) for prompt in rng.sample(kept, len(kept))]
             return [Row(prompt, None, {}, rng.getrandbits(31)) for prompt in prompts[:count]]
         templates = [t for t in self.vocabulary.templates if self.slot in map(slot_of, placeholders(t))]
+        if not templates:
+            raise SalunError(f"No template uses the slot '{self.slot}' of '{self.name}': nothing can ask for it.")
         rows: list[Row] = []
         names_of_others = named(self.others)
         while len(rows) < count:
@@ -235,7 +237,8 @@ def _read_concept(path: str, anchor: str | None) -> Concept:
         ) from None
     templates = []
     for prompt in forget:
-        parts = re.split(re.escape(concept), prompt, flags=re.IGNORECASE)
+        # as whole words, plurals and genitives among them: not the "cat" of "catalogue"
+        parts = re.split(rf"(?<!\w){re.escape(concept)}(?=(?:'?s)?(?!\w))", prompt, flags=re.IGNORECASE)
         if len(parts) == 1:
             raise SalunError(f"{path}: the forget prompt '{prompt}' does not name the concept '{concept}'.")
         templates.append({"prompt": "{concept}".join(part.replace("{", "{{").replace("}", "}}") for part in parts)})

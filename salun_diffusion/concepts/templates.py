@@ -13,20 +13,14 @@ of the slot. ``expect`` is what a perfect picture of the prompt shows, by questi
 """
 
 import json
-import string
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import SalunError
 
-
-class _Word(str):
-    plurals: dict[str, str] = {}
-
-    def __format__(self, spec: str) -> str:
-        if spec == "a":
-            return ("an " if self[0].lower() in "aeiou" else "a ") + self
-        return self.plurals.get(self, self + "s") if spec == "s" else str(self)
+# all that a template may hold: the file may be a stranger's, so nothing else of Python's format language is read
+PLACEHOLDER = re.compile(r"\{\{|\}\}|\{(?P<name>\w[\w -]*)(:(?P<form>[as]))?\}|[{}]")
 
 
 def slot_of(placeholder: str) -> str:
@@ -78,16 +72,13 @@ class Vocabulary:
             if word.lower() not in (known.lower() for words in self.slots.values() for known in words):
                 raise ValueError(f"the alias '{alias}' stands for '{word}', which is no word of a slot")
         for template in self.templates:
-            expect = template.get("expect", {}).values()
-            for text in (template["prompt"], *expect):
-                try:
-                    names = placeholders({"prompt": text})
-                except ValueError as error:
-                    raise ValueError(f"the template '{text}' cannot be read: {error}") from None
-                if unknown := [name for name in names if slot_of(name) not in self.slots]:
-                    raise ValueError(f"the template '{text}' names {{{unknown[0]}}}, which is no slot")
-                if missing := set(names) - set(placeholders(template)):
-                    raise ValueError(f"the answer '{text}' names {{{missing.pop()}}}, which its prompt does not")
+            names = placeholders(template)
+            for text in (template["prompt"], *template.get("expect", {}).values()):
+                for part in PLACEHOLDER.finditer(text):
+                    if part[0] in ("{", "}"):
+                        raise ValueError(f"'{text}' has a brace that is no {{slot}}, {{slot:a}} or {{slot:s}}")
+                    if part["name"] and (slot_of(part["name"]) not in self.slots or part["name"] not in names):
+                        raise ValueError(f"'{text}' names '{part['name']}', which is no slot of its prompt")
             self.fill(template, {name: self.slots[slot_of(name)][0] for name in placeholders(template)})
 
     def names(self) -> dict[str, tuple[str, str]]:
@@ -101,11 +92,20 @@ class Vocabulary:
 
     def fill(self, template: dict, words: dict[str, str]) -> tuple[str, dict[str, str]]:
         """The template's prompt and expectation with ``words`` (placeholder → word) put in."""
-        kind = type("_Word", (_Word,), {"plurals": self.plurals})
-        words = {name: kind(word) for name, word in words.items()}
-        expect = {question: answer.format(**words) for question, answer in template.get("expect", {}).items()}
-        return template["prompt"].format(**words), expect
+        expect = {question: self._filled(answer, words) for question, answer in template.get("expect", {}).items()}
+        return self._filled(template["prompt"], words), expect
+
+    def _filled(self, text: str, words: dict[str, str]) -> str:
+        def word(part: re.Match) -> str:
+            if part["name"] is None:
+                return part[0][0]  # a doubled brace stands for one
+            found = words[part["name"]]
+            if part["form"] == "a":
+                return ("an " if found[:1].lower() in tuple("aeiou") else "a ") + found
+            return self.plurals.get(found, found + "s") if part["form"] == "s" else found
+
+        return PLACEHOLDER.sub(word, text)
 
 
 def placeholders(template: dict) -> list[str]:
-    return [name for _, name, _, _ in string.Formatter().parse(template["prompt"]) if name]
+    return [part["name"] for part in PLACEHOLDER.finditer(template["prompt"]) if part["name"]]

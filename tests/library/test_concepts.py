@@ -221,3 +221,32 @@ def test_the_near_miss_of_a_preset_can_be_insisted_on():
     with pytest.raises(SalunError, match="Did you mean 'golf ball'"):
         find_concept("golf balls")
     assert find_concept("golf balls", type="object").value == "golf balls"
+
+    with pytest.raises(SalunError, match="2 concepts and 1 anchors were given"):
+        find_concepts(["airplane", "ink"], base, ["apple"])
+
+
+@pytest.mark.parametrize("text", [
+    "{object.__format__.__globals__[json]}", "{object!r}", "{object:>9}", "{mood}", "a {", "} b", "{0}", "{object[0]}",
+])  # fmt: skip
+@pytest.mark.parametrize("place", ["prompt", "expect"])
+def test_a_template_holds_placeholders_of_slots_and_nothing_else(tmp_path, text, place):
+    template = {"prompt": text} if place == "prompt" else {"prompt": "{object}", "expect": {"left": text}}
+    (tmp_path / "concepts.json").write_text(json.dumps({"slots": WORLD["slots"], "templates": [template]}))
+    with pytest.raises(SalunError, match="is not a concept vocabulary"):
+        find_concept("airplane", tmp_path)
+
+
+def test_a_slot_that_no_template_uses_is_refused(tmp_path):
+    world = WORLD | {"slots": WORLD["slots"] | {"mood": ["happy", "sad"]}}
+    (tmp_path / "concepts.json").write_text(json.dumps(world))
+    with pytest.raises(SalunError, match="No template uses the slot 'mood'"):
+        find_concept("happy", tmp_path).forget_rows(1, 0)
+
+
+def test_a_concept_in_a_prompt_is_a_whole_word(tmp_path):
+    path = tmp_path / "cat.json"
+    forget = ["a catalogue with a cat, two cats and a Cat's {tail}"]
+    path.write_text(json.dumps({"concept": "cat", "anchor": "dog", "forget": forget, "retain": ["a tree"]}))
+    (row,) = find_concept(str(path)).forget_rows(1, 0)
+    assert row.anchor_prompt == "a catalogue with a dog, two dogs and a dog's {tail}"
