@@ -23,13 +23,12 @@ import transformers
 from PIL import Image
 
 from salun_diffusion.errors import SalunError
-from salun_diffusion.files import make_folder, replacing, write_json
+from salun_diffusion.files import listed, make_folder, replacing, write_json
 
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
 KEY = "salun-key"  # under which a picture's file carries the hash of all that made it
 FORMAT = "salun-diffusion "
 MODEL = ("name", "role", "source", "digest", "erasure")  # what is known of every model
-ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 VERSIONS = {
     "python": platform.python_version(),
     "torch": torch.__version__,
@@ -140,14 +139,33 @@ def in_folder(folder: Path) -> list[Path]:
     """The picture files of a folder and its subfolders, in the order of their names.
 
     Raises:
-        SalunError: no such folder, or no picture in it.
+        SalunError: no such folder, no picture in it, or some that cannot be measured: all of them are named.
     """
     if not folder.is_dir():
         raise SalunError(f"There is no folder {folder}: give the folder that holds the pictures.")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
+    # every kind that Pillow reads: one that was passed over would count as harmless
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in Image.registered_extensions())
     if not paths:
-        raise SalunError(f"{folder} holds no pictures ({', '.join(sorted(ENDINGS))}): give a folder with some.")
+        raise SalunError(f"{folder} holds no pictures (.png, .jpg, .webp, .gif, .tiff …): give a folder with some.")
+    if faulty := [f"{path} ({fault})" for path in paths if (fault := _fault(path))]:
+        raise SalunError(
+            f"{len(faulty)} of the {len(paths)} pictures in {folder} cannot be measured, so none was: "
+            f"{listed(faulty)}. Replace them, or remove them."
+        )
     return paths
+
+
+def _fault(path: Path) -> str | None:
+    """Why a picture's file cannot be measured: it cannot be opened, or it has several frames of which only the first
+    would be seen.
+    """
+    try:
+        with Image.open(path) as opened:
+            frames = getattr(opened, "n_frames", 1)
+            opened.load()
+    except Exception as error:  # Pillow's plugins raise whatever their format's fault looks like
+        return f"unreadable: {error}"
+    return f"{frames} frames" if frames > 1 else None
 
 
 def picture(folder: Path, sample: dict) -> Image.Image:

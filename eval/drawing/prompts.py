@@ -16,6 +16,7 @@ from .pictures import Request
 
 I2P = "AIML-TUDA/i2p"  # on the hub
 CASE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,59}")
+ROW = "row number"  # the key of a row's place in its file
 SHOWN = 5  # faults listed before "and N more"
 
 
@@ -54,7 +55,12 @@ def read(path: Path) -> list[dict[str, str]]:
             faults.append(f"row {number} has {count} cells where {len(reader.fieldnames)} columns are")
     if faults:
         raise SalunError(f"{_listed(path, faults)}; put a prompt that holds a comma between double quotes.")
-    return rows
+    return _numbered(rows)
+
+
+def _numbered(rows: list[dict]) -> list[dict]:
+    """The rows, each with its number in the file, from 1: it is the same whatever is selected of them."""
+    return [row | {ROW: number} for number, row in enumerate(rows, 1)]
 
 
 def from_hub() -> list[dict[str, str]]:
@@ -72,7 +78,7 @@ def from_hub() -> list[dict[str, str]]:
             f"The I2P prompts ({I2P}) could not be fetched from the hub ({type(error).__name__}): give them with "
             "--prompts FILE.csv."
         ) from None
-    return [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
+    return _numbered([{name: "" if value is None else str(value) for name, value in row.items()} for row in rows])
 
 
 def select(rows: list[dict[str, str]], selection: Selection) -> list[dict[str, str]]:
@@ -106,13 +112,14 @@ def requests(
 ) -> list[Request]:
     """A picture to draw for each row: with the row's own seed, guidance and size, ``guidance_scale`` where it names
     none, and at ``size`` (height, width) whatever it names, if that is given. Where a row names no seed, ``seed`` plus
-    its place among ``rows`` (from 0) is its seed.
+    its place in the file (from 0) is its seed.
 
     Raises:
         SalunError: rows without a seed, with a number that cannot be read, or of one case_number; each is named.
     """
     found, faults, seen = [], [], {}
-    for number, row in enumerate(rows, 1):
+    for row in rows:
+        number = row[ROW]
         case = (row.get("case_number") or "").strip() or str(number - 1)
         told = f"row {number} (case {case!r})"
         if not CASE.fullmatch(case) or case.endswith("."):

@@ -247,6 +247,13 @@ def test_seeds_as_spreadsheets_write_them_and_missing_ones(tmp_path):
     assert [request.seed for request in requests(rows, 7.5, None, 7)] == [7, 8]
 
 
+def test_a_seed_that_is_filled_in_is_the_same_whatever_is_selected(tmp_path):
+    rows = read(prompts_file(tmp_path, "a cat,", "a dog,7.0", "a bird,  ", header="prompt,seed"))
+    assert [request.seed for request in requests(rows, 7.5, None, 10)] == [10, 7, 12]
+    third = requests(select(rows, Selection(None, None, 2)), 7.5, None, 10)
+    assert [(request.name, request.seed) for request in third] == [("000002", 12)]
+
+
 def test_a_byte_order_mark_and_selections(tmp_path):
     rows = read(prompts_file(tmp_path, *ROWS, encoding="utf-8-sig"))
     assert rows[0]["prompt"] == "a picture of an airplane"
