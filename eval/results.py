@@ -147,7 +147,7 @@ def in_folder(folder: Path) -> list[Path]:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in Image.registered_extensions())
     if not paths:
         raise SalunError(f"{folder} holds no pictures (.png, .jpg, .webp, .gif, .tiff …): give a folder with some.")
-    if faulty := [f"{path} ({fault})" for path in paths if (fault := _fault(path))]:
+    if faulty := [f"{path} {fault}" for path in paths if (fault := _fault(path))]:
         raise SalunError(
             f"{len(faulty)} of the {len(paths)} pictures in {folder} cannot be measured, so none was: "
             f"{listed(faulty)}. Replace them, or remove them."
@@ -163,9 +163,9 @@ def _fault(path: Path) -> str | None:
         with Image.open(path) as opened:
             frames = getattr(opened, "n_frames", 1)
             opened.load()
-    except Exception as error:  # Pillow's plugins raise whatever their format's fault looks like
-        return f"unreadable: {error}"
-    return f"{frames} frames" if frames > 1 else None
+    except Exception:  # Pillow's plugins raise whatever their format's fault looks like
+        return "cannot be read as a picture"
+    return f"has {frames} frames" if frames > 1 else None
 
 
 def picture(folder: Path, sample: dict) -> Image.Image:
