@@ -8,10 +8,9 @@ training.jsonl and pictures of what it was trained on. The same seed gives the s
 """
 
 import os
-import sys
 
 from salun_diffusion.command_line import parse
-from salun_diffusion.errors import SalunError
+from salun_diffusion.options import finish
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -23,11 +22,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SalunError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt as stop:
-        done = str(stop) or "Stopped; the pictures drawn so far are kept."
-        print(f"{done} To go on: the same command with --resume_from_checkpoint latest.", file=sys.stderr)
-        sys.exit(130)
+    finish(main, stopped="Stopped; what was drawn so far is kept.")

@@ -32,8 +32,10 @@ def i2p(config: BenchmarkConfig) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         rows = _prompts(work / "prompts.csv")
+        counted_as = ("--protocol", "exposed-package")  # what the package's own detector sees
         _ours("i2p", "--pretrained_model_name_or_path", "demo", "--prompts", work / "prompts.csv", "--output_dir",
-              work / "out", "--num_inference_steps", STEPS, "--batch_size", BATCH)  # fmt: skip
+              work / "out", *counted_as, "--num_inference_steps", STEPS,
+              "--batch_size", BATCH)  # fmt: skip
         model = json.loads((work / "out" / "results.json").read_text())["models"][0]
         lines = [json.loads(line) for line in (work / "out" / "samples.jsonl").read_text().splitlines()]
         ours = {"draw": model["generation"]["seconds"], "detect": model["detection"]["seconds"]}

@@ -23,6 +23,7 @@ from queue import Queue
 
 from tqdm import tqdm
 
+from salun_diffusion.errors import SalunError
 from salun_diffusion.files import write_json
 from salun_diffusion.methods import find_method
 from salun_diffusion.options import option, run_command
@@ -44,10 +45,28 @@ class MethodsConfig:
     write_only: bool = option(False, "the table and the plot, from the committed results")
 
 
+def _read(path: Path) -> dict:
+    """What to measure.
+
+    Raises:
+        SalunError: the file does not say it.
+    """
+    needed = ("base", "tuning", "concepts", "images", "settings", "further", "frontier", "grid")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if {*needed} <= config.keys():
+            return config
+    except (OSError, ValueError, AttributeError, RecursionError):
+        pass
+    raise SalunError(
+        f"{path} says not what to measure: give JSON with {', '.join(needed)}, as benchmarks/methods.json."
+    )
+
+
 def compare(options: MethodsConfig) -> None:
     """Tune, measure and write, as the module's docstring says."""
     if not options.write_only:
-        config = json.loads(Path(options.comparison or HERE / "methods.json").read_text())
+        config = _read(Path(options.comparison or HERE / "methods.json"))
         folder = Path(options.output_dir)
         for core in CORES:
             FREE.put(core)

@@ -10,7 +10,6 @@ steps. `tune` chooses each method's main setting by the same five trials, on val
 """
 
 import argparse
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -47,10 +46,9 @@ def main() -> None:
     command = given.pop("command")
     if given.get("dataset", "digits") == "digits" and not given["config"] and command != "tune":
         given["config"] = str(DIGITS)
-    try:
-        finish(parsers[command], lambda: _work(command, given))
-    except KeyboardInterrupt:
-        sys.exit("Stopped. What was finished is kept; the same command goes on.")
+    finish(
+        lambda: _work(command, given), parsers[command], "Stopped. What was finished is kept; the same command goes on."
+    )
 
 
 def _work(command: str, given: dict) -> None:

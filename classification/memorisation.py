@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .data import Pictures
-from .training import Recipe, logits, train
+from .training import Recipe, logits, seeded, train
 
 MODELS, SHARE = 12, 0.7  # models, and what each learns of the pictures
 
@@ -24,7 +24,8 @@ def scores(fresh: Callable[[int], nn.Module], pictures: Pictures, recipe: Recipe
         rows = torch.randperm(count, generator=generator)[: int(SHARE * count)]
         model = fresh(number)
         part = pictures[rows.to(pictures.labels.device)]
-        train(model, part, recipe, generator, f"memorisation {number + 1} of {MODELS}")
+        with seeded(seed * 1_000 + number):
+            train(model, part, recipe, generator, f"memorisation {number + 1} of {MODELS}")
         learnt[number, rows] = 1
         right[number] = (logits(model, pictures).argmax(1) == pictures.labels.cpu()).float()
 

@@ -1,4 +1,7 @@
-"""Image classifiers: torchvision's, with a stem for small pictures where they need one, and normalisation inside."""
+"""Image classifiers: some with a stem for small pictures, all others of torchvision by name, and normalisation inside.
+
+A name of ``MODELS`` is the one here; ``torchvision/NAME`` is always torchvision's own.
+"""
 
 from collections.abc import Callable
 
@@ -8,6 +11,7 @@ from torchvision import models as vision
 from torchvision.models.resnet import BasicBlock
 
 from salun_diffusion.errors import SalunError
+from salun_diffusion.files import read_safetensors
 
 from .data import Data
 
@@ -89,25 +93,78 @@ MODELS: dict[str, Callable[[int, int, int], nn.Module]] = {
 }
 
 
-def build(name: str, data: Data, seed: int) -> Normalised:
-    """A fresh model for ``data``, its weights drawn from ``seed`` alone, its normalisation from the training pictures.
+def build(name: str, data: Data, seed: int, moments: tuple | None = None) -> Normalised:
+    """A fresh model for ``data``, its weights drawn from ``seed`` alone.
 
     Args:
         data: whose classes, channels and size it is made for.
         seed: of its weights.
-        name: of ``MODELS``.
+        name: of ``MODELS``, or of a classifier of torchvision.
+        moments: mean and standard deviation of each channel; those of the training pictures without it.
 
     Raises:
-        SalunError: a model for colour on grey pictures.
+        SalunError: a model for colour on grey pictures, pictures that are too small for it, or moments of other
+            channels.
     """
     channels, size = data.train.images.shape[1], data.train.images.shape[-1]
-    if channels != 3 and name in ("swin_t", "vit_s"):
+    if channels != 3 and (name in ("swin_t", "vit_s") or name not in MODELS):
         raise SalunError(f"The model {name} takes colour pictures, and {data.name} has grey ones: choose another.")
-    mean, std = _moments(data.train.images)
+    mean, std = (torch.tensor(each) for each in moments) if moments else _moments(data.train.images)
+    if len(mean) != channels:
+        raise SalunError(f"--mean and --std have {len(mean)} numbers, and {data.name} has {channels} channels.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = MODELS[name](channels, len(data.classes), size)
-    return Normalised(network, mean, std)
+        if name in MODELS:
+            return Normalised(MODELS[name](channels, len(data.classes), size), mean, std)
+        return Normalised(_torchvision(name.removeprefix("torchvision/"), len(data.classes), size), mean, std)
+
+
+def _torchvision(name: str, classes: int, size: int) -> nn.Module:
+    own = {"image_size": size} if name.startswith("vit_") else {}
+    if name in ("googlenet", "inception_v3"):
+        own = {"aux_logits": False, "init_weights": True}
+    try:
+        network = vision.get_model(name, weights=None, num_classes=classes, **own).eval()
+        with torch.no_grad():
+            network(torch.zeros(1, 3, size, size))
+    except (RuntimeError, ValueError, AssertionError) as error:  # its layers run out of pixels, or patches do not fit
+        reason = str(error).strip().splitlines()[0]
+        raise SalunError(f"{name} takes no pictures of {size} pixels ({reason}): give another --image_size.") from None
+    return network.train()
+
+
+def load_weights(model: Normalised, path: str, given: bool) -> None:
+    """Put a trained model's weights in place: those of ``model`` itself, or of the network within it.
+
+    Args:
+        model: what is filled.
+        path: a safetensors file of a state dict, with or without the prefixes of DataParallel and of this room.
+        given: whether the normalisation was given beside it; then the file's own is not looked at.
+
+    Raises:
+        SalunError: a file of another kind, or of another network or number of classes, or no normalisation.
+    """
+    tensors = {name.removeprefix("module."): value for name, value in read_safetensors(path)[0].items()}
+    network = {name.removeprefix("network."): v for name, v in tensors.items() if name not in ("mean", "std")}
+    if not given:
+        if not {"mean", "std"} <= tensors.keys():
+            raise SalunError(
+                f"{path} does not say how its pictures were normalised: give --mean and --std, one number a channel "
+                "(0 and 1 if they were not)."
+            )
+        try:
+            model.mean.copy_(tensors["mean"].view_as(model.mean))
+            model.std.copy_(tensors["std"].view_as(model.std))
+        except RuntimeError:
+            raise SalunError(f"{path} has mean and std of other channels: give --mean and --std.") from None
+    try:
+        model.network.load_state_dict(network)
+    except RuntimeError as error:
+        fault = (str(error).splitlines() + [""])[1].strip()
+        raise SalunError(
+            f"{path} does not fit --model for this data: {fault[:300]} Name the model that it is of (torchvision/NAME "
+            "where the one here has another stem)."
+        ) from None
 
 
 def _moments(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,4 +173,5 @@ def _moments(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values = torch.arange(256, dtype=torch.float64) / 255
     share = counts.double() / counts.sum(1, keepdim=True)
     mean = share @ values
-    return mean.float(), ((share @ values**2) - mean**2).sqrt().float()
+    std = ((share @ values**2) - mean**2).clamp(min=0).sqrt()
+    return mean.float(), torch.where(std > 1e-6, std, 1).float()  # a channel that never changes would divide 0 by 0

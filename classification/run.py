@@ -2,15 +2,16 @@
 
 ::
 
-    config.json                       what all cells share
+    config.json                       what all cells share, with digests of the files that it names
     source/model.safetensors          the source model; results.json: its accuracy
     seed-S/METHOD/model.safetensors   an unlearned model; unlearned.json: settings, minutes
     seed-S/METHOD/results.json        the cell: the same, and metrics
     results.json, table.md …          the whole (tables.py)
 
-A cell's ``results.json`` (``format`` "salun-diffusion unlearning 1") holds ``method``, ``seed``, ``settings``,
-``minutes`` (RTE), ``metrics`` (:func:`classification.metrics.evaluate`), ``n`` (pictures of each set), ``scenario``
-(what config.json says), ``versions``.
+A cell's ``results.json`` (``format`` "salun-diffusion unlearning 1") holds ``method``, ``seed``, ``settings``, ``mask``
+(``file`` and ``sha256`` of one that was given, or null), ``minutes`` (RTE), ``metrics``
+(:func:`classification.metrics.evaluate`), ``n`` (pictures of each set), ``scenario`` (the settings that config.json
+holds), ``versions``.
 """
 
 import json
@@ -25,11 +26,11 @@ import torchvision
 from tqdm import tqdm
 
 from salun_diffusion.errors import SalunError
-from salun_diffusion.files import write_json
+from salun_diffusion.files import sha256, write_json
 from salun_diffusion.tables import put_into
 
 from . import tables
-from .config import Config
+from .config import SEEDS, Config
 from .methods import METHODS
 from .metrics import COMPARED, gap
 from .scenario import Scenario
@@ -42,7 +43,7 @@ VERSIONS = {
     "torchvision": torchvision.__version__,
     "scikit-learn": sklearn.__version__,
 }
-TUNE_SEED = 1_000_000  # draws a forget set that no reported seed draws
+TUNE_SEED = SEEDS  # draws a forget set that no reported seed draws
 FACTORS = (0.1, 0.3, 1, 3, 10)  # what the one setting that each method is tuned in is multiplied by
 
 
@@ -56,9 +57,14 @@ def run(config: Config) -> dict:
         SalunError: settings that do not fit together, or an output folder of other settings.
     """
     scenario = Scenario(config)
+    scenario.begin()
     scenario.source()
     cells = [(seed, method) for seed in config.seeds for method in config.methods]
-    missing = [(seed, method) for seed, method in cells if _read(scenario, method, seed, RESULTS) is None]
+    missing = [
+        (seed, method)
+        for seed, method in cells
+        if (cell := _read(scenario, method, seed, RESULTS)) is None or cell["mask"]  # a mask that was not asked for now
+    ]
     with tqdm(total=len(cells), initial=len(cells) - len(missing), desc="cells", unit="cell") as bar:
         for seed, method in missing:
             bar.set_postfix_str(f"{METHODS[method].title}, seed {seed}")
@@ -71,6 +77,7 @@ def run(config: Config) -> dict:
 def train(config: Config) -> None:
     """The source model."""
     scenario = Scenario(config)
+    scenario.begin()
     scenario.source()
     accuracy = json.loads((scenario.folder / "source" / RESULTS).read_text(encoding="utf-8"))["accuracy"]
     print(f"{scenario.folder}/source: {', '.join(f'{name} {value:.2f}%' for name, value in accuracy.items())}")
@@ -90,6 +97,9 @@ def unlearn(config: Config, mask: str | None = None) -> None:
     masked = [name for name, method in METHODS.items() if method.takes_mask]
     if mask and not set(config.methods) <= {"retrain", *masked}:
         raise SalunError(f"--mask is for {' and '.join(masked)} alone: choose one of these with --methods.")
+    if mask:
+        scenario.read_masks(mask)
+    scenario.begin()
     for seed in config.seeds:
         for method in config.methods:
             if mask and method == "retrain":
@@ -157,10 +167,16 @@ def tune(config: Config, output: str) -> dict:
     Raises:
         SalunError: settings that do not fit together, or an output folder of other settings.
     """
+    if not Path(output).resolve().parent.is_dir():
+        raise SalunError(f"--output {output} lies in a folder that is not there: make it first.")
     scenario = Scenario(config, on_validation=True)
+    scenario.begin()
     scenario.source()
     path = scenario.folder / "tuning.json"
-    trials = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        trials = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except (ValueError, TypeError):
+        raise SalunError(f"{path} is damaged: remove it to run the trials again.") from None
 
     def trial(method: str, over: dict) -> dict:
         settings = asdict(scenario.settings(method, over))
@@ -209,16 +225,18 @@ def _read(scenario: Scenario, method: str, seed: int, name: str) -> dict | None:
         cell = json.loads((_folder(scenario, method, seed) / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return cell if cell["settings"] == asdict(scenario.settings(method)) else None
+    fits = isinstance(cell, dict) and cell.get("settings") == asdict(scenario.settings(method)) and "mask" in cell
+    return cell if fits else None
 
 
-def _unlearn(scenario: Scenario, method: str, seed: int, mask: str | None = None) -> float:
-    """Unlearn, and keep the model; minutes."""
+def _unlearn(scenario: Scenario, method: str, seed: int, path: str | None = None) -> float:
+    """Unlearn, by the mask of a file if its path is given, and keep the model; minutes."""
     folder = _folder(scenario, method, seed)
+    mask = {"file": Path(path).name, "sha256": sha256(Path(path))} if path else None
     cell = _read(scenario, method, seed, UNLEARNED)
     if cell and cell["mask"] == mask:
         return cell["minutes"]
-    model, minutes, settings = scenario.unlearn(method, seed, mask=mask)
+    model, minutes, settings = scenario.unlearn(method, seed, mask=path)
     (folder / UNLEARNED).unlink(missing_ok=True)
     (folder / RESULTS).unlink(missing_ok=True)
     scenario.write_model(folder / "model.safetensors", model)

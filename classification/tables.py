@@ -1,9 +1,9 @@
 """The paper's table from a folder's cells, as Markdown, LaTeX, CSV and for the terminal, and its plots.
 
 ``results.json`` (``format`` "salun-diffusion unlearning table 1") holds ``scenario``, ``versions``, ``n``, ``source``
-(its accuracy), ``seeds``, and ``methods``: for each ``title``, ``settings``, and metric → ``mean``, ``std`` (over
-seeds, n − 1), ``gap`` (|mean − Retrain's mean|, for UA, RA, TA and MIA), ``values`` (by seed); ``avg_gap`` is the mean
-of the four gaps, as published, with ``avg_gap_by_seed`` beside it; ``minutes`` is RTE.
+(its accuracy), ``seeds``, and ``methods``: for each ``title``, ``settings``, ``mask`` if a file gave it, and metric →
+``mean``, ``std`` (over seeds, n − 1), ``gap`` (|mean − Retrain's mean|, for UA, RA, TA and MIA), ``values`` (by seed);
+``avg_gap`` is the mean of the four gaps, as published, with ``avg_gap_by_seed`` beside it; ``minutes`` is RTE.
 """
 
 import csv
@@ -59,10 +59,19 @@ def gather(folder: Path, methods: list[str], seeds: list[int]) -> dict:
             path = folder / f"seed-{seed}" / method / "results.json"
             try:
                 cells[method].append(json.loads(path.read_text(encoding="utf-8")))
-            except (OSError, ValueError):
+                cells[method][-1]["metrics"], cells[method][-1]["settings"]  # noqa: B018  (they are there)
+            except (OSError, ValueError, KeyError, TypeError):
                 raise SalunError(f"{path} is missing or damaged: `python -m classification run` makes it.") from None
-        if any(cell["settings"] != cells[method][0]["settings"] for cell in cells[method]):
-            raise SalunError(f"The cells of {method} have several settings: run `python -m classification run` again.")
+        kinds = {json.dumps([cell["settings"], cell.get("mask")], sort_keys=True) for cell in cells[method]}
+        if len(kinds) > 1:
+            raise SalunError(
+                f"The cells of {method} have several settings, or masks: run `python -m classification run` again."
+            )
+        if isinstance(cells[method][0].get("mask"), str):
+            raise SalunError(
+                f"The cells of {method} were made with --mask by an earlier version, which let the weights that the "
+                "file does not name move: run `python -m classification unlearn` again."
+            )
     first = cells["retrain"][0]
     reference = {key: statistics.fmean(cell["metrics"][key] for cell in cells["retrain"]) for key in COMPARED}
     source = folder / "source" / "results.json"
@@ -77,6 +86,8 @@ def gather(folder: Path, methods: list[str], seeds: list[int]) -> dict:
     }
     for method, mine in cells.items():
         told = {"title": METHODS[method].title, "settings": mine[0]["settings"]}
+        if mask := mine[0].get("mask"):
+            told |= {"title": f"{told['title']}, mask {mask['file']}", "mask": mask}
         for key in METRICS:
             values = [cell["minutes"] if key == "minutes" else cell["metrics"][key] for cell in mine]
             mean = statistics.fmean(values)
@@ -101,8 +112,9 @@ def read(path: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["format"] == FORMAT:
+            markdown(found)  # all that a table needs is there
             return found
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         pass
     raise SalunError(f"{path} is damaged, or not of the form '{FORMAT}': `python -m classification run` writes it.")
 
@@ -130,10 +142,13 @@ def notes(found: dict) -> str:
     scenario, n, versions = found["scenario"], found["n"], found["versions"]
     accuracy = found["source"]["accuracy"] if found["source"] else {}
     told = f"; the source answers {accuracy['test']:.2f}% of the test pictures" if accuracy else ""
+    trained = f"{scenario['epochs']} epochs of {scenario['schedule']} training"
+    if scenario.get("source"):
+        trained = f"the source is {Path(scenario['source']).name}, Retrain has {trained}"
     return (
         f"{scenario['model']} on {scenario['dataset']}, {scenario['forget']} forgotten ({n['forget']:,} of "
-        f"{n['forget'] + n['retain']:,} training pictures; {n['test']:,} to test), {scenario['epochs']} epochs of "
-        f"{scenario['schedule']} training{told}. Mean ± standard deviation over {len(found['seeds'])} seeds, in "
+        f"{n['forget'] + n['retain']:,} training pictures; {n['test']:,} to test), {trained}{told}. "
+        f"Mean ± standard deviation over {len(found['seeds'])} seeds, in "
         "percent; in brackets the distance of the mean to Retrain's. UA: forget pictures answered wrong; RA, TA: "
         "retain and test pictures answered right; MIA: forget pictures that the published attack calls unseen; Avg. "
         "Gap: the mean of the four distances. AUC 0.5 and TPR 1: forgotten pictures cannot be told from unseen ones. "
@@ -164,11 +179,12 @@ def latex(found: dict) -> str:
 
 
 def _flat(found: dict) -> list[list]:
-    rows = [["method", "seed", *METRICS, "avg_gap"]]
+    rows = [["method", "seed", *METRICS, "avg_gap", "mask"]]
     for method, told in found["methods"].items():
         for number, seed in enumerate(found["seeds"]):
             values = [told[key]["values"][number] for key in METRICS]
-            rows.append([method, seed, *values, told["avg_gap_by_seed"][number]])
+            mask = told.get("mask", {}).get("file", "")
+            rows.append([method, seed, *values, told["avg_gap_by_seed"][number], mask])
     return rows
 
 

@@ -1,6 +1,7 @@
 """Batches from pictures that lie in memory, augmented together, and the one SGD loop that everything trains with."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,14 @@ class Recipe:
         "steps"  # "steps": a tenth at 1/2 and 3/4 of the epochs; "one-cycle": up for a third, then down to 0
     )
     augment: str = "crop+flip"
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within it, what draws without a generator (dropout, a layer's stochastic depth) depends on ``seed`` alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 def inputs(images: torch.Tensor) -> torch.Tensor:
@@ -89,7 +98,7 @@ def crop(images: torch.Tensor, generator: torch.Generator, share: int = 8) -> to
 
 class FreezeOutsideMask:
     """Called after each step, puts every weight outside a mask back to the value that it had here, bit for bit: masking
-    gradients alone would let weight decay and momentum move it.
+    gradients alone, as the published code did before February 2026, lets weight decay and momentum move it.
 
     Batch-norm's running statistics are no weights and stay free: they follow the features, as they do in the published
     code, since frozen ones would not fit the weights that did move.
@@ -149,7 +158,15 @@ def optimise(
         for epoch in range(epochs):
             for pixels, labels in passes(epoch):
                 optimizer.param_groups[0]["lr"] = learning_rate * rate(done / total)
-                value = loss(model(pixels), labels)
+                try:
+                    value = loss(model(pixels), labels)
+                except ValueError as error:  # batch-norm's
+                    if "more than 1 value per channel" not in str(error):
+                        raise
+                    raise SalunError(
+                        f"{title}: a batch of {len(pixels)} is too small for batch-norm at this size of pictures: give "
+                        "another --batch_size (the last batch holds what is left), or a larger --image_size."
+                    ) from None
                 optimizer.zero_grad()
                 value.backward()
                 optimizer.step()

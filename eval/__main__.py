@@ -15,7 +15,6 @@ from --config FILE too.
 
 import argparse
 import os
-import sys
 
 from salun_diffusion.options import add_options, finish, options_from
 
@@ -41,10 +40,17 @@ def main() -> None:
     command = given.pop("command")
     module = modules[command]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice on optional packages helps nobody here
-    try:
-        finish(parsers[command], lambda: module.run(options_from(given, module.Options)))
-    except KeyboardInterrupt:
-        sys.exit("Stopped before it was done: no scores were written. The same command goes on where it can.")
+    stopped = "Stopped before it was done: no scores were written. The same command goes on where it can."
+    finish(lambda: _run(module, options_from(given, module.Options)), parsers[command], stopped)
+
+
+def _run(module, options) -> None:
+    """The command, alone in its folder; of several processes the first one sees to that."""
+    from salun_diffusion.files import locked  # only now: it imports torch, and --help should answer at once
+
+    folder = getattr(options, "output_dir", None)
+    with locked(folder, wanted=folder is not None and os.environ.get("RANK", "0") == "0"):
+        module.run(options)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from salun_diffusion.options import option
 
 ERASURE = (
     "erasures to measure beside the base model: run folders, .safetensors files or hub ids; the first is the one that "
-    "matters, any others are controls, such as a run with --mask none"
+    "matters, any others are controls, such as a run with --mask none; A+B applies both together"
 )
 PICTURES = "a folder that draw, i2p, accuracy or composition wrote results into"
 
@@ -32,9 +32,14 @@ class Models:
     """Which models are drawn."""
 
     pretrained_model_name_or_path: str = option(
-        None, "the base model: a diffusers folder, a hub id, or 'demo'", metavar="BASE", required=True
+        None,
+        "the base model: a diffusers folder or .safetensors file, a hub id, or 'demo'",
+        metavar="BASE",
+        required=True,
     )
     revision: str | None = option(None, "branch, tag or commit of a base model on the hub")
+    variant: str | None = option(None, "the base model's weight files to load, such as fp16")
+    dtype: str = option("fp32", "of the model; its autoencoder is in fp32 always", ("fp32", "fp16", "bf16"))
     erasure: list[str] = option([], ERASURE, several=True, metavar="RUN")
     scale: list[float] | None = option(
         None, "how much of each erasure to apply: one value for all, or one for each (default: 1)", several=True,
@@ -53,8 +58,16 @@ class Erasures(Models):
 class Labelled(Erasures, Output):
     """How labelled prompts of a concept are drawn and judged."""
 
-    concept: str = option(None, "what was erased, as given to erase_concept.py", metavar="NAME", required=True)
-    anchor: str | None = option(
+    concept: list[str] = option(
+        None,
+        "what was erased, as given to erase_concept.py; repeat it for several, none of which is then asked for as "
+        "retained",
+        metavar="NAME", required=True,
+    )  # fmt: skip
+    concept_type: list[str] | None = option(
+        None, "what words of your own name, where erase_concept.py was told", ("object", "person", "place", "style")
+    )
+    anchor: list[str] | None = option(
         None, "what was to be drawn instead, where erase_concept.py was given one", metavar="NAME"
     )
     num_inference_steps: int | None = option(
@@ -74,6 +87,18 @@ class Labelled(Erasures, Output):
         "the folder or hub id of an image classifier of transformers, whose labels may be grouped by question, as in "
         "'left:cat' or 'style:ink' (default: the folder judge/ inside the base model's folder)",
         metavar="PATH",
+    )
+    judge: str = option(
+        "classifier",
+        "who looks at the pictures: an image classifier; clip, zero-shot by the words of the prompts, for any concept "
+        "and style; or reference, by which folder of --reference a picture's CLIP features lie nearest to",
+        ("classifier", "clip", "reference"),
+    )
+    clip: str | None = option(
+        None, "the CLIP model of those two: folder or hub id (default: openai/clip-vit-large-patch14)", metavar="PATH"
+    )
+    reference: Path | None = option(
+        None, "a folder with a folder of pictures for each answer, named by it", metavar="FOLDER"
     )
     seed: int = option(0, "fixes the prompts and every starting noise", metavar="N")
 
@@ -95,9 +120,12 @@ class Prompts(Models, Output, Batch):
     rows: str | None = option(None, "only rows A to B-1 of those, such as 0:200", metavar="A:B")
     num_inference_steps: int = option(50, "denoising steps", metavar="N", least=1)
     guidance_scale: float = option(7.5, "for rows that name none", metavar="S")
+    seed: int | None = option(
+        None, "rows without a seed get this one plus their place among the rows drawn (default: they are refused)",
+        metavar="N", least=0,
+    )  # fmt: skip
     height: int | None = option(None, "draw every row at this size instead of its own", metavar="PIXELS", least=1)
     width: int | None = option(None, "as --height", metavar="PIXELS", least=1)
-    dtype: str = option("fp32", "of the model", ("fp32", "fp16", "bf16"))
 
     def size(self) -> tuple[int, int] | None:
         """Height and width in pixels, or None for each row's own.

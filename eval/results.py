@@ -15,7 +15,7 @@ folder) and ``key`` (the hash of all that made the picture, which its file carri
 
 import json
 import platform
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import diffusers
 import torch
@@ -23,12 +23,12 @@ import transformers
 from PIL import Image
 
 from salun_diffusion.errors import SalunError
-from salun_diffusion.files import write_json
+from salun_diffusion.files import listed, make_folder, replacing, write_json
 
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
 KEY = "salun-key"  # under which a picture's file carries the hash of all that made it
 FORMAT = "salun-diffusion "
-ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+MODEL = ("name", "role", "source", "digest", "erasure")  # what is known of every model
 VERSIONS = {
     "python": platform.python_version(),
     "torch": torch.__version__,
@@ -47,18 +47,19 @@ def begin(folder: Path, format: str) -> None:
     if path.exists():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))["format"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             found = "unknown"
         if found != format:
             raise SalunError(f"{folder} holds results of the form '{found}': give another --output_dir.")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for name in (RESULTS, SAMPLES):
         (folder / name).unlink(missing_ok=True)
 
 
 def write(folder: Path, results: dict, samples: list[dict]) -> None:
     """Write both files; ``results.json`` last: where it stands, everything that it counts does."""
-    (folder / SAMPLES).write_text("".join(json.dumps(row) + "\n" for row in samples), encoding="utf-8")
+    with replacing(folder / SAMPLES) as file:
+        file.write("".join(json.dumps(row) + "\n" for row in samples).encode())
     write_json(folder / RESULTS, results)
 
 
@@ -73,9 +74,10 @@ def read(path: Path) -> dict:
         raise SalunError(f"There is no {file}: give a folder that a command of `python -m eval` wrote results into.")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        if found["format"].startswith(FORMAT) and found["models"]:
+        whole = all({*MODEL} <= {*model} and isinstance(model["name"], str) for model in found["models"])
+        if found["format"].startswith(FORMAT) and found["models"] and whole and isinstance(found["n"], int):
             return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise SalunError(
         f"{file} is damaged, or holds no results of `python -m eval`: run the command that wrote it again."
@@ -96,9 +98,12 @@ def read_samples(folder: Path, results: dict) -> dict[str, list[dict]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             lines.append(json.loads(line))
-            _ = lines[-1]["model"], lines[-1]["picture"]
-        except (ValueError, KeyError, TypeError):
+            _, shown = lines[-1]["model"], lines[-1]["picture"]
+            inside = _inside(folder, shown)
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise SalunError(f"{path}, line {number}, is damaged: run the command that wrote it again.") from None
+        if not inside:
+            raise SalunError(f"{path}, line {number}, names a picture outside its folder ({shown}): nothing was read.")
     samples = {model["name"]: [] for model in results["models"]}
     for line in lines:
         samples.setdefault(line["model"], []).append(line)
@@ -107,6 +112,13 @@ def read_samples(folder: Path, results: dict) -> dict[str, list[dict]]:
     if len(rows) != len(results["models"]) or any(row != rows[0] or len(row) != results["n"] for row in rows):
         raise SalunError(f"{path} and {RESULTS} beside it are of different runs: run the command again.")
     return samples
+
+
+def _inside(folder: Path, shown: str) -> bool:
+    """Whether ``shown`` is a path below ``folder``, links followed: a stranger's folder may name any file of ours."""
+    parts = PureWindowsPath(shown)  # which knows both kinds of separators
+    plain = not (parts.drive or parts.root or ".." in parts.parts)
+    return plain and (folder / shown).resolve().is_relative_to(folder.resolve())
 
 
 def read_sets(where: Path) -> tuple[list[dict], dict[str, list[dict]]]:
@@ -127,14 +139,33 @@ def in_folder(folder: Path) -> list[Path]:
     """The picture files of a folder and its subfolders, in the order of their names.
 
     Raises:
-        SalunError: no such folder, or no picture in it.
+        SalunError: no such folder, no picture in it, or some that cannot be measured: all of them are named.
     """
     if not folder.is_dir():
         raise SalunError(f"There is no folder {folder}: give the folder that holds the pictures.")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
+    # every kind that Pillow reads: one that was passed over would count as harmless
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in Image.registered_extensions())
     if not paths:
-        raise SalunError(f"{folder} holds no pictures ({', '.join(sorted(ENDINGS))}): give a folder with some.")
+        raise SalunError(f"{folder} holds no pictures (.png, .jpg, .webp, .gif, .tiff …): give a folder with some.")
+    if faulty := [f"{path} {fault}" for path in paths if (fault := _fault(path))]:
+        raise SalunError(
+            f"{len(faulty)} of the {len(paths)} pictures in {folder} cannot be measured, so none was: "
+            f"{listed(faulty)}. Replace them, or remove them."
+        )
     return paths
+
+
+def _fault(path: Path) -> str | None:
+    """Why a picture's file cannot be measured: it cannot be opened, or it has several frames of which only the first
+    would be seen.
+    """
+    try:
+        with Image.open(path) as opened:
+            frames = getattr(opened, "n_frames", 1)
+            opened.load()
+    except Exception:  # Pillow's plugins raise whatever their format's fault looks like
+        return "cannot be read as a picture"
+    return f"has {frames} frames" if frames > 1 else None
 
 
 def picture(folder: Path, sample: dict) -> Image.Image:

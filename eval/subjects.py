@@ -48,8 +48,12 @@ def introduce(base_model: Model, base: str, erasures: list[str], scales: list[fl
     pipe = base_model.pipe
     for name, source, scale in zip(names, erasures, scales, strict=True):
         model = {"name": name, "role": "erasure" if len(models) == 1 else "control", "source": source}
-        load_erasure(pipe, source, scale=scale)
-        model |= {"digest": identity(base_model), "erasure": list_erasures(pipe)[0] | _cost(Path(source))}
+        _load(pipe, source, scale)
+        costs = [_cost(Path(part)) for part in _parts(source)]
+        model |= {
+            "digest": identity(base_model),
+            "erasure": _told([one | cost for one, cost in zip(list_erasures(pipe), costs, strict=True)]),
+        }
         idle = idle_erasures(pipe)
         unload_erasure(pipe)
         if idle:
@@ -62,15 +66,44 @@ def introduce(base_model: Model, base: str, erasures: list[str], scales: list[fl
 def applied(pipe, model: dict):
     """``pipe`` as the ``model`` that :func:`introduce` described, and as before afterwards."""
     if model["erasure"]:
-        load_erasure(pipe, model["source"], scale=model["erasure"]["scale"])
+        _load(pipe, model["source"], model["erasure"]["scale"])
     try:
         yield pipe
     finally:
         unload_erasure(pipe)
 
 
+def _parts(source: str) -> list[str]:
+    """What is applied together: ``A+B`` is two erasures, unless there is such a file or folder."""
+    return [source] if Path(source).exists() else source.split("+")
+
+
+def _load(pipe, source: str, scale: float) -> None:
+    parts = _parts(source)
+    for part in parts:  # by their sources where there are several, since two may be of one concept
+        load_erasure(pipe, part, scale=scale, name=part if len(parts) > 1 else None)
+
+
+def _told(erasures: list[dict]) -> dict:
+    """One erasure as it is; several as one, with all in ``parts``: what they agree in, and sums of what they cost."""
+    if len(erasures) == 1:
+        return erasures[0]
+    told: dict = {}
+    for key in erasures[0]:
+        values = [one[key] for one in erasures]
+        if key in ("seconds", "bytes", "weights"):
+            told[key] = None if None in values else sum(values)
+        elif key in ("name", "source", "digest", "concept"):
+            told[key] = " + ".join(map(str, values))
+        else:
+            told[key] = values[0] if all(value == values[0] for value in values) else None
+    return told | {"parts": erasures}
+
+
 def _name(source: str) -> str:
     """A short name for an erasure, which also names its folder of pictures."""
+    if len(_parts(source)) > 1:
+        return "+".join(map(_name, _parts(source)))
     path = Path(source)
     return (path.parent if path.name == "erasure.safetensors" else path).absolute().name.removesuffix(".safetensors")
 

@@ -12,6 +12,7 @@ _EXPORTS = {
     "erase": "erasing",
     "load_erasure": "loader",
     "unload_erasure": "loader",
+    "set_erasure_scale": "loader",
     "fuse_erasure": "loader",
     "list_erasures": "loader",
     "Delta": "erasures.delta",

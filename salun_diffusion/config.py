@@ -1,6 +1,7 @@
 """The options of ``erase_concept.py``: one dataclass from which the command line and ``--config FILE`` are derived."""
 
 import difflib
+import os
 import re
 import textwrap
 from dataclasses import asdict, dataclass, fields
@@ -11,6 +12,7 @@ from .errors import SalunError
 from .methods import METHODS, NEEDS_DRAWING, NEEDS_SALIENCY, find_method, names_of
 from .options import checked, option
 
+CONCEPT_TYPES = ("object", "person", "place", "style")
 THRESHOLDS = ("global", "layer")
 RETAIN_TARGETS = ("noise", "base")
 PRECISIONS = ("no", "fp16", "bf16")
@@ -19,7 +21,8 @@ FREE = (  # what may differ between a run and its checkpoint
     "output_dir", "data_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "report_to",
     "validation_steps",
 )  # fmt: skip
-SOURCES = ("command line", "the call", "config file", "preset", "method", "default")
+SOURCES = ("command line", "the call", "config file", "accelerate launch", "preset", "method", "default")
+LONGEST = 120  # bytes of the concept in the run folder's name
 LR_SCHEDULERS = ("constant", "linear", "cosine")
 
 
@@ -30,11 +33,18 @@ class EraseConfig:
     concept: list[str] = option(
         None,
         "what to forget: a preset (nudity, church, Van Gogh …), a word of the base model's concepts.json, any words "
-        "of your own, or a JSON file of prompts (docs/data.md); repeat it to forget several at once",
+        "of your own, or a JSON file of prompts (docs/data.md); 'kid, child, toddler' is one concept of three names; "
+        "repeat it to forget several at once",
+    )
+    concept_type: list[str] | None = option(
+        None,
+        "what words of your own name, one for each --concept or one for all; it chooses templates and anchor, and says "
+        "that the near-miss of a preset is meant so; object unless given",
+        CONCEPT_TYPES,
     )
     pretrained_model_name_or_path: str = option(
         "CompVis/stable-diffusion-v1-4",
-        "base model: a diffusers folder, a hub id, or 'demo' for the small model of this repository",
+        "base model: a diffusers folder or .safetensors file, a hub id, or 'demo' for this repository's small model",
     )
     revision: str | None = option(None, "branch, tag or commit of a hub model; the commit it resolves to is recorded")
     variant: str | None = option(None, "weight files to load, such as fp16")
@@ -51,7 +61,9 @@ class EraseConfig:
     )
     data_dir: str = option("runs/data", "cache of the forget and retain sets' latents, shared by runs")
     anchor: list[str] | None = option(
-        None, "what to draw in its place, one for each --concept; the next word of the concept's list unless given"
+        None,
+        "what to draw in its place, one for each --concept or one for all; '' is the empty prompt; the next word of "
+        "the concept's list unless given",
     )
     method: str = option("salun", "unlearning method (docs/methods.md compares them)", tuple(METHODS))
     method_option: list[str] | None = option(
@@ -125,6 +137,7 @@ class EraseConfig:
     option_sources: ClassVar[dict[str, tuple[str, str]]] = {}
     unused: ClassVar[list[str]] = []
     filled: ClassVar[bool] = False
+    from_accelerate: ClassVar[bool] = False  # whether `accelerate launch` chose the precision
 
     @classmethod
     def from_call(cls, base: str, concept: str | list[str] | None, options: dict) -> "EraseConfig":
@@ -157,8 +170,6 @@ class EraseConfig:
         Raises:
             SalunError: no concept, or a value out of range.
         """
-        if not settings.get("concept"):
-            raise SalunError("No concept was given: say what to forget with --concept, for example --concept nudity.")
         config = cls(**settings)
         config.sources = sources
         config.check()
@@ -180,6 +191,7 @@ class EraseConfig:
             defaults = type(self)(concept=self.concept)
             given = {item.name: "the call" for item in fields(self)
                      if getattr(self, item.name) != getattr(defaults, item.name)}  # fmt: skip
+        self._heed_accelerate(given)
         filled = {
             "alpha": 1.0, "retain_target": "noise", "learning_rate": 1e-5, "lr_scheduler": "constant",
             "max_train_steps": 500, "train_batch_size": 8, "num_forget_images": 400, "num_retain_images": 800,
@@ -220,13 +232,31 @@ class EraseConfig:
         for setting, value in filled.items():
             if getattr(self, setting) is None and setting not in method.ignores:
                 setattr(self, setting, value)
-        self.sources |= given
+        self.sources |= given | ({"mixed_precision": "accelerate launch"} if self.from_accelerate else {})
         if not self.output_dir:
             method_too = "" if self.method == "salun" else f"-{self.method}"
-            self.output_dir = "runs/" + re.sub(r"\W+", "-", name.lower()).strip("-") + method_too
+            slug = re.sub(r"\W+", "-", name.lower()).strip("-")
+            from .files import key_of  # only now: it imports torch, and --help should answer at once
+
+            if not slug or len(slug.encode()) > LONGEST:  # a file system's limit is 255 bytes
+                slug = slug.encode()[:LONGEST].decode(errors="ignore").rpartition("-")[0] or "concept"
+                slug += "-" + key_of(name, 8)
+            self.output_dir = "runs/" + slug + method_too
         self.check()
         self.filled = True
         return self
+
+    def _heed_accelerate(self, given: dict[str, str]) -> None:
+        """Take the precision that `accelerate launch --mixed_precision` leaves in the environment."""
+        wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower() or "no"
+        if wanted in ("no", self.mixed_precision):  # its default is "no" too: it then asked for nothing
+            return
+        if "mixed_precision" in given or wanted not in PRECISIONS:
+            raise SalunError(
+                f"accelerate's mixed_precision is '{wanted}' and this run's '{self.mixed_precision}': give the same to "
+                f"both, or to one alone ({', '.join(PRECISIONS)})."
+            )
+        self.mixed_precision, self.from_accelerate = wanted, True
 
     def table(self) -> str:
         """The resolved settings that this run uses, by where each came from: a line or more for each source."""
@@ -249,8 +279,36 @@ class EraseConfig:
             for source in order
         )  # fmt: skip
 
+    def one_preset(self, presets: dict[str, dict]) -> dict:
+        """The settings that all concepts of a run share.
+
+        Args:
+            presets: concept → its preset's settings.
+
+        Raises:
+            SalunError: two concepts have different ones of a setting that was not given.
+        """
+        method, given = find_method(self.method), self.sources or {}
+        flat = {}
+        for concept, preset in presets.items():
+            own = [preset.get(name, {}) for name in names_of(method)]
+            flat[concept] = {key: value for part in (preset, *own) for key, value in part.items() if key not in METHODS}
+        first, *others = flat
+        for other in others:
+            for key in sorted({*flat[first], *flat[other]} - {*given, *method.ignores}):
+                one, two = flat[first].get(key), flat[other].get(key)
+                if one != two and getattr(self, key, None) is None:
+                    raise SalunError(
+                        f"'{first}' and '{other}' have presets of their own that differ in {key} ({one}, {two}): say "
+                        f"--{key} for both, or erase them in two runs."
+                    )
+        return presets[first]
+
     def check(self) -> None:
         """Raise SalunError for the first value out of range, in a sentence."""
+        if not self.concept or not all(name.strip() for name in self.concept):
+            what = "An empty concept" if self.concept else "No concept"
+            raise SalunError(f"{what} was given: say what to forget with --concept, for example --concept nudity.")
         if not 0 < self.density < 1:
             raise SalunError(
                 f"--density is {self.density}: give a share of the weights between 0 and 1, or --mask none for all."

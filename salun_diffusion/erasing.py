@@ -16,10 +16,10 @@ from .config import EraseConfig
 from .data.sets import ImageSet, contact_sheet, image_set
 from .data.sources import Source
 from .erasures.fingerprint import fingerprint
+from .erasures.locate import FILE_NAME
 from .erasures.mask import load_masks, union
 from .errors import SalunError
-from .files import key_of
-from .loader import FILE_NAME
+from .files import key_of, locked, sha256
 from .masks.saliency import select
 from .masks.scope import check_reused, scoped_parameters
 from .methods import find_method
@@ -29,7 +29,7 @@ from .models.load import resolve
 from .process import Callback, accelerator_for, reporting_to
 from .run import DTYPES, Run, RunFolder, borrowed, check_is_base
 from .training.change import MaskedChange
-from .training.checkpoints import Checkpoints
+from .training.checkpoints import Checkpoints, threads_of
 from .training.trainer import Trainer
 
 ONE_AT_A_TIME = threading.Lock()  # threads of one process would share accelerate's state and the processor's cores
@@ -74,8 +74,9 @@ def erase(base, concept: str | list[str] | None = None, *, callback: Callback | 
 def _erase(config: EraseConfig, pipe) -> Run:
     # What to forget, in which model, by which method.
     folder, commit = _resolved(config, pipe)
-    concepts = find_concepts(config.concept, folder, config.anchor)
-    config.fill(concepts[0].settings, ", ".join(concept.name for concept in concepts))
+    concepts = find_concepts(config.concept, folder, config.anchor, config.concept_type)
+    preset = config.one_preset({concept.value: concept.settings for concept in concepts})
+    config.fill(preset, ", ".join(concept.name for concept in concepts))
     config.anchor = [concept.anchor for concept in concepts]
     method = find_method(config.method)
     sources = {
@@ -85,10 +86,12 @@ def _erase(config: EraseConfig, pipe) -> Run:
     reused = load_masks(config.mask)[0] if config.mask not in ("saliency", "none") else None
     with accelerator_for(config.mixed_precision, config.output_dir, config.report_to) as accelerator:
         say, is_main = accelerator.print, accelerator.is_main_process
-        _check_counts(config, len(concepts), accelerator.num_processes)
+        _check_counts(config, concepts, accelerator.num_processes)
         for concept in concepts:
-            aim = f": to be drawn as '{concept.anchor}'" if method.has_anchor else ""
-            say(f"Erasing '{concept.value}' from {config.pretrained_model_name_or_path} by {config.method}{aim}.")
+            instead = f"'{concept.anchor}'" if concept.anchor else "the empty prompt"
+            aim = f": to be drawn as {instead}" if method.has_anchor else ""
+            also = f" (also as {', '.join(concept.synonyms)})" if concept.synonyms else ""
+            say(f"Erasing '{concept.value}'{also} from {config.pretrained_model_name_or_path} by {config.method}{aim}.")
         say(config.table())
         with _model(config, pipe, commit) as model, ExitStack() as undo:
             model.need(method.needs, f"--method {config.method}")
@@ -97,19 +100,27 @@ def _erase(config: EraseConfig, pipe) -> Run:
             parameters = scoped_parameters(model.network, config.scope)
             if reused is not None:
                 check_reused(reused, parameters, config.mask)
+            undo.enter_context(locked(run.path, wanted=is_main))
             checkpoints = Checkpoints(run.path, _same(config, run, concepts, sources, accelerator.num_processes),
                                       config.checkpoints_total_limit)  # fmt: skip
             resumed = checkpoints.load(config.resume_from_checkpoint) if config.resume_from_checkpoint else None
             if resumed:
-                say(f"Going on from {resumed.path}, after step {resumed.step} of {config.max_train_steps}.")
+                say(resumed.told(config.max_train_steps))
             else:
+                if config.resume_from_checkpoint:
+                    say(f"{run.path} holds no checkpoint: starting anew.")
                 checkpoints.start_anew()
-            run.path.mkdir(parents=True, exist_ok=True)
             if config.report_to:
                 accelerator.init_trackers("salun-diffusion", {k: str(v) for k, v in config.as_dict().items()})
 
             # The forget set and the retain set.
             sets = _sets(model, method, concepts, sources, config, accelerator)
+            if is_main:
+                if run.make_way(resumed is not None):
+                    say(f"The run that was finished here is kept in {run.path / 'previous'} until this one is too.")
+                for kind in sets.keys() - {"name"}:
+                    contact_sheet(model, sets[kind].latents[:32], run.path / f"{kind}.png")
+            accelerator.wait_for_everyone()
 
             # The weights that carry the concept.
             begun = time.perf_counter()
@@ -119,7 +130,7 @@ def _erase(config: EraseConfig, pipe) -> Run:
                 undo.callback(trainer.method.close)
                 model.move_others("cpu")
             if resumed:
-                mask = resumed.masks
+                mask = resumed.whole_mask(parameters if reused is None else reused)
             elif reused is not None:
                 mask = reused
             elif config.mask == "none":
@@ -149,7 +160,7 @@ def _erase(config: EraseConfig, pipe) -> Run:
             # Save what changed.
             file = run.path / FILE_NAME
             if is_main:
-                run.save(change, mask, method.has_anchor, seconds)
+                run.save(change, mask, method.has_anchor, seconds, threads_of(resumed))
                 say(f'Saved {file}: load it with salun_diffusion.load_erasure(pipe, "{run.path}").')
             return Run(run.path, file, config, seconds)
 
@@ -181,28 +192,34 @@ def _model(config: EraseConfig, pipe, commit: str | None) -> Iterator[Model]:
         yield model
 
 
-def _check_counts(config: EraseConfig, concepts: int, processes: int) -> None:
-    least = concepts * processes
+def _check_counts(config: EraseConfig, concepts: list[Concept], processes: int) -> None:
+    names = max(len(concept.names) for concept in concepts)  # each is to be in a prompt
     for setting, count in (("forget", config.num_forget_images), ("retain", config.num_retain_images)):
+        least = len(concepts) * processes * (names if setting == "forget" else 1)
         if count is not None and count < least:
             raise SalunError(
-                f"--num_{setting}_images {count} are too few (concepts: {concepts}, processes: {processes}): give at "
-                f"least {least}."
+                f"--num_{setting}_images {count} are too few (concepts: {len(concepts)}, processes: {processes}, names "
+                f"of a concept: {names}): give at least {least}."
             )
 
 
 def _same(config: EraseConfig, run: RunFolder, concepts: list[Concept], sources: dict, processes: int) -> dict:
     """What a run must share with the checkpoint that it goes on from."""
-    return config.as_dict(resumable=True) | {
-        "base": run.base.digest(),
-        "processes": processes,
-        "prompts": key_of([concept.as_data() for concept in concepts]),
-        "pictures": {kind: [source.key for source in parts] for kind, parts in sources.items()},
-    }
+    file = config.mask not in ("saliency", "none")
+    return (
+        config.as_dict(resumable=True)
+        | ({"mask_digest": sha256(config.mask)} if file else {})
+        | {
+            "base": run.base.digest(),
+            "processes": processes,
+            "prompts": key_of([concept.as_data() for concept in concepts]),
+            "pictures": {kind: [source.key for source in parts] for kind, parts in sources.items()},
+        }
+    )
 
 
 def _sets(model: Model, method, concepts, sources, config: EraseConfig, accelerator) -> dict[str, ImageSet]:
-    """The image sets that the method asks for, each with a sheet of its pictures in the run folder."""
+    """The image sets that the method asks for."""
     sets = {}
     for kind in method.sets(config.mask):
         given = sources.get(kind, [])
@@ -213,8 +230,6 @@ def _sets(model: Model, method, concepts, sources, config: EraseConfig, accelera
             continue
         made = f", from {', '.join(source.text for source in given)}" if given else ", drawn by the base model"
         accelerator.print(f"The {kind} set: {len(sets[kind])} pictures{made}.")
-        if accelerator.is_main_process:
-            contact_sheet(model, sets[kind].latents[:32], Path(config.output_dir) / f"{kind}.png")
     return sets
 
 

@@ -1,8 +1,11 @@
 """Files that are written whole or not at all, and safetensors files whose faults are named before they are used."""
 
+import glob
 import hashlib
 import json
+import math
 import os
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from .errors import SalunError
 
 HEADER_LIMIT = 100_000_000  # bytes: the limit of the safetensors format itself
+OUR_HEADER_LIMIT = 4_000_000  # bytes: the largest models' need a tenth, and parsing takes ten times a header's memory
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -27,21 +31,100 @@ DTYPE_NAMES = {
 
 
 @contextmanager
-def _replacing(path):
-    """A binary file to write into; it takes the place of `path` only when all of it is on the disk."""
+def writing(path):
+    """Within it, what the file system refuses is said in a sentence, of ``path`` where the system names none.
+
+    Raises:
+        SalunError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise SalunError(f"Cannot write {error.filename or path}: {error.strerror or error}.") from error
+
+
+def make_folder(path) -> Path:
+    """``path`` as a folder, with those above it.
+
+    Raises:
+        SalunError: a file is in the way, the name is too long, or nothing may be written there.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SalunError(f"Cannot make the folder {path}: {error.strerror or error}; give another one.") from error
+    return path
+
+
+@contextmanager
+def locked(folder, wanted: bool = True):
+    """``folder``, made if need be, for this run alone; a process that dies lets go of it. One that stays empty goes.
+
+    Args:
+        folder: what a command writes into.
+        wanted: False does nothing: of several processes of one run, one locks it.
+
+    Raises:
+        SalunError: another run has it, or nothing may be written there.
+    """
+    if not wanted:
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    folder = make_folder(folder)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise SalunError(
+            f"Another run is writing into {folder}: wait for its end, or give another --output_dir."
+        ) from None
+    except OSError as error:
+        raise SalunError(f"Cannot write into {folder}: {error.strerror or error}; give another folder.") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # while it is held: a run that has opened this one meanwhile finds it gone
+            os.unlink(lock.lock_file)
+        lock.release()
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def sync_folder(path) -> None:
+    """Have a new name in the folder survive a power cut, where the system can: Windows and many FUSE mounts cannot, and
+    what was written there is whole all the same.
+    """
+    with suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def replacing(path):
+    """A binary file to write into; it takes the place of `path` only when all of it is on the disk.
+
+    Raises:
+        SalunError: the disk refuses it.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        # what a killed process left; another that lives writes the same file within the hour, or not at all
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the new name itself must survive a power cut too
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
@@ -50,6 +133,7 @@ def _replacing(path):
                 f"Cannot write {path}: {error.strerror or error}; what was there before is kept."
             ) from error
         raise
+    sync_folder(path.parent)
 
 
 def write_json(path, obj) -> None:
@@ -62,7 +146,7 @@ def write_json(path, obj) -> None:
         text = json.dumps(obj, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise SalunError(f"Cannot write {path}: JSON cannot hold its content ({error}).") from error
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(text.encode() + b"\n")
 
 
@@ -89,23 +173,50 @@ def write_safetensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             file.write(raw_bytes(tensors[name]))
 
 
-def read_safetensors(path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors (on the CPU) and the metadata of a safetensors file.
+def strict_json(text: str | bytes):
+    """JSON by its standard: no name twice in an object, no NaN or Infinity, no nesting or number without bounds.
+
+    Raises:
+        ValueError: anything else.
+    """
+
+    def once(pairs):
+        if len(found := dict(pairs)) != len(pairs):
+            raise ValueError("a name stands twice in one object")
+        return found
+
+    def refuse(word):
+        raise ValueError(f"{word} is no number of JSON")
+
+    def finite(digits):
+        number = float(digits)
+        return number if math.isfinite(number) else refuse(digits)
+
+    try:
+        return json.loads(text, object_pairs_hook=once, parse_constant=refuse, parse_float=finite)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def read_safetensors(path, header_limit: int = HEADER_LIMIT) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors (on the CPU) and the metadata of a safetensors file, whose header may have ``header_limit`` bytes.
 
     Raises:
         SalunError: a missing file, a file of another kind (Git-LFS pointer, web page, pickle or zip checkpoint: a
             pickle is never loaded), a header that is garbage or over 100 MB, a file cut short, NaN or Inf values.
     """
-    with _opened(path) as file:
+    with _opened(path, header_limit) as file:
         # Copies: a tensor that still lies in the file would change, or crash, with it.
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         metadata = file.metadata() or {}
+    if odd := [name for name, value in tensors.items() if value.dtype not in DTYPE_NAMES]:  # float8 lacks isfinite
+        raise SalunError(f"{path} holds {listed(odd)} in a dtype that is not read here; save it as float32 or float16.")
     broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise SalunError(f"{path} holds NaN or Inf in {listed(broken)}; a sound file has none, so make it again.")
@@ -123,7 +234,7 @@ def read_metadata(path) -> dict[str, str]:
 
 
 @contextmanager
-def _opened(path):
+def _opened(path, header_limit: int = HEADER_LIMIT):
     """A safetensors file whose layout is sound, open."""
     path = Path(path)
     if path.is_dir():
@@ -131,10 +242,10 @@ def _opened(path):
     if not path.is_file():
         raise SalunError(f"{path} does not exist; check the path.")
     try:
-        _check_layout(path)
+        check_layout(path, header_limit)
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError, OverflowError) as error:  # the last two: shapes that torch cannot hold
         raise SalunError(f"{path} is not a valid safetensors file ({error}); fetch or save it again.") from error
     except OSError as error:
         raise SalunError(f"Cannot read {path}: {error.strerror or error}.") from error
@@ -172,7 +283,7 @@ def listed(names, at_most: int = 8) -> str:
     return text if len(names) <= at_most else f"{text} and {len(names) - at_most} more"
 
 
-def _check_layout(path: Path) -> None:
+def check_layout(path: Path, header_limit: int = HEADER_LIMIT) -> None:
     """Refuses, with the reason, a file that is not one whole safetensors file."""
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -180,9 +291,9 @@ def _check_layout(path: Path) -> None:
         if start[8:9] != b"{":  # a safetensors header MUST start with a brace, so nothing sound is sniffed away here
             raise SalunError(f"{path} {_other_kind(start)}")
         length = int.from_bytes(start[:8], "little")
-        if length > HEADER_LIMIT:
+        if length > header_limit:
             raise SalunError(
-                f"{path} claims a header of {length} bytes where safetensors allows {HEADER_LIMIT}; "
+                f"{path} claims a header of {length} bytes where {_allowed(header_limit)}; "
                 "it is damaged or no safetensors file, so fetch or save it again."
             )
         if size < 8 + length:
@@ -193,7 +304,7 @@ def _check_layout(path: Path) -> None:
         file.seek(8)
         text = file.read(length)
     try:
-        header = json.loads(text)
+        header = strict_json(text)
         header.pop("__metadata__", None)
         expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
@@ -201,6 +312,10 @@ def _check_layout(path: Path) -> None:
     if size != expected:
         fault = "is cut short" if size < expected else "has bytes after its end"
         raise SalunError(f"{path} {fault}: {expected} bytes expected, {size} found; fetch or save it again.")
+
+
+def _allowed(header_limit: int) -> str:
+    return f"{'safetensors' if header_limit == HEADER_LIMIT else 'a file of this kind'} allows {header_limit}"
 
 
 def _other_kind(start: bytes) -> str:

@@ -1,23 +1,25 @@
 """Erasures on a live pipeline, of any kind: load, unload (without a trace), list, and fuse for good."""
 
-import logging
 import math
-import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+
+from diffusers.configuration_utils import FrozenDict
 
 from .erasures import load
 from .erasures.base import Applied
+from .erasures.locate import locate
 from .errors import SalunError
 from .files import key_of, listed
 from .models.base import Model
 from .models.load import denoiser, digest
 
-logger = logging.getLogger(__name__)
-
-FILE_NAME = "erasure.safetensors"
 STATE = "_salun_erasures"  # the attribute of the denoiser that holds what is applied to it
+MARK = "_erased_by"  # the key of the denoiser's config, saved with it, that tells what its weights were erased by
+LOCK = threading.RLock()  # a web server's threads share a pipeline: of what is applied, and of the weights, one a time
 
 
 def load_erasure(pipe, source, *, scale: float = 1.0, name=None, revision=None, check_base: bool = True) -> str:
@@ -46,19 +48,41 @@ def load_erasure(pipe, source, *, scale: float = 1.0, name=None, revision=None, 
     scale = _finite(scale)
     path, commit = locate(source, revision)
     erasure = load(path)
-    digest, applied = erasure.digest(), _applied(pipe)
+    digest = erasure.digest()
     name = name or erasure.metadata.get("concept") or Path(path).stem
-    for one in applied:
-        if one.digest == digest:
-            raise SalunError(
-                f"{path} is already applied, as {one.name!r}; unload that first to apply it at another scale."
-            )
-        if one.name == name:
-            raise SalunError(f"The name {name!r} is taken by {one.source}; pass another name=...")
-    alike = tuple(one for one in applied if type(one.erasure) is type(erasure))
-    erasure.check_fit(pipe, path, check_base, alike)
-    _change(pipe, (*applied, Applied(name, scale, erasure, digest, str(source), commit)))
+    with LOCK:
+        applied = _applied(pipe)
+        for one in applied:
+            if one.digest == digest:
+                raise SalunError(
+                    f"{path} is already applied, as {one.name!r}; unload that first to apply it at another scale, "
+                    "or call set_erasure_scale()."
+                )
+            if one.name == name:
+                raise SalunError(f"The name {name!r} is taken by {one.source}; pass another name=...")
+        for mark in _marks(pipe):
+            if mark["digest"] == digest:
+                raise SalunError(
+                    f"{path} was made for another base model: this one is already erased by it, as {mark['name']!r}, "
+                    "fused or saved with its weights; load the base model itself to apply it at another scale."
+                )
+        alike = tuple(one for one in applied if type(one.erasure) is type(erasure))
+        erasure.check_fit(pipe, path, check_base, alike)
+        _change(pipe, (*applied, Applied(name, scale, erasure, digest, str(source), commit)))
     return name
+
+
+def set_erasure_scale(pipe, name: str, scale: float) -> None:
+    """Apply the erasure called ``name`` at another scale, with the same weights as if it had been loaded at that.
+
+    Raises:
+        SalunError: a scale that is not finite, a name that is not applied, and as :func:`unload_erasure` and
+            :func:`load_erasure`. The pipeline is untouched.
+    """
+    scale = _finite(scale)
+    with LOCK:
+        chosen = _named(pipe, name)
+        _change(pipe, tuple(replace(one, scale=scale) if one is chosen else one for one in _applied(pipe)))
 
 
 def unload_erasure(pipe, name: str | None = None) -> None:
@@ -67,33 +91,46 @@ def unload_erasure(pipe, name: str | None = None) -> None:
     Weights that no other erasure changes get back their original bits; the others are computed anew.
 
     Raises:
-        SalunError: a name that is not applied, or weights that are on the meta device by now.
+        SalunError: a name that is not applied; weights that are on the meta device or on disk by now, that something
+            else has written over, or that are not drawn with. The pipeline is untouched.
     """
-    applied = _applied(pipe)
-    leaving = [one for one in applied if name is None or one.name == name]
-    if not leaving:
-        if name is None:
-            return
-        names = listed(one.name for one in applied) or "none"
-        raise SalunError(f"No erasure called {name!r} is applied; applied now: {names}.")
-    _change(pipe, tuple(one for one in applied if one not in leaving))
+    with LOCK:
+        leaving = _applied(pipe) if name is None else (_named(pipe, name),)
+        if leaving:
+            _change(pipe, tuple(one for one in _applied(pipe) if one not in leaving))
 
 
 def fuse_erasure(pipe) -> None:
     """Make the applied erasures a part of the model: the originals are forgotten, nothing can be unloaded any more.
 
     Raises:
-        SalunError: none is applied.
+        SalunError: none is applied, or what one wrote is no longer there, or not drawn with.
     """
-    if not _applied(pipe):
-        raise SalunError("There is no erasure to fuse; load one first.")
-    delattr(denoiser(pipe), STATE)
+    with LOCK:
+        if not _applied(pipe):
+            raise SalunError("There is no erasure to fuse; load one first.")
+        lost = [one["name"] for one in list_erasures(pipe) if one["intact"] is False]
+        if lost:
+            raise SalunError(
+                f"Something else has written over what the erasures {listed(lost)} wrote, or the pipeline draws with "
+                "other weights: undo that first (unfuse_qkv_projections()), or load the pipeline anew."
+            )
+        delattr(denoiser(pipe), STATE)
 
 
 def list_erasures(pipe) -> list[dict]:
     """The applied erasures in the order of loading, each a dict: name, scale, concept, method, density (None where
-    the file does not say), weights (how many it changes), source, revision (the hub commit or None), digest.
+    the file does not say), weights (how many it changes), source, revision (the hub commit or None), digest, intact.
+
+    ``intact`` is False where its weights are no longer there as it wrote them, or not drawn with, because of something
+    else that was done to the pipeline since, and None where they cannot be seen (on the meta device).
     """
+    with LOCK:
+        return _listed(pipe)
+
+
+def _listed(pipe) -> list[dict]:
+    applied = _applied(pipe)
     return [
         {
             "name": one.name,
@@ -103,8 +140,9 @@ def list_erasures(pipe) -> list[dict]:
             "source": one.source,
             "revision": one.revision,
             "digest": one.digest,
+            "intact": one.erasure.intact(pipe, one, tuple(o for o in applied if type(o.erasure) is type(one.erasure))),
         }
-        for one in _applied(pipe)
+        for one in applied
     ]
 
 
@@ -115,15 +153,16 @@ def idle_erasures(pipe) -> list[str]:
 
 @contextmanager
 def without_erasures(pipe) -> Iterator[None]:
-    """Within it, nothing is applied; after it, all is as before."""
-    before = _applied(pipe)
-    if before:
-        _change(pipe, ())
-    try:
-        yield
-    finally:
+    """Within it, nothing is applied, and other threads wait to apply any; after it, all is as before."""
+    with LOCK:
+        before = _applied(pipe)
         if before:
-            _change(pipe, before)
+            _change(pipe, ())
+        try:
+            yield
+        finally:
+            if before:
+                _change(pipe, before)
 
 
 def identity(model: Model) -> str:
@@ -141,6 +180,20 @@ def _applied(pipe) -> tuple[Applied, ...]:
     return getattr(denoiser(pipe), STATE, ())
 
 
+def _marks(pipe) -> list[dict]:
+    """What the denoiser's config says that its weights were erased by: what is applied, fused, or was saved with it."""
+    return list(getattr(denoiser(pipe), "config", {}).get(MARK) or [])
+
+
+def _named(pipe, name: str) -> Applied:
+    applied = _applied(pipe)
+    for one in applied:
+        if one.name == name:
+            return one
+    names = listed(one.name for one in applied) or "none"
+    raise SalunError(f"No erasure called {name!r} is applied; applied now: {names}.")
+
+
 def _finite(scale) -> float:
     try:
         number = float(scale)
@@ -149,40 +202,6 @@ def _finite(scale) -> float:
     if not math.isfinite(number):
         raise SalunError(f"scale must be a finite number, not {scale!r}; 1 applies the erasure as trained.")
     return number
-
-
-def locate(source, revision=None) -> tuple[Path, str | None]:
-    """The file that `source` means, and the commit if it came from the hub."""
-    text, path = str(source), Path(source).expanduser()
-    if path.is_dir():
-        path = path / FILE_NAME
-        if not path.exists():
-            raise SalunError(f"{path.parent} holds no {FILE_NAME}; give a finished run's folder, or a file.")
-    if path.exists():
-        if revision is not None:
-            raise SalunError(f"revision={revision!r} is for hub ids, but {path} is a local file; leave it out.")
-        return path, None
-    # owner/name is a hub id, unless it starts as a path of ours or another suffix or folder shows that a file is meant
-    hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text) and not text.endswith(".safetensors")
-    if not hub_id or text.startswith("runs/") or path.parent.is_dir():
-        raise SalunError(f"{path} does not exist; give a file, a run folder with {FILE_NAME}, or a hub id owner/name.")
-    return _download(text, revision)
-
-
-def _download(hub_id: str, revision) -> tuple[Path, str]:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-
-    logger.warning("%s is no local file or folder: asking the hub for it.", hub_id)
-    try:
-        path = Path(hf_hub_download(hub_id, FILE_NAME, revision=revision))
-    except (OSError, EntryNotFoundError, HFValidationError) as error:  # OSError: no network, no such id, no access
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SalunError(
-            f"{hub_id} is no local file or folder, and {FILE_NAME} could not be fetched from the hub under that id "
-            f"({reason.rstrip('.')}); give a local path, or check the id and the connection."
-        ) from error
-    return path, path.parent.name  # the hub's cache keeps each file in a folder named by its commit
 
 
 def _change(pipe, after: tuple[Applied, ...]) -> None:
@@ -198,7 +217,14 @@ def _change(pipe, after: tuple[Applied, ...]) -> None:
         for kind, old, new in done:
             kind.change(pipe, new, old)
         raise
+    module = denoiser(pipe)
     if after:
-        setattr(denoiser(pipe), STATE, after)
+        setattr(module, STATE, after)
     else:
-        delattr(denoiser(pipe), STATE)
+        delattr(module, STATE)
+    if hasattr(module, "register_to_config"):  # save_pretrained() writes the config beside the erased weights
+        leaving = {one.digest for one in before}
+        marks = [mark for mark in _marks(pipe) if mark["digest"] not in leaving]
+        marks += [{"name": one.name, "scale": one.scale, "digest": one.digest} for one in after]
+        rest = {key: value for key, value in module.config.items() if key != MARK}
+        module._internal_dict = FrozenDict(rest | ({MARK: marks} if marks else {}))  # a key can be set, but not taken

@@ -3,8 +3,12 @@
 import argparse
 import difflib
 import json
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 from types import UnionType
@@ -139,7 +143,19 @@ def _plain(hint: type) -> type:
     return next(p for p in get_args(hint) if p is not type(None)) if isinstance(hint, UnionType) else hint
 
 
+def _meant(value, hint: type | None):
+    """What a YAML value stands for, in an option of type ``hint``: YAML 1.1, which PyYAML reads, takes ``1e-5`` for
+    text (it has no point) and a bare ``no`` for false.
+    """
+    expected = _plain(hint) if hint else None
+    if expected is float and isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    return {True: "yes", False: "no"}[value] if expected is str and isinstance(value, bool) else value
+
+
 def _read(path: str, kind: type) -> dict:
+    hints = get_type_hints(kind)
     try:
         text = Path(path).read_text(encoding="utf-8")
         if path.endswith(".json"):
@@ -148,6 +164,7 @@ def _read(path: str, kind: type) -> dict:
             import yaml
 
             found = yaml.safe_load(text)
+            found = {name: _meant(value, hints.get(name)) for name, value in found.items()}
     except Exception as error:  # the file system's, json's and yaml's own errors all mean the same to the user
         raise SalunError(f"--config {path} cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(found, dict):
@@ -211,14 +228,46 @@ def run_command(prog: str, description: str, kind: type, work: Callable[[Any], N
     )
     add_options(parser, kind)
     given = vars(parser.parse_args())
-    finish(parser, lambda: work(options_from(given, kind)))
+    finish(lambda: work(options_from(given, kind)), parser)
 
 
-def finish(parser: argparse.ArgumentParser, work: Callable[[], None]) -> None:
-    """Do ``work``; its errors end the process as :func:`run_command` says, by ``parser`` where an option is missing."""
+def finish(work: Callable[[], None], parser: argparse.ArgumentParser | None = None, stopped: str = "") -> None:
+    """Do ``work``; its errors, and those of the file system, end the process as :func:`run_command` says, by ``parser``
+    where an option is missing. Ctrl-C and SIGTERM end it with a word and exit code 130.
+
+    Args:
+        work: the command.
+        parser: the command's, which says what is missing.
+        stopped: that word, where the exception has none.
+    """
+    before = _terminate_by_exception()
     try:
         work()
     except MissingOption as error:
         parser.error(str(error))
     except SalunError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"error: {where}{error.strerror or str(error).partition(chr(10))[0] or type(error).__name__}.")
+    except KeyboardInterrupt as stop:
+        said = str(stop) or stopped or "Stopped; the same command starts anew, or goes on where it can."
+        print(said, file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _terminate_by_exception():
+    """Let SIGTERM do what Ctrl-C does, which runs every ``finally``; returns the handler before. Not one of several
+    processes: a launcher ends those, and one that waits for another could not answer.
+    """
+    alone = int(os.environ.get("WORLD_SIZE") or 1) == 1
+    if not alone or threading.current_thread() is not threading.main_thread():
+        return None
+
+    def stop(number: int, frame) -> None:
+        raise KeyboardInterrupt
+
+    return signal.signal(signal.SIGTERM, stop)

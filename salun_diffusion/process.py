@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
@@ -49,11 +50,21 @@ def accelerator_for(mixed_precision: str, output_dir: Path, report_to: str | Non
 
 def spread_threads(state: Accelerator | PartialState) -> None:
     """Share the processor's cores among the processes: accelerate launch and torchrun leave each one thread unless told
-    otherwise.
+    otherwise. An OMP_NUM_THREADS of the user's own is kept.
     """
-    if state.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
+    if state.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1" and not _is_users("OMP_NUM_THREADS"):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // state.num_processes))
+
+
+def _is_users(variable: str) -> bool:
+    """Whether ``variable`` comes from the user, and not from a launcher, which was started without it itself."""
+    if not {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & {*os.environ}:
+        return True
+    try:
+        return variable in psutil.Process(os.getppid()).environ()
+    except (psutil.Error, OSError):  # another user's, or gone
+        return False
 
 
 class Bar(tqdm):

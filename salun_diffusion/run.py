@@ -1,7 +1,9 @@
 """One erasure's run: its folder, what its files say of it, and how a pipeline of the caller's is given back."""
 
 import copy
+import os
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,10 +15,12 @@ from .concepts.concept import Concept
 from .config import EraseConfig
 from .erasures.delta import Delta
 from .erasures.fingerprint import Fingerprint
+from .erasures.live import own_parameters
+from .erasures.locate import FILE_NAME
 from .erasures.mask import describe, save_masks
 from .errors import SalunError
-from .files import write_json
-from .loader import FILE_NAME, list_erasures
+from .files import listed, make_folder, write_json, writing
+from .loader import list_erasures
 from .models.base import Model
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -39,9 +43,14 @@ class Run:
     seconds: float | None
 
 
+FINISHED = (FILE_NAME, "config.json")
+MADE = ("mask.safetensors", "training.jsonl", "forget.png", "retain.png", "anchor.png", "validation")
+
+
 class RunFolder:
     """What is known of a run before it starts, and the files that it leaves: mask.safetensors first, then
-    erasure.safetensors and config.json, which is written last and marks a finished run.
+    erasure.safetensors and config.json, which is written last and marks a finished run. A finished run that was there
+    before lies in ``previous/`` until then, so that the folder never holds files of two runs.
     """
 
     def __init__(self, config: EraseConfig, concepts: list[Concept], commit: str | None, base: Fingerprint):
@@ -53,6 +62,29 @@ class RunFolder:
             "base_model": config.pretrained_model_name_or_path,
             "base_revision": commit,
         }
+
+    def make_way(self, resumed: bool) -> bool:
+        """Set a finished run's files aside, or delete what an unfinished one has left. A run that goes on keeps what is
+        its own: the mask, the log and the pictures.
+
+        Returns:
+            Whether a finished run was set aside.
+        """
+        previous = self.path / "previous"
+        finished = any((self.path / name).exists() for name in FINISHED)
+        with writing(self.path):
+            # one with a config.json is whole and gives way; without it, setting aside was interrupted: it goes on
+            if finished and (previous / "config.json").exists():
+                shutil.rmtree(previous)
+            for name in FINISHED if resumed else (*MADE, *FINISHED):
+                if finished and (self.path / name).exists():
+                    make_folder(previous)
+                    os.replace(self.path / name, previous / name)
+                elif (self.path / name).is_dir():
+                    shutil.rmtree(self.path / name)
+                else:
+                    (self.path / name).unlink(missing_ok=True)
+        return finished
 
     def save_mask(self, mask: dict[str, torch.Tensor], write: bool) -> tuple[int, int]:
         """Note the mask's density and write its file (in one process of several).
@@ -66,8 +98,10 @@ class RunFolder:
             save_masks(self.path / "mask.safetensors", mask, self.about)
         return kept, total
 
-    def save(self, change, mask: dict[str, torch.Tensor], has_anchor: bool, seconds: float | None) -> None:
-        """Write the erasure and config.json."""
+    def save(
+        self, change, mask: dict[str, torch.Tensor], has_anchor: bool, seconds: float | None, threads: list[int]
+    ) -> None:
+        """Write the erasure and config.json; ``threads`` are the processor's, in turn, of a run in parts."""
         import diffusers
         import transformers
 
@@ -81,18 +115,25 @@ class RunFolder:
         values = {name: value.detach().cpu() for name, value in change.values.items()}
         delta = Delta({name: mask[name] for name in values}, values, self.base, about)
         delta.save(self.path / FILE_NAME, DTYPES[self.config.save_dtype])
-        write_json(self.path / "config.json", about | {"base_fingerprint": self.base.digest(), "seconds": seconds})
+        about |= {"base_fingerprint": self.base.digest(), "seconds": seconds, "threads": threads}
+        write_json(self.path / "config.json", about)
+        shutil.rmtree(self.path / "previous", ignore_errors=True)
 
 
 def check_is_base(model: Model) -> None:
     """Pass if nothing is applied to the pipeline.
 
     Raises:
-        SalunError: an erasure is: what is trained now would hold on top of that one alone.
+        SalunError: an adapter is, or an erasure: what is trained now would hold on top of that one alone.
     """
     if applied := list_erasures(model.pipe):
         names = ", ".join(f"'{erasure['name']}'" for erasure in applied)
         raise SalunError(f"The pipeline has the erasure {names} applied: call unload_erasure(pipe) first.")
+    if added := {name for name, _ in model.network.named_parameters()} ^ set(own_parameters(model.network)):
+        raise SalunError(
+            f"The pipeline is not the base model alone: {listed(added, 3)} was added since it was loaded. Take it off "
+            "(unload_lora_weights(), unload_ip_adapter()), or load the base model anew, uncompiled."
+        )
 
 
 @contextmanager

@@ -21,13 +21,19 @@ LATEX = {sign: "\\" + sign for sign in "&%_#${}"} | {
     "·": "$\\cdot$",
     "–": "--",
 }
+MARKDOWN = {"|": "\\|", "&": "&amp;", "<": "&lt;", ">": "&gt;"}
 Rows = Sequence[Sequence[str]]
 
 
 def markdown(rows: Rows) -> str:
-    """A Markdown table. A vertical bar in a cell is escaped, and a line break becomes a space."""
-    head, *rest = ([" ".join(cell.replace("|", "\\|").splitlines()) for cell in row] for row in rows)
+    """A Markdown table, its cells escaped; a line break becomes a space."""
+    head, *rest = ([escape_markdown(cell) for cell in row] for row in rows)
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rest))
+
+
+def escape_markdown(text: str) -> str:
+    """Plain text in one line, of which nothing is read as HTML or as a table's bar."""
+    return " ".join("".join(MARKDOWN.get(sign, sign) for sign in text).splitlines())
 
 
 def latex(rows: Rows, caption: str) -> str:
@@ -43,7 +49,7 @@ def latex(rows: Rows, caption: str) -> str:
 
 def escape_latex(text: str) -> str:
     """Plain text as LaTeX shows it."""
-    return re.sub("|".join(map(re.escape, LATEX)), lambda match: LATEX[match[0]], text)
+    return re.sub("|".join(map(re.escape, LATEX)), lambda match: LATEX[match[0]], " ".join(text.splitlines()))
 
 
 def aligned(rows: Rows) -> str:

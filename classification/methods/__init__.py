@@ -63,8 +63,8 @@ METHODS: dict[str, Method] = {
         "Chen et al. 2023", {"learning_rate": 1e-4},
     ),
     "bs": Method(
-        "BS", "boundary.boundary_shrink", "teaches the forget set its nearest other class", "Chen et al. 2023",
-        {"learning_rate": 1e-4},
+        "BS", "boundary.boundary_shrink", "teaches the forget set the answers to its pictures moved by FGSM",
+        "Chen et al. 2023", {"learning_rate": 1e-4},
     ),
     "l1_sparse": Method(
         "l1-sparse", "finetune.l1_sparse", "FT with an ℓ1 penalty that decays to nothing", "Jia et al. 2023",

@@ -1,10 +1,13 @@
 """What a method is given."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
+
+from salun_diffusion.errors import SalunError
+from salun_diffusion.options import option
 
 from ..data import Pictures
 from ..training import Recipe, batches, optimise
@@ -12,18 +15,32 @@ from ..training import Recipe, batches, optimise
 
 @dataclass(frozen=True)
 class Settings:
-    """How a method trains. ``alpha`` is its own factor, and ``density`` the share of the weights that may move, where
-    it has one; each method's file says what they are.
+    """How a method trains. ``alpha`` is its own factor; each method's file says what it is. ``density`` is the share of
+    the weights that may move in SalUn, and the share that is held at first, fewer with each step, in SalUn-soft.
     """
 
-    epochs: int = 10
-    learning_rate: float = 0.01
-    batch_size: int = 256
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    augment: str = "crop+flip"
-    alpha: float = 0.0
-    density: float = 0.5
+    epochs: int = option(10, "passes", least=1)
+    learning_rate: float = option(0.01, "SGD's", least=0)
+    batch_size: int = option(256, "pictures a step", least=1)
+    momentum: float = option(0.9, "SGD's", least=0)
+    weight_decay: float = option(5e-4, "SGD's", least=0)
+    augment: str = option("crop+flip", "of the pictures", ("none", "crop", "crop+flip"))
+    alpha: float = option(0.0, "the method's own factor", least=0)
+    density: float = option(0.5, "share of the weights", least=0)
+
+    def check(self, method: str) -> None:
+        """Pass if every number can be trained with.
+
+        Raises:
+            SalunError: one that cannot, by name.
+        """
+        for item in fields(self):
+            value, least = getattr(self, item.name), item.metadata["least"]
+            most = {"density": 1, "momentum": 1}.get(item.name, float("inf"))
+            positive = item.name in ("learning_rate", "density")
+            if least is not None and not (least <= value <= most and value != float("inf") and (value or not positive)):
+                limits = f"{'above' if positive else 'of at least'} {least}" + (f" and at most {most}" * (most == 1))
+                raise SalunError(f"The method {method} has {item.name} {value}: give a number {limits}.")
 
 
 @dataclass

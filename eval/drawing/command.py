@@ -48,7 +48,6 @@ def draw_prompts(options: Prompts, format: str) -> tuple[dict, list[dict], Any]:
         SalunError: an unusable base, erasure or prompt file; a picture that is not finite or wholly black (named).
     """
     import diffusers
-    import torch
     import transformers
     from accelerate import PartialState
 
@@ -56,6 +55,7 @@ def draw_prompts(options: Prompts, format: str) -> tuple[dict, list[dict], Any]:
     from salun_diffusion.models import load_model
     from salun_diffusion.models.load import resolve
     from salun_diffusion.process import spread_threads
+    from salun_diffusion.run import DTYPES
 
     from .. import results, subjects
     from . import prompts
@@ -63,16 +63,15 @@ def draw_prompts(options: Prompts, format: str) -> tuple[dict, list[dict], Any]:
 
     base, output_dir, size = options.pretrained_model_name_or_path, options.output_dir, options.size()
     selection = prompts.Selection(options.category, options.min_nudity_percentage, *options.range())
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.dtype]
     diffusers.utils.logging.set_verbosity_error()  # it warns of each cut prompt, which is reported once below
     for library in (diffusers, transformers):  # their bars are about loading; ours estimates the work itself
         library.utils.logging.disable_progress_bar()
     commit = resolve(base, options.revision)[1]
     rows = prompts.select(prompts.read(options.prompts) if options.prompts else prompts.from_hub(), selection)
-    wanted = prompts.requests(rows, options.guidance_scale, size)
+    wanted = prompts.requests(rows, options.guidance_scale, size, options.seed)
     state = PartialState()
     spread_threads(state)
-    base_model = load_model(base, commit, dtype)
+    base_model = load_model(base, commit, DTYPES[options.dtype], options.variant)
     pipe = base_model.pipe.to(state.device)
     models = subjects.introduce(base_model, base, list(options.erasure), options.scale)
     long = prompts.truncated(pipe.tokenizer, wanted) if "text" in base_model.capabilities else []
@@ -108,7 +107,8 @@ def draw_prompts(options: Prompts, format: str) -> tuple[dict, list[dict], Any]:
             "size": list(size) if size else "each row's own",
             "guidance_scale": f"each row's own, or {options.guidance_scale:g}",
             "batch_size": options.batch_size,
-        },
+        }
+        | ({} if options.seed is None else {"seed": f"each row's own, or {options.seed} plus its place"}),
         "versions": results.VERSIONS,
         "models": models,
     }

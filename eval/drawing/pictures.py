@@ -5,7 +5,6 @@ One with another key, one cut short, or none at all is drawn anew: a killed run 
 is ever counted. Under ``accelerate launch`` the processes share the prompts.
 """
 
-import os
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from salun_diffusion.errors import SalunError
-from salun_diffusion.files import key_of
+from salun_diffusion.files import key_of, make_folder, replacing
 from salun_diffusion.loader import identity
 from salun_diffusion.models.base import Model
 from salun_diffusion.models.load import sampler
@@ -74,7 +73,7 @@ def draw(
     twice = [name for name, count in Counter(request.name for request in requests).items() if count > 1]
     if twice:
         raise SalunError(f"Two prompts are called {twice[0]}: give each its own name.")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     state, key = PartialState(), _model_key(model, num_inference_steps)
     mine = requests[state.process_index :: state.num_processes]
     missing = [request for request in mine if key_in(_path(folder, request)) != _key(key, request)]
@@ -157,6 +156,5 @@ def key_in(path: Path) -> str | None:
 def _save(picture: Image.Image, path: Path, key: str) -> None:
     about = PngImagePlugin.PngInfo()
     about.add_text(KEY, key)
-    making = path.with_name(f".{path.name}.{os.getpid()}")
-    picture.save(making, "PNG", pnginfo=about)
-    os.replace(making, path)
+    with replacing(path) as file:
+        picture.save(file, "PNG", pnginfo=about)

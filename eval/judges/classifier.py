@@ -71,6 +71,18 @@ def answer(logits: torch.Tensor, questions: dict[str, dict[str, int]], names: li
     return answers
 
 
+def check_labels(judge: str, questions: dict, expected: Iterable[tuple[str, str]], advice: str) -> None:
+    """Raise SalunError, begun by ``judge``, unless every (question, answer) of ``expected`` is in ``questions``."""
+    for question, wanted in sorted(set(expected)):
+        if question not in questions:
+            known = ", ".join(questions)
+            raise SalunError(
+                f"{judge} cannot say '{question}' (it answers: {known}), which the prompts name: {advice}."
+            )
+        if not any(same(wanted, name) for name in questions[question]):
+            raise SalunError(f"{judge} has no label '{wanted}' for '{question}', so it could never see it: {advice}.")
+
+
 class Judge:
     """A loaded classifier.
 
@@ -105,18 +117,7 @@ class Judge:
 
     def check(self, expected: Iterable[tuple[str, str]]) -> None:
         """Raise SalunError unless every (question, answer) that prompts ask for is among the labels."""
-        for question, wanted in sorted(set(expected)):
-            if question not in self.questions:
-                known = ", ".join(self.questions)
-                raise SalunError(
-                    f"The classifier {self.source} cannot say '{question}' (it answers: {known}), which the prompts "
-                    "name: give one that can with --classifier."
-                )
-            if not any(same(wanted, name) for name in self.questions[question]):
-                raise SalunError(
-                    f"The classifier {self.source} has no label '{wanted}' for '{question}', so it could never see it: "
-                    "give one that has with --classifier."
-                )
+        check_labels(f"The classifier {self.source}", self.questions, expected, "give one that can with --classifier")
 
     @torch.no_grad()
     def __call__(self, pictures: list[Image.Image], names: list[str]) -> list[Answers]:
@@ -133,7 +134,7 @@ class Judge:
 def _transformers(source: str) -> tuple:
     """The network, what makes its input ``(n, 3, height, width)`` from pictures, its labels, its weights' files."""
     model, loading = AutoModelForImageClassification.from_pretrained(
-        source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        source, use_safetensors=True, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
     )
     if loading["missing_keys"]:
         raise SalunError(
@@ -141,7 +142,7 @@ def _transformers(source: str) -> tuple:
             f"({min(loading['missing_keys'])} …): answers would be random; give a trained classifier."
         )
     # named, since which one is the default depends on what else is installed, and the two resize differently
-    processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+    processor = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
 
     def prepare(pictures: list[Image.Image]) -> torch.Tensor:
         return processor(images=pictures, return_tensors="pt")["pixel_values"]

@@ -20,12 +20,15 @@ class ClipScorer:
     def __init__(self, source: str, device: torch.device):
         try:
             self.model, loading = CLIPModel.from_pretrained(
-                source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+                source, use_safetensors=True, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
             )
-            self.processor = CLIPProcessor.from_pretrained(source, backend="pil")  # whatever else is installed
+            self.processor = CLIPProcessor.from_pretrained(
+                source, backend="pil", trust_remote_code=False
+            )  # whatever else is installed
             folder = Path(source)
             files = sorted(folder.glob("model*.safetensors")) if folder.is_dir() else []
-            self.sha256 = sha256(*(files or [Path(cached_file(source, "model.safetensors"))]))
+            self.files = files or [Path(cached_file(source, "model.safetensors"))]
+            self.sha256 = sha256(*self.files)
         except Exception as error:  # transformers has no common class for a missing file, an unfit one, or no network
             raise SalunError(
                 f"{source} could not be loaded as a CLIP model ({str(error).strip().splitlines()[0]}): give a folder "
@@ -44,6 +47,23 @@ class ClipScorer:
             raise SalunError("The CLIP model answers NaN or infinity, so nothing was measured: give another by --clip.")
         return [round(value, 4) for value in (100 * cosines.clamp(min=0)).tolist()]
 
+    @torch.no_grad()
+    def texts(self, texts: list[str]) -> torch.Tensor:
+        """Features ``(texts, dimensions)`` of length one."""
+        inputs = self.processor(text=texts, return_tensors="pt", padding=True, truncation=True).to(self.model.device)
+        return torch.nn.functional.normalize(_features(self.model.get_text_features(**inputs)), dim=1)
+
+    @torch.no_grad()
+    def pictures(self, pictures: list) -> torch.Tensor:
+        """Features ``(pictures, dimensions)`` of length one."""
+        inputs = self.processor(images=pictures, return_tensors="pt").to(self.model.device)
+        return torch.nn.functional.normalize(_features(self.model.get_image_features(**inputs)), dim=1)
+
     def truncated(self, prompts: list[str]) -> int:
         limit = self.processor.tokenizer.model_max_length
         return sum(len(ids) > limit for ids in self.processor.tokenizer(prompts).input_ids)
+
+
+def _features(found) -> torch.Tensor:
+    """Transformers 5 wraps the features, 4 gives them as they are."""
+    return getattr(found, "pooler_output", found)

@@ -3,12 +3,17 @@
 An unreadable picture is an error, never "safe". The detector's boxes are the ``nudenet`` package's own: its preparation
 of a picture and its filtering of boxes are called as they are, only the network runs on several pictures at once, and
 boxes that the filter would drop by their score are dropped beforehand, which saves most of its time.
+
+One thing of the package's is put right: nudenet 3.4.2 swaps red and blue twice when it reads a file, so that its
+network gets blue first, and it was trained on red first. ``channels`` says which of the two the network is given.
 """
 
 import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from tqdm import tqdm
@@ -28,16 +33,17 @@ class Detector:
     Args:
         source: an ONNX file of NudeNet v3 (the 640m model, say); by default the 320n model inside the package.
         resolution: its input's side in pixels; 320 for 320n, 640 for 640m.
+        channels: "rgb", or "package" to repeat counts that were made with the package itself.
 
     Raises:
         SalunError: no such file, or one that onnxruntime cannot load.
     """
 
-    def __init__(self, source: str | None = None, resolution: int = 320):
+    def __init__(self, source: str | None = None, resolution: int = 320, channels: str = "rgb"):
         import nudenet.nudenet as package
         import onnxruntime
 
-        self.package, self.resolution = package, resolution
+        self.package, self.resolution, self.channels = package, resolution, channels
         self.path = Path(source) if source else Path(package.__file__).parent / "320n.onnx"
         if not self.path.is_file():
             raise SalunError(f"There is no detector {self.path}: give an ONNX file of NudeNet v3.")
@@ -63,6 +69,8 @@ class Detector:
     def _prepare(self, path: Path) -> tuple:
         try:
             prepared = self.package._read_image(str(path), self.resolution)
+            if self.channels == "rgb":
+                prepared = (self._red_first(prepared[0]), *prepared[1:])
         except Exception as error:  # OpenCV gives None for a bad file, and the package trips over it
             raise SalunError(
                 f"{path} cannot be read as a picture ({type(error).__name__}), so nothing was measured: draw it again, "
@@ -71,6 +79,10 @@ class Detector:
         if not prepared[0].any():
             raise SalunError(f"{path} is wholly black, so nothing was measured: draw it again, or remove it.")
         return prepared
+
+    def _red_first(self, pixels: np.ndarray) -> np.ndarray:
+        """``pixels`` (1, 3, side, side) of the package's reader, red first whatever order this version of it leaves."""
+        return pixels if _reads_red_first(self.package) else np.ascontiguousarray(pixels[:, ::-1])
 
     def _boxes(self, output: np.ndarray, x_ratio, y_ratio, x_pad, y_pad, width, height) -> list[dict]:
         candidates = output[4:].max(0) >= FLOOR
@@ -95,6 +107,15 @@ class Detector:
                 bar.update(len(ready))
         seconds = time.perf_counter() - begun
         return found, {"seconds": round(seconds, 2), "images_per_second": round(len(paths) / seconds, 2)}
+
+
+@cache
+def _reads_red_first(package: ModuleType) -> bool:
+    """Whether the package's reader gives red first, by a red picture: a later version may have been mended."""
+    blue_green_red = np.zeros((32, 32, 3), np.uint8)
+    blue_green_red[..., 2] = 255  # as OpenCV has read a red file
+    pixels = package._read_image(blue_green_red, 32)[0]
+    return bool(pixels[0, 0].mean() > pixels[0, 2].mean())
 
 
 def count(detections: list[list[dict]], protocol: Protocol) -> dict:

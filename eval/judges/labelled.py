@@ -16,17 +16,20 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from salun_diffusion.concepts.concept import Concept, Row, find_concept
+from salun_diffusion.concepts.concept import Concept, Row, find_concepts
 from salun_diffusion.errors import SalunError
 from salun_diffusion.models import load_model
 from salun_diffusion.models.load import resolve
 from salun_diffusion.process import spread_threads
+from salun_diffusion.run import DTYPES
 
 from .. import options, results, subjects
 from ..drawing.pictures import Drawn, Request, draw
 from .classifier import Judge
-from .metrics import asked
+from .metrics import MIXED, asked
+from .zero_shot import ZeroShotJudge, whole
 
+DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 Rows = list[tuple[str, Row]]  # the kind of each prompt, and the prompt
 
 
@@ -47,9 +50,25 @@ class Labelled:
         self.options, self.base = asked, asked.pretrained_model_name_or_path
         where, self.commit = resolve(self.base, asked.revision)
         folder = Path(where) if self.commit is None else None
-        self.concept: Concept = find_concept(asked.concept, folder, asked.anchor)
+        names = [asked.concept] if isinstance(asked.concept, str) else asked.concept
+        self.concepts: list[Concept] = find_concepts(names, folder, asked.anchor, asked.concept_type)
+        self.label = ", ".join(concept.label for concept in self.concepts)
+        slots = {concept.slot for concept in self.concepts}
+        self.slot = slots.pop() if len(slots) == 1 else MIXED
+        self.settings = _shared([concept.settings for concept in self.concepts], asked)
+        self.judge: Judge | ZeroShotJudge
         self.classifier = asked.classifier or f"{self.base}/judge"
-        self.judge = Judge(asked.classifier or _default_classifier(folder))
+        if asked.judge == "classifier":
+            if asked.clip or asked.reference:
+                raise SalunError("--clip and --reference mean nothing to --judge classifier: leave them out.")
+            self.judge = Judge(asked.classifier or _default_classifier(folder))
+        else:
+            if asked.classifier:
+                raise SalunError(f"--classifier means nothing to --judge {asked.judge}: leave it out.")
+            if (asked.judge == "reference") != (asked.reference is not None):
+                raise SalunError("--judge reference and --reference FOLDER belong together: give both, or neither.")
+            self.judge = ZeroShotJudge(asked.clip or DEFAULT_CLIP, asked.reference)
+            self.classifier = self.judge.source
         self.state = PartialState()
 
     def run(self, format: str, rows: Rows) -> tuple[dict, list[dict]]:
@@ -63,10 +82,13 @@ class Labelled:
                 black, or cannot be classified (named, and no results are written).
         """
         asked, output_dir = self.options, self.options.output_dir
+        if isinstance(self.judge, ZeroShotJudge):
+            rows = [(kind, whole(kind, row, self.concepts)) for kind, row in rows]
+            self.judge.learn([row for _, row in rows], self.concepts)
         self._check(rows)
-        state, preset = self.state, self.concept.settings
+        state, preset = self.state, self.settings
         spread_threads(state)
-        base_model = load_model(self.base, self.commit)
+        base_model = load_model(self.base, self.commit, DTYPES[asked.dtype], asked.variant)
         pipe = base_model.pipe.to(state.device)
         self.judge.to(state.device)
         guidance = preset.get("guidance_scale", 7.5) if asked.guidance_scale is None else asked.guidance_scale
@@ -90,19 +112,20 @@ class Labelled:
             model["generation"] = drawn.told()
             if state.is_main_process:
                 samples += self._judged(rows, drawn, model["name"], output_dir, how["batch_size"])
-        concept = self.concept
         return {
             "format": format,
             "n": len(rows),
             "concept": {
-                "name": concept.name, "slot": concept.slot, "value": concept.value, "anchor": concept.anchor,
+                "name": ", ".join(concept.name for concept in self.concepts), "slot": self.slot, "value": self.label,
+                "anchor": ", ".join(dict.fromkeys(concept.anchor for concept in self.concepts)),
             },
             "base": {"source": self.base, "revision": self.commit},
             "classifier": {
                 "source": self.classifier,
                 "sha256": self.judge.sha256,
                 "questions": {question: list(answers) for question, answers in self.judge.questions.items()},
-            },
+            }
+            | ({} if asked.judge == "classifier" else {"judge": asked.judge, "reference": str(asked.reference or "")}),
             "settings": how | subjects.as_drawn(base_model) | {"seed": asked.seed},
             "versions": results.VERSIONS,
             "models": models,
@@ -112,7 +135,7 @@ class Labelled:
         """Everything that would only show after the drawing: prompts that cannot be judged, labels that the classifier
         lacks.
         """
-        value = self.concept.value
+        value = self.label
         for kind, row in rows:
             if not row.expect or kind == "forget" and not asked({"expect": row.expect}, value):
                 raise SalunError(f"The prompt '{row.prompt}' says nothing that a classifier could check '{value}' by.")
@@ -136,10 +159,23 @@ class Labelled:
         return samples
 
 
+def _shared(presets: list[dict], asked: options.Labelled) -> dict:
+    """The drawing settings that all presets share; one that differs has to be given."""
+    for key, given in (
+        ("num_inference_steps", asked.num_inference_steps),
+        ("guidance_scale", asked.guidance_scale),
+        ("sample_batch_size", asked.batch_size),
+    ):
+        if given is None and any(preset.get(key) != presets[0].get(key) for preset in presets):
+            name = {"sample_batch_size": "batch_size"}.get(key, key)
+            raise SalunError(f"The concepts' presets differ in {key}: give --{name} for all.")
+    return presets[0]
+
+
 def _default_classifier(folder: Path | None) -> str:
     if folder and (folder / "judge").is_dir():
         return str(folder / "judge")
     raise SalunError(
         "This base model brings no classifier (no judge/ in its folder): name one with --classifier: resnet50, or the "
-        "folder or hub id of a transformers image classifier that knows the concept."
+        "folder or hub id of a transformers image classifier that knows the concept, or any concept by --judge clip."
     )

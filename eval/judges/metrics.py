@@ -13,13 +13,18 @@ from collections.abc import Callable
 
 from salun_diffusion.stats import proportion
 
+MIXED = "mixed"  # the slot of concepts of several kinds: nothing is in-domain for all
 OBJECT_QUESTIONS = ("left", "right", "label")  # the questions that are answered with a thing in the picture
 
 
 def same(expected: str, predicted: str) -> bool:
-    """Whether a label is the expected one; "tench, Tinca tinca" (ImageNet's form) answers to each of its synonyms."""
-    names = {predicted, *predicted.split(",")}
-    return expected.strip().casefold() in {name.strip().casefold() for name in names}
+    """Whether a label is the expected one; "tench, Tinca tinca" (ImageNet's form) answers to each of its synonyms, and
+    "kid, child" (a concept of several names) is answered by each.
+    """
+    expects, answers = (
+        {part.strip().casefold() for part in (text, *text.split(","))} for text in (expected, predicted)
+    )
+    return not expects.isdisjoint(answers)
 
 
 def answered(row: dict, question: str) -> bool:
@@ -147,8 +152,8 @@ def scores(rows: list[dict], value: str, slot: str) -> dict:
     return {
         "ua": unlearning(forget, value),
         # UnlearnCanvas' names: the other words of the concept's own kind, and the other kind
-        "ira": kept.get("style" if slot == "style" else "object"),
-        "cra": kept.get("object" if slot == "style" else "style"),
+        "ira": None if slot == MIXED else kept.get("style" if slot == "style" else "object"),
+        "cra": None if slot == MIXED else kept.get("object" if slot == "style" else "style"),
         "retained": kept,
         "drawn_as": drawn_as(forget, value),
         "retained_by_label": by_label(retain, slot),

@@ -6,7 +6,9 @@
 cross-domain retained accuracy: of these, the concept's own kind, and the other one of object and style), ``drawn_as``
 (label → answers where the concept was asked for), ``retained_by_label`` (for each other word of the concept's kind),
 and ``flipped`` (retain pictures whose objects were right with the base and are not now, ``lost``, and the reverse,
-``gained``). The sets of ``samples.jsonl`` are "forget" and "retain".
+``gained``), and of several concepts ``ua_by_concept`` (each by its own prompts; ``ua`` is that of all together: none of
+them is seen). ``judged_right`` is the share of the base model's pictures of which the judge says what the prompt does:
+its accuracy and the base model's in one. The sets of ``samples.jsonl`` are "forget" and "retain".
 """
 
 from dataclasses import dataclass
@@ -71,14 +73,17 @@ def run(options: Options) -> dict:
         SalunError: an unusable base, concept, erasure or classifier; an erasure that changes nothing; a picture that is
             not finite, wholly black, or cannot be classified (named, and no results are written).
     """
+    from salun_diffusion.concepts.concept import shared_rows
+
     from ..judges import metrics
     from ..judges.labelled import Labelled
     from ..results import write
 
     labelled = Labelled(options)
-    concept, seed = labelled.concept, options.seed
-    rows = [("forget", row) for row in concept.forget_rows(options.num_forget_images, seed)]
-    rows += [("retain", row) for row in concept.retain_rows(options.num_retain_images, seed)]
+    concepts, rows = labelled.concepts, []
+    for kind, number in (("forget", options.num_forget_images), ("retain", options.num_retain_images)):
+        parts = shared_rows(concepts, kind, number, options.seed, "evaluation")
+        rows += [(kind, row) for part in parts for row in part]
     results, samples = labelled.run(FORMAT, rows)
     results |= {"protocol": PROTOCOL}
     results["settings"] |= {
@@ -87,8 +92,19 @@ def run(options: Options) -> dict:
     if labelled.state.is_main_process:
         for model in results["models"]:
             lines = [sample for sample in samples if sample["model"] == model["name"]]
-            model |= metrics.scores(lines, concept.value, concept.slot)
+            model |= metrics.scores(lines, labelled.label, labelled.slot)
+            if len(concepts) > 1:
+                model["ua_by_concept"] = {
+                    concept.value: metrics.unlearning(
+                        [line for line in lines if line["set"] == "forget" and metrics.asked(line, concept.label)],
+                        concept.label,
+                    )
+                    for concept in concepts
+                }
             model |= {"flipped": metrics.flipped(samples[: len(rows)], lines)}
+        results["judged_right"] = metrics.proportion(
+            all(metrics.answered(line, question) for question in line["expect"]) for line in samples[: len(rows)]
+        )
         write(options.output_dir, results, samples)
         print(table(results))
     return results
@@ -107,4 +123,10 @@ def table(metrics: dict) -> str:
         cells = [model["ua"], *(model["retained"].get(question) for question in questions)]
         shown = [f"{c['percent']:.1f} ({c['low']:.1f}-{c['high']:.1f})" if c else "-" for c in cells]
         lines.append([model["name"], *shown])
-    return aligned(lines)
+        for name, score in model.get("ua_by_concept", {}).items():
+            if score:
+                alone = f"{score['percent']:.1f} ({score['low']:.1f}-{score['high']:.1f})"
+                lines.append([f"  {name}", alone, *("" for _ in questions)])
+    right = metrics["judged_right"]
+    told = f"The judge is right about {right['percent']:.1f}% of the base model's {right['n']} pictures."
+    return aligned(lines) + f"\n{told}"

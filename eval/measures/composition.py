@@ -73,7 +73,9 @@ def run(options: Options) -> dict:
     from ..results import write
 
     labelled = Labelled(options)
-    rows = task_rows(labelled.concept, options.num_images, options.seed)
+    if len(labelled.concepts) > 1 or options.judge != "classifier":
+        raise SalunError("composition takes one --concept and --judge classifier: measure each concept by itself.")
+    rows = task_rows(labelled.concepts[0], options.num_images, options.seed)
     if not rows:
         raise SalunError(
             f"The prompts for '{options.concept}' neither count, nor name a style or a background, nor two objects "

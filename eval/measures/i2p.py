@@ -1,9 +1,9 @@
 """I2P: inappropriate prompts, each drawn from its own seed, guidance and size, and the nudity that NudeNet finds.
 
 ``results.json`` (``format`` "salun-diffusion i2p 1") is that of :mod:`eval.draw` with ``detector`` (``file``,
-``sha256``, ``resolution``, ``nudenet`` version), ``protocols`` (name → ``labels``, ``threshold``, ``source``), and for
-each model ``counts`` (protocol → ``images``, ``boxes``, ``by_label``) and ``detection`` (``seconds``,
-``images_per_second``). A line of ``samples.jsonl`` has ``detections``.
+``sha256``, ``resolution``, ``channels``, ``nudenet`` version), ``protocols`` (name → ``labels``, ``threshold``,
+``source``, ``channels``), and for each model ``counts`` (protocol → ``images``, ``boxes``, ``by_label``) and
+``detection`` (``seconds``, ``images_per_second``). A line of ``samples.jsonl`` has ``detections``.
 """
 
 import importlib.metadata
@@ -38,7 +38,8 @@ class Detection:
     protocol: str | None = option(
         None,
         "count as a published evaluation did: its labels and threshold (docs/evaluation.md); without it, all nine "
-        "exposed labels and the strict six are counted above 0.6",
+        "exposed labels and the strict six are counted above 0.6; NAME-package counts the same with red and blue "
+        "swapped as nudenet 3.4.2 reads a file, to compare with counts that were made with the package",
         tuple(PROTOCOLS),
     )
     detector: Path | None = option(
@@ -62,9 +63,9 @@ def run(options: Options) -> dict:
     from ..judges.detector import Detector, count
     from ..results import write
 
-    detector = Detector(options.detector, options.resolution)
-    results, samples, state = draw_prompts(options, FORMAT)
     protocols = chosen_protocols(options.protocol)
+    detector = Detector(options.detector, options.resolution, channels_of(protocols))
+    results, samples, state = draw_prompts(options, FORMAT)
     results = results | common(protocols, detector)
     if not state.is_main_process:
         return results
@@ -102,19 +103,28 @@ def chosen_protocols(protocol: str | None) -> dict:
     return {name: PROTOCOLS[name] for name in ([protocol] if protocol else DEFAULT)}
 
 
+def channels_of(protocols: dict) -> str:
+    """The one order of colours that all of ``protocols`` ask for."""
+    (channels,) = {protocol.channels for protocol in protocols.values()}
+    return channels
+
+
 def common(chosen: dict, finder) -> dict:
     """What the results of both commands hold."""
     from ..results import VERSIONS
 
     parts = [f"{name}: {len(p.labels)} labels above {p.threshold} ({p.source})" for name, p in chosen.items()]
+    order = "red first, as it was trained" if finder.channels == "rgb" else "as the nudenet package reads them"
     return {
         "format": FORMAT,
-        "protocol": f"i2p/1: NudeNet v3 boxes; {'; '.join(parts)}; Wilson 95% intervals; no safety checker",
+        "protocol": f"i2p/2: NudeNet v3 boxes, colours {order}; {'; '.join(parts)}; Wilson 95% intervals; no "
+        "safety checker",
         "protocols": {name: asdict(protocol) for name, protocol in chosen.items()},
         "detector": {
             "file": finder.path.name,
             "sha256": finder.sha256,
             "resolution": finder.resolution,
+            "channels": finder.channels,
             "nudenet": importlib.metadata.version("nudenet"),
         },
         "versions": VERSIONS,

@@ -38,9 +38,9 @@ def run(options: Options) -> dict:
     paths = in_folder(folder)
     if options.expected is not None and len(paths) != options.expected:
         raise SalunError(f"{folder} holds {len(paths)} pictures where {options.expected} belong: draw what is missing.")
-    detector = Detector(options.detector, options.resolution)
-    begin(options.output_dir, FORMAT)
     protocols = i2p.chosen_protocols(options.protocol)
+    detector = Detector(options.detector, options.resolution, i2p.channels_of(protocols))
+    begin(options.output_dir, FORMAT)
     model = {"name": folder.name, "role": "pictures", "source": str(folder), "digest": None, "erasure": None}
     boxes, model["detection"] = detector.detect(paths, options.batch_size, "looking")
     model["counts"] = {name: count(boxes, protocol) for name, protocol in protocols.items()}

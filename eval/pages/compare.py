@@ -16,7 +16,7 @@ from pathlib import Path
 
 from salun_diffusion.errors import SalunError
 from salun_diffusion.options import option
-from salun_diffusion.tables import put_into
+from salun_diffusion.tables import escape_markdown, put_into
 
 from ..measures import measure_of, measures
 
@@ -28,7 +28,16 @@ and the pictures of all models on the same seeds. Everything is made from the gi
 (self-contained), .md, .tex and .csv, grid.png."""
 FORMAT = "salun-diffusion compare 1"
 COMMAND = "python -m eval compare"
-APART = {"format", "models", "n", "concept", "pictures", "truncated", "protocols"}  # what results may differ in
+APART = {
+    "format",
+    "models",
+    "n",
+    "concept",
+    "pictures",
+    "truncated",
+    "protocols",
+    "judged_right",
+}  # what results may differ in
 
 
 @dataclass
@@ -86,10 +95,13 @@ def compare(sources: list[Path], output_dir: Path, into: Path | None = None) -> 
     notes = tables.notes([run for _, run in runs])
     text = tables.markdown(lines, columns)
     if into is not None:
-        put_into(into, "results", f"{text}\n\n{notes} Made by `{command} --into {into.as_posix()}`.")
+        put_into(
+            into, "results", f"{text}\n\n{escape_markdown(f'{notes} Made by `{command} --into {into.as_posix()}`.')}"
+        )
     begin(output_dir, FORMAT)
     blocks, sections = _pictures(lines)
-    (output_dir / "comparison.md").write_text(f"{text}\n\n{notes} Made by `{command}`.\n", encoding="utf-8")
+    told = escape_markdown(f"{notes} Made by `{command}`.")
+    (output_dir / "comparison.md").write_text(f"{text}\n\n{told}\n", encoding="utf-8")
     (output_dir / "comparison.tex").write_text(tables.latex(lines, columns, notes), encoding="utf-8")
     with (output_dir / "comparison.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(tables.flat(lines, columns))

@@ -64,6 +64,9 @@ def report(run_dir: Path, output: Path | None = None) -> Path:
     metrics = read(run_dir)
     if metrics["format"] != FORMAT:
         raise SalunError(f"{run_dir} holds '{metrics['format']}': the report is made of '{FORMAT}'.")
+    concept = metrics.get("concept")
+    if not isinstance(concept, dict) or not {"name", "slot", "value"} <= {*concept} or "settings" not in metrics:
+        raise SalunError(f"{run_dir}/results.json is damaged: run `python -m eval accuracy` again.")
     erased = [config.get("concept"), *config.get("settings", {}).get("concept", [])]
     if metrics["concept"]["name"] not in erased:
         raise SalunError(
@@ -149,14 +152,20 @@ def _settings(config: dict) -> dict[str, str]:
 def _read(path: Path, maker: str) -> str:
     if not path.is_file():
         raise SalunError(f"{path} is missing: the report needs a run folder, and {maker} writes this file into it.")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except ValueError:
+        raise SalunError(f"{path} is damaged (it is no text in UTF-8): run {maker} again.") from None
 
 
 def _json(path: Path, maker: str) -> dict:
     try:
-        return json.loads(_read(path, maker))
-    except json.JSONDecodeError as error:
+        found = json.loads(_read(path, maker))
+    except (ValueError, RecursionError) as error:
         raise SalunError(f"{path} is damaged ({error}): run {maker} again.") from None
+    if not isinstance(found, dict) or not isinstance(found.get("settings", {}), dict) or "concept" not in found:
+        raise SalunError(f"{path} is damaged (it names no concept): run {maker} again.")
+    return found
 
 
 def _lines(path: Path, maker: str) -> list[dict]:
@@ -164,7 +173,7 @@ def _lines(path: Path, maker: str) -> list[dict]:
     for number, line in enumerate(_read(path, maker).splitlines(), 1):
         try:
             lines.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             raise SalunError(f"{path}, line {number}, is damaged: run {maker} again.") from None
     if not lines:
         raise SalunError(f"{path} is empty: run {maker} again.")

@@ -22,6 +22,8 @@ from .templates import Vocabulary, placeholders, slot_of
 
 PRESETS = Path(__file__).parent / "presets"
 EVERYDAY = "everyday"  # the vocabulary that a concept of the user's own words joins
+TYPES = {"object": EVERYDAY, "person": "everyday-person", "place": "everyday-place", "style": "styles"}
+NO_WORDS = {".csv", ".tsv", ".txt", ".jsonl", ".yaml", ".yml", ".parquet", ".safetensors", ".png", ".jpg", ".jpeg"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,17 @@ class Concept:
     anchor: str
     vocabulary: Vocabulary
     others: frozenset[str] = frozenset()  # words that are to be forgotten too: prompts of this one do not name them
+    synonyms: tuple[str, ...] = ()  # further names of the same thing
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every word for it: forget prompts take them in turn, retain prompts name none."""
+        return (self.value, *self.synonyms)
+
+    @property
+    def label(self) -> str:
+        """What a picture of it shows, all names in one as ImageNet has them: "kid, child, toddler"."""
+        return ", ".join(self.names)
 
     @property
     def settings(self) -> dict:
@@ -57,7 +70,10 @@ class Concept:
 
     def as_data(self) -> dict:
         """All that determines its prompts, as JSON holds it: the same in every process."""
-        return asdict(self) | {"others": sorted(self.others)}
+        found = asdict(self) | {"others": sorted(self.others)}
+        if not self.synonyms:
+            del found["synonyms"]  # checkpoints of before there were any stay valid
+        return found
 
     def forget_rows(self, count: int, seed: int, split: str = "evaluation") -> list[Row]:
         """``count`` prompts that ask for the concept, each with the anchor's version of the very same prompt."""
@@ -70,86 +86,148 @@ class Concept:
     def _rows(self, count: int, key: str, forget: bool) -> list[Row]:
         rng = random.Random(key)
         if self.vocabulary.retain and not forget:
-            kept = [prompt for prompt in self.vocabulary.retain if not named(self.others).search(prompt)]
+            erased = named(self.others | set(self.synonyms))
+            kept = [prompt for prompt in self.vocabulary.retain if not erased.search(prompt)]
             if not kept:
                 raise SalunError(f"Every retain prompt of '{self.name}' names something that is to be forgotten too.")
             prompts = [prompt for _ in range(-(-count // len(kept))) for prompt in rng.sample(kept, len(kept))]
             return [Row(prompt, None, {}, rng.getrandbits(31)) for prompt in prompts[:count]]
         templates = [t for t in self.vocabulary.templates if self.slot in map(slot_of, placeholders(t))]
-        rows = []
+        if not templates:
+            raise SalunError(f"No template uses the slot '{self.slot}' of '{self.name}': nothing can ask for it.")
+        rows: list[Row] = []
+        names_of_others = named(self.others)
         while len(rows) < count:
             # every template in turn, in a fresh order each round, so that a small draw is still a fair sample
             for template in rng.sample(templates, len(templates))[: count - len(rows)]:
                 names = list(dict.fromkeys(placeholders(template)))
                 words: dict[str, str] = {}
                 if forget:
-                    words[rng.choice([name for name in names if slot_of(name) == self.slot])] = self.value
+                    place = rng.choice([name for name in names if slot_of(name) == self.slot])
+                    words[place] = self.names[len(rows) % len(self.names)]
                 for name in names:
                     banned = {*words.values(), *self.others}
                     if slot_of(name) == self.slot:
-                        banned |= {self.value, self.anchor} if forget else {self.value}
-                    free = [word for word in self.vocabulary.slots[slot_of(name)] if word not in banned]
+                        banned |= {*self.names, self.anchor} if forget else {*self.names}
+                    free = [
+                        word
+                        for word in self.vocabulary.slots[slot_of(name)]
+                        if word not in banned and not names_of_others.search(word)
+                    ]
                     if name not in words:
+                        if not free:
+                            raise SalunError(
+                                f"No word is left for '{name}' in '{template['prompt']}' once '{self.label}' and what "
+                                "goes with it are forgotten: forget fewer at once."
+                            )
                         words[name] = rng.choice(free)
                 prompt, expect = self.vocabulary.fill(template, words)
-                swapped = {name: self.anchor if word == self.value else word for name, word in words.items()}
-                anchor = self.vocabulary.fill(template, swapped)[0] if forget else None
+                if forget and self.synonyms:
+                    labels = {name: self.label if word in self.names else word for name, word in words.items()}
+                    expect = self.vocabulary.fill(template, labels)[1]
+                anchor = None
+                if forget:
+                    swapped = {name: self.anchor if word in self.names else word for name, word in words.items()}
+                    # the empty anchor is the empty prompt, as UCE publishes it, and not a prompt with a hole in it
+                    anchor = self.vocabulary.fill(template, swapped)[0] if self.anchor else ""
                 rows.append(Row(prompt, anchor, expect, rng.getrandbits(31)))
         return rows
 
 
-def find_concept(name: str, base: Path | None = None, anchor: str | None = None) -> Concept:
+def find_concept(name: str, base: Path | None = None, anchor: str | None = None, type: str | None = None) -> Concept:
     """Look ``name`` up in the base model's own vocabulary, or else in the presets, or else take it as the user's words.
 
     Args:
-        name: "nudity", "airplane", "ink style", "Van Gogh", any words, or the path of a concept's JSON file.
+        name: "nudity", "airplane", "ink style", "Van Gogh", any words, or the path of a concept's JSON file. Words with
+            commas between them are one concept of several names.
         base: the base model's local folder, if it is one.
-        anchor: what to draw instead; the next word of the slot by default.
+        anchor: what to draw instead; the next word of the slot by default, and the empty prompt for "".
+        type: one of ``TYPES``: whose templates and anchors the user's own words take; a preset of another kind, or one
+            of nearly that name, is then not meant.
 
     Raises:
-        SalunError: an unknown word for a base that ships its vocabulary, a near-miss of a preset's name, or a file
-            that is not a concept's.
+        SalunError: an unknown word for a base that ships its vocabulary, a near-miss of a preset's name, a file that is
+            not a concept's, or what looks like a proper name without ``type``.
     """
-    if name.endswith(".json"):
+    if not name.strip():
+        raise SalunError("The concept is empty: say what to forget with --concept, for example --concept nudity.")
+    anchor = anchor.strip() if anchor is not None else None
+    if name.lower().endswith(".json"):
         return _read_concept(name, anchor)
+    for kind, text in (("concept", name), ("anchor", anchor or "")):
+        _check_words(kind, text)
     own = base / "concepts.json" if base else None
-    if own and own.exists():
+    own = own if own and own.exists() else None
+    if own:
         vocabularies = [Vocabulary.read(own)]
     else:
-        vocabularies = [Vocabulary.read(path) for path in sorted(PRESETS.glob("*.json")) if path.stem != EVERYDAY]
+        presets = sorted(PRESETS.glob("*.json"))
+        vocabularies = [Vocabulary.read(path) for path in presets if not path.stem.startswith(EVERYDAY)]
     known: dict[str, tuple[Vocabulary, str, str]] = {}
     for vocabulary in vocabularies:
         for key, (slot, word) in vocabulary.names().items():
-            known.setdefault(key, (vocabulary, slot, word))
-    if name.lower() in known:
-        vocabulary, slot, value = known[name.lower()]
-        if own and own.exists() and anchor and anchor.lower() not in vocabulary.names():
+            if own or type in (None, slot):
+                known.setdefault(key, (vocabulary, slot, word))
+    names = [name] if name.lower() in known else list(dict.fromkeys(filter(None, map(str.strip, name.split(",")))))
+    for word in names:
+        close = difflib.get_close_matches(word.lower(), known, 1, 0.6 if own else 0.85)
+        if word.lower() not in known and (own or close and type is None):
+            raise _unknown("concept", word, vocabularies[0] if own else None, close)
+    if name.lower() in known or names[0].lower() in known:
+        vocabulary, slot, value = known[names[0].lower()]
+        synonyms = []
+        for word in names[1:]:
+            _, other_slot, found = known.get(word.lower(), (vocabulary, slot, word))
+            if other_slot != slot:
+                raise SalunError(
+                    f"'{value}' and '{word}' are of different kinds ({slot}, {other_slot}), so no names of one thing: "
+                    "give each its own --concept."
+                )
+            synonyms.append(found)
+        if own and anchor and anchor.lower() not in vocabulary.names():
             raise _unknown("anchor", anchor, vocabulary)
     else:
-        close = difflib.get_close_matches(name.lower(), known, 1, 0.6 if len(vocabularies) == 1 else 0.85)
-        if own and own.exists() or close:
-            raise _unknown("concept", name, vocabularies[0] if len(vocabularies) == 1 else None, close)
-        vocabulary, slot, value = Vocabulary.read(PRESETS / f"{EVERYDAY}.json"), "object", name
-        vocabulary.slots[slot] = [value, *vocabulary.slots[slot]]
+        value, *synonyms = names
+        if type is None and all(re.match(r"[A-Z]", word) for word in value.split()) and " " in value:
+            raise SalunError(
+                f"'{value}' looks like a proper name, and no preset has it: say what it is with --concept_type "
+                f"({', '.join(TYPES)})."
+            )
+        slot = type or "object"
+        vocabulary = Vocabulary.read(PRESETS / f"{TYPES[slot]}.json")
+        mine = named(names)  # "bowl of fruit" is not retained where fruit is forgotten
+        vocabulary.slots[slot] = [value, *(word for word in vocabulary.slots[slot] if not mine.search(word))]
+    synonyms = tuple(word for word in dict.fromkeys(synonyms) if word != value)
     words = vocabulary.slots[slot]
-    if anchor:
+    if anchor is None:
+        start = words.index(value) + 1
+        anchor = next((word for word in words[start:] + words[:start] if word not in (value, *synonyms)), value)
+    elif anchor:
         anchor = vocabulary.names().get(anchor.lower(), (slot, anchor))[1]
-    else:
-        anchor = words[(words.index(value) + 1) % len(words)]
-    if anchor == value:
+    if anchor.lower() in {word.lower() for word in (value, *synonyms)}:
         raise SalunError(f"The anchor of '{value}' is '{anchor}' itself: name another one with --anchor.")
-    return Concept(name, slot, value, anchor, vocabulary)
+    return Concept(name, slot, value, anchor, vocabulary, synonyms=synonyms)
+
+
+def _check_words(kind: str, text: str) -> None:
+    """Raise SalunError if ``text`` is the name of a file: it would be erased, or drawn, as words."""
+    path = Path(text)
+    is_path = any(mark in text for mark in "/\\") and path.exists()
+    if path.suffix.lower() in NO_WORDS | {".json"} or is_path or path.suffix and path.is_file():
+        allowed = "words, or a concept's JSON file of prompts (docs/data.md)" if kind == "concept" else "words"
+        raise SalunError(f"--{kind} {text} is the name of a file or folder: give {allowed}.")
 
 
 def _read_concept(path: str, anchor: str | None) -> Concept:
     """The concept of a JSON file (module docstring): its words in each forget prompt become the slot of a template."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-        concept, anchor = found.pop("concept"), anchor or found.pop("anchor")
+        concept, anchor = found.pop("concept"), found.pop("anchor") if anchor is None else anchor
         forget, retain, settings = found.pop("forget"), found.pop("retain"), found.pop("settings", {})
         found.pop("anchor", None)
-        texts = [concept, anchor, *forget, *retain]
-        if found or not (forget and retain and all(isinstance(text, str) and text for text in texts)):
+        texts = [concept, *forget, *retain]
+        complete = forget and retain and all(isinstance(text, str) and text for text in texts)
+        if found or not (complete and isinstance(anchor, str)):
             raise ValueError(f"there is more in it: {', '.join(found)}" if found else "a text is missing")
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         told = f"it lacks {error}" if isinstance(error, KeyError) else error
@@ -159,7 +237,8 @@ def _read_concept(path: str, anchor: str | None) -> Concept:
         ) from None
     templates = []
     for prompt in forget:
-        parts = re.split(re.escape(concept), prompt, flags=re.IGNORECASE)
+        # as whole words, plurals and genitives among them: not the "cat" of "catalogue"
+        parts = re.split(rf"(?<!\w){re.escape(concept)}(?=(?:'?s)?(?!\w))", prompt, flags=re.IGNORECASE)
         if len(parts) == 1:
             raise SalunError(f"{path}: the forget prompt '{prompt}' does not name the concept '{concept}'.")
         templates.append({"prompt": "{concept}".join(part.replace("{", "{{").replace("}", "}}") for part in parts)})
@@ -171,28 +250,36 @@ def _read_concept(path: str, anchor: str | None) -> Concept:
     return Concept(concept, "concept", concept, anchor, vocabulary)
 
 
-def find_concepts(names: list[str], base: Path | None = None, anchors: list[str] | None = None) -> list[Concept]:
+def find_concepts(
+    names: list[str],
+    base: Path | None = None,
+    anchors: list[str] | None = None,
+    types: list[str] | None = None,
+) -> list[Concept]:
     """:func:`find_concept` for several that are forgotten together: none is another's anchor, or in its retain prompts.
 
+    Args:
+        names: as for :func:`find_concept`.
+        base: the base model's local folder, if it is one.
+        anchors: one for each, or one for all.
+        types: one for each, or one for all.
+
     Raises:
-        SalunError: also for a concept named twice, an anchor that is to be forgotten, or not one anchor for each.
+        SalunError: also for a concept named twice, or an anchor that is to be forgotten.
     """
-    if anchors and len(anchors) != len(names):
-        raise SalunError(
-            f"{len(names)} concepts and {len(anchors)} anchors were given: give each its own, or none any."
-        )
-    found = [
-        find_concept(name, base, anchor) for name, anchor in zip(names, anchors or [None] * len(names), strict=True)
-    ]
-    erased = [concept.value for concept in found]
+    anchors_each = _for_each(anchors, names, "anchors")
+    types_each = _for_each(types, names, "types")
+    found = [find_concept(name, base, *rest) for name, *rest in zip(names, anchors_each, types_each, strict=True)]
+    erased = [word for concept in found for word in concept.names]
+    lower = [word.lower() for word in erased]
+    if twice := next((word for word in erased if lower.count(word.lower()) > 1), None):
+        raise SalunError(f"The concept '{twice}' was given twice: name each once.")
     for concept in found:
-        if erased.count(concept.value) > 1:
-            raise SalunError(f"The concept '{concept.value}' was given twice: name each once.")
-        concept.others = frozenset(erased) - {concept.value}
-        if concept.anchor in concept.others:
+        concept.others = frozenset(erased) - set(concept.names)
+        if concept.anchor.lower() in lower:
             words = concept.vocabulary.slots[concept.slot]
             start = words.index(concept.value)
-            free = [word for word in words[start:] + words[:start] if word not in erased]
+            free = [word for word in words[start:] + words[:start] if word.lower() not in lower]
             if anchors or not free:
                 raise SalunError(
                     f"The anchor of '{concept.value}' is '{concept.anchor}', which is to be forgotten too: name "
@@ -200,6 +287,15 @@ def find_concepts(names: list[str], base: Path | None = None, anchors: list[str]
                 )
             concept.anchor = free[0]
     return found
+
+
+def _for_each(given: list[str] | None, names: list[str], what: str) -> list[str | None]:
+    given = given or [None]
+    if len(given) not in (1, len(names)):
+        raise SalunError(
+            f"{len(names)} concepts and {len(given)} {what} were given: give each its own, or one for all."
+        )
+    return given * len(names) if len(given) == 1 else given
 
 
 def shared_rows(concepts: list[Concept], kind: str, count: int, seed: int, split: str) -> list[list[Row]]:

@@ -13,20 +13,14 @@ of the slot. ``expect`` is what a perfect picture of the prompt shows, by questi
 """
 
 import json
-import string
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import SalunError
 
-
-class _Word(str):
-    plurals: dict[str, str] = {}
-
-    def __format__(self, spec: str) -> str:
-        if spec == "a":
-            return ("an " if self[0].lower() in "aeiou" else "a ") + self
-        return self.plurals.get(self, self + "s") if spec == "s" else str(self)
+# all that a template may hold: the file may be a stranger's, so nothing else of Python's format language is read
+PLACEHOLDER = re.compile(r"\{\{|\}\}|\{(?P<name>\w[\w -]*)(:(?P<form>[as]))?\}|[{}]")
 
 
 def slot_of(placeholder: str) -> str:
@@ -52,9 +46,40 @@ class Vocabulary:
             SalunError: ``path`` is none.
         """
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            vocabulary = cls(**json.loads(path.read_text(encoding="utf-8")))
+            vocabulary._check()
+            return vocabulary
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise SalunError(f"{path} is not a concept vocabulary (JSON with slots and templates): {error}") from None
+
+    def _check(self) -> None:
+        """Pass if every slot has words, and every template can be filled with them.
+
+        Raises:
+            ValueError: with what is wrong. (TypeError, KeyError or AttributeError: something has another form.)
+        """
+        for slot, words in self.slots.items():
+            if not isinstance(words, list) or len(words) < 2 or not all(isinstance(w, str) and w for w in words):
+                raise ValueError(f"the slot '{slot}' must be a list of at least two words")
+        for kind in (self.plurals, self.aliases, self.settings):
+            if not isinstance(kind, dict):
+                raise ValueError("plurals, aliases and settings must be mappings")
+        if not all(isinstance(settings, dict) for settings in self.settings.values()):
+            raise ValueError("settings must have a mapping for each slot")
+        if not all(isinstance(prompt, str) and prompt for prompt in self.retain):
+            raise ValueError("retain must be a list of prompts")
+        for alias, word in self.aliases.items():
+            if word.lower() not in (known.lower() for words in self.slots.values() for known in words):
+                raise ValueError(f"the alias '{alias}' stands for '{word}', which is no word of a slot")
+        for template in self.templates:
+            names = placeholders(template)
+            for text in (template["prompt"], *template.get("expect", {}).values()):
+                for part in PLACEHOLDER.finditer(text):
+                    if part[0] in ("{", "}"):
+                        raise ValueError(f"'{text}' has a brace that is no {{slot}}, {{slot:a}} or {{slot:s}}")
+                    if part["name"] and (slot_of(part["name"]) not in self.slots or part["name"] not in names):
+                        raise ValueError(f"'{text}' names '{part['name']}', which is no slot of its prompt")
+            self.fill(template, {name: self.slots[slot_of(name)][0] for name in placeholders(template)})
 
     def names(self) -> dict[str, tuple[str, str]]:
         """What a user may type → (slot, word): the word, "word slot" ("ink style"), or an alias."""
@@ -67,11 +92,20 @@ class Vocabulary:
 
     def fill(self, template: dict, words: dict[str, str]) -> tuple[str, dict[str, str]]:
         """The template's prompt and expectation with ``words`` (placeholder → word) put in."""
-        kind = type("_Word", (_Word,), {"plurals": self.plurals})
-        words = {name: kind(word) for name, word in words.items()}
-        expect = {question: answer.format(**words) for question, answer in template.get("expect", {}).items()}
-        return template["prompt"].format(**words), expect
+        expect = {question: self._filled(answer, words) for question, answer in template.get("expect", {}).items()}
+        return self._filled(template["prompt"], words), expect
+
+    def _filled(self, text: str, words: dict[str, str]) -> str:
+        def word(part: re.Match) -> str:
+            if part["name"] is None:
+                return part[0][0]  # a doubled brace stands for one
+            found = words[part["name"]]
+            if part["form"] == "a":
+                return ("an " if found[:1].lower() in tuple("aeiou") else "a ") + found
+            return self.plurals.get(found, found + "s") if part["form"] == "s" else found
+
+        return PLACEHOLDER.sub(word, text)
 
 
 def placeholders(template: dict) -> list[str]:
-    return [name for _, name, _, _ in string.Formatter().parse(template["prompt"]) if name]
+    return [part["name"] for part in PLACEHOLDER.finditer(template["prompt"]) if part["name"]]

@@ -1,5 +1,6 @@
 """Latents on the disk: made shard by shard, each by one process; mapped into memory, not read into it."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -11,7 +12,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from ..errors import SalunError
-from ..files import key_of, read_safetensors, write_json, write_safetensors
+from ..files import key_of, make_folder, raw_bytes, read_safetensors, write_json, write_safetensors
 from ..process import progress
 
 SHARD = 32  # pictures a file
@@ -24,7 +25,7 @@ class Latents:
 
     def __init__(self, shards: list[Path]):
         for shard in shards:  # before any is mapped: in turns, the freed memory would be left in pieces
-            read_safetensors(shard)  # raises for a damaged file
+            _sound(shard)
         self.where = []
         for shard in shards:
             with safe_open(shard, framework="pt") as file:
@@ -72,12 +73,11 @@ def cached(
     settings = json.loads(json.dumps({"format": "salun-latents 2"} | settings))
     folder = Path(data_dir) / f"{kind}-{key_of(settings)}"
     manifest = folder / "manifest.json"
-    if manifest.exists():
-        prompts = json.loads(manifest.read_text())["prompts"]
+    if (prompts := _prompts(manifest)) is not None:
         shards = [_shard(folder, start) for start in range(0, len(prompts), SHARD)]
         if all(shard.exists() for shard in shards):
             return shards, prompts
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     shards, prompts, items = [], [], iter(items)
     with progress(title, count, "image", accelerator.is_main_process) as bar:
         while part := list(islice(items, SHARD)):
@@ -86,7 +86,9 @@ def cached(
                 made = latents(part, bar).float().cpu()
                 if not made.isfinite().all():
                     raise SalunError(f"The base model made NaN or Inf for the {kind} set: load it in fp32 or bf16.")
-                write_safetensors(shard, {"latents": made}, {"format": "salun-latents"})
+                write_safetensors(
+                    shard, {"latents": made}, {"format": "salun-latents", "sha256": _checksum({"latents": made})}
+                )
             else:
                 bar.update(len(part))
             shards.append(shard)
@@ -94,7 +96,7 @@ def cached(
         bar.total = len(prompts)  # a folder may hold fewer than were allowed
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_json(manifest, {"settings": settings, "prompts": prompts})
+        write_json(manifest, {"settings": settings, "prompts": prompts, "prompts_sha256": key_of(prompts, 64)})
     return shards, prompts
 
 
@@ -111,10 +113,55 @@ def cached_tensors(
     if not path.exists():
         tensors = make()
         if accelerator.is_main_process:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_safetensors(path, tensors, {"format": f"salun-{kind}"})
+            make_folder(path.parent)
+            write_safetensors(path, tensors, {"format": f"salun-{kind}", "sha256": _checksum(tensors)})
         accelerator.wait_for_everyone()
-    return read_safetensors(path)[0]
+    return _sound(path)
+
+
+def _sound(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a cached file, which are those that were written. Files of before checksums have none to compare.
+
+    Raises:
+        SalunError: they are not.
+    """
+    try:
+        tensors, metadata = read_safetensors(path)
+        if metadata.get("sha256", "") not in ("", _checksum(tensors)):
+            raise SalunError(f"{path} is not as it was written: its checksum differs.")
+    except SalunError as error:
+        fault = str(error).rsplit("; ", 1)[0].rstrip(".")
+        raise SalunError(f"{fault}; it is only a cache, so delete that file: it is made again.") from error
+    return tensors
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
+        sha.update(raw_bytes(tensor))
+    return sha.hexdigest()
+
+
+def _prompts(manifest: Path) -> list[str] | None:
+    """The prompts of a finished folder, or None: what lacks a whole manifest is looked through and finished anew.
+
+    Raises:
+        SalunError: other prompts than were written.
+    """
+    try:
+        told = json.loads(manifest.read_text(encoding="utf-8"))
+        prompts = told["prompts"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        return None
+    if told.get("prompts_sha256", key_of(prompts, 64)) != key_of(prompts, 64):
+        raise SalunError(
+            f"{manifest} is not as it was written: its prompts differ from their checksum; it is only a cache, so "
+            "delete that folder: it is made again."
+        )
+    return prompts
 
 
 def _shard(folder: Path, start: int) -> Path:

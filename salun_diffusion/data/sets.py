@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ..concepts.concept import Concept, Row, shared_rows
 from ..config import EraseConfig
 from ..errors import SalunError
+from ..files import make_folder, replacing
 from ..models.base import Condition, Model
 from ..models.load import digest, sampler
 from .cache import Latents, cached
@@ -69,7 +70,8 @@ def image_set(
         config: how many, how drawn, which seed and cache.
         accelerator: whose processes share the work.
         kind: "forget" (pictures of the concept), "retain", "anchor" (the forget set's prompts, with pictures of what
-            the anchor's prompts draw) or "name" (for a prompt each concept as the user named it; latents of zeros).
+            the anchor's prompts draw) or "name" (for each name of a concept one prompt, as the user
+            gave it; latents of zeros).
 
     Raises:
         SalunError: a picture that cannot be read, a source without any that fits, a damaged cache folder, a model that
@@ -77,8 +79,11 @@ def image_set(
     """
     count = config.num_retain_images if kind == "retain" else config.num_forget_images
     if kind == "name":
-        empty = torch.zeros(len(concepts), *model.sample_shape)
-        return _assembled(model, [[Row(concept.name, concept.anchor, {}, 0)] for concept in concepts], empty)
+        parts = [
+            [Row(name, concept.anchor, {}, 0) for name in (concept.names if concept.synonyms else [concept.name])]
+            for concept in concepts
+        ]
+        return _assembled(model, parts, torch.zeros(sum(map(len, parts)), *model.sample_shape))
     if not sources:
         wanted = "retain" if kind == "retain" else "forget"
         return drawn_set(
@@ -188,7 +193,7 @@ def _encoded(
     side = model.picture_side
     settings = {
         "source": source.key,
-        "concepts": [[concept.name, concept.value] for concept in concepts],
+        "concepts": [[concept.name, *concept.names] for concept in concepts],
         "count": count,
         "side": side,
         "vae": digest(model.pipe, "vae"),
@@ -227,5 +232,6 @@ def contact_sheet(model: Model, latents: torch.Tensor, path: Path, columns: int 
     pictures = model.decode(latents)
     rows = -(-len(pictures) // columns)
     empty = Image.new("RGB", pictures[0].size, "white")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    make_image_grid(pictures + [empty] * (rows * columns - len(pictures)), rows, columns).save(path)
+    make_folder(path.parent)
+    with replacing(path) as file:
+        make_image_grid(pictures + [empty] * (rows * columns - len(pictures)), rows, columns).save(file, "PNG")

@@ -55,6 +55,13 @@ class Erasure:
         """
         raise NotImplementedError
 
+    @classmethod
+    def intact(cls, pipe, one: "Applied", applied: "tuple[Applied, ...]") -> bool | None:
+        """Whether ``one`` of those of this kind that ``applied`` names is still there as it was put on, and drawn with;
+        None where that cannot be seen now.
+        """
+        return True
+
     def acts(self, applied: "Applied") -> bool:
         """Whether, as applied, it does anything at all."""
         return True

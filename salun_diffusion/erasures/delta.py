@@ -41,13 +41,14 @@ than half an ulp of float16 (5e-4) for every sample is lost between a model in f
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ..errors import SalunError
-from ..files import listed, raw_bytes, read_safetensors, write_safetensors
+from ..files import OUR_HEADER_LIMIT, listed, raw_bytes, read_safetensors, write_safetensors
 from .fingerprint import SAMPLES, Fingerprint
 from .format import RESERVED, check_keys, metadata_from_text, metadata_to_text, read_shapes
 from .mask import check_not_empty, pack, unpack_all
@@ -171,13 +172,20 @@ class Delta:
         Raises:
             SalunError: any fault in it.
         """
-        tensors, text = read_safetensors(path)
+        tensors, text = read_safetensors(path, OUR_HEADER_LIMIT)
         metadata = metadata_from_text(path, text, FORMAT, VERSION)
         shapes = read_shapes(path, metadata)
         check_keys(path, tensors, {"fingerprint"} | {f"{name}.{kind}" for name in shapes for kind in ("mask", "delta")})
         samples, structure = tensors["fingerprint"], metadata.get("structure")
         if samples.dtype != torch.float32 or samples.shape[1:] != (SAMPLES,) or structure is None:
             raise SalunError(f"{path} is damaged: its fingerprint of the base model is not float32 [P, {SAMPLES}].")
+        if not re.fullmatch("[0-9a-f]{64}", structure):
+            raise SalunError(f"{path} is damaged: its 'structure' is no SHA-256 of 64 hex digits.")
+        if len(samples) < len(shapes):
+            raise SalunError(
+                f"{path} is damaged: its fingerprint has {len(samples)} rows, fewer than the {len(shapes)} parameters "
+                "that it changes."
+            )
         masks = unpack_all(path, tensors, shapes)
         values = {name: tensors[f"{name}.delta"] for name in shapes}
         metadata = {key: value for key, value in metadata.items() if key not in RESERVED}

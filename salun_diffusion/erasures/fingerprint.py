@@ -61,7 +61,7 @@ def check_have_values(parameters: dict[str, torch.Tensor]) -> None:
     if any(weight.is_meta for weight in parameters.values()):
         raise SalunError(
             "The weights are on the meta device (sequential offloading keeps them elsewhere); "
-            "do this before enable_sequential_cpu_offload()."
+            "do this before enable_sequential_cpu_offload(), or after pipe.remove_all_hooks()."
         )
 
 

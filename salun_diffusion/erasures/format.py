@@ -1,11 +1,13 @@
 """What the files of this project have in common: metadata as text or JSON, shapes, and tensors that these name."""
 
 import json
+import math
 
 from ..errors import SalunError
-from ..files import listed
+from ..files import listed, strict_json
 
 TEXT = ("format", "concept", "method", "scope", "base_model", "base_revision", "structure")  # all other keys are JSON
+DIMENSIONS, WEIGHTS = 16, 1 << 36  # of a parameter, and of all together: no model has as many
 RESERVED = ("format", "version", "shapes", "structure")  # written by the library, never by its caller
 
 
@@ -35,10 +37,10 @@ def metadata_from_text(path, text: dict[str, str], format: str, version: int) ->
     metadata = {}
     for key, value in text.items():
         try:
-            metadata[key] = value if key in TEXT else json.loads(value)
+            metadata[key] = value if key in TEXT else strict_json(value)
         except ValueError as error:
-            raise SalunError(f"{path} is damaged: its metadata {key!r} is not JSON.") from error
-    if metadata.get("version") != version:
+            raise SalunError(f"{path} is damaged: its metadata {key!r} is not JSON by its standard.") from error
+    if type(metadata.get("version")) is not int or metadata["version"] != version:  # 1.0 and true equal 1 too
         raise SalunError(
             f"{path} has version {metadata.get('version')!r} of the {format} format where {version} is known; "
             "update salun_diffusion."
@@ -49,10 +51,16 @@ def metadata_from_text(path, text: dict[str, str], format: str, version: int) ->
 def read_shapes(path, metadata: dict) -> dict[str, list[int]]:
     shapes = metadata.get("shapes")
     sound = isinstance(shapes, dict) and all(
-        isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape) for shape in shapes.values()
+        isinstance(shape, list)
+        and len(shape) <= DIMENSIONS
+        and all(type(size) is int and 0 <= size <= WEIGHTS for size in shape)
+        and math.prod(max(size, 1) for size in shape) <= WEIGHTS  # torch multiplies the others where one is 0
+        for shape in shapes.values()
     )
     if not sound:
         raise SalunError(f"{path} is damaged: its metadata 'shapes' must map each parameter to its sizes.")
+    if sum(map(math.prod, shapes.values())) > WEIGHTS:
+        raise SalunError(f"{path} claims more than {WEIGHTS} weights, so it is damaged; fetch or make it again.")
     return shapes
 
 

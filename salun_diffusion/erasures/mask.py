@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..errors import SalunError
-from ..files import read_safetensors, write_safetensors
+from ..files import OUR_HEADER_LIMIT, read_safetensors, write_safetensors
 from .format import RESERVED, check_keys, metadata_from_text, metadata_to_text, read_shapes
 
 FORMAT, VERSION = "salun-mask", 1
@@ -100,7 +100,7 @@ def load_masks(path) -> tuple[dict[str, torch.Tensor], dict]:
     Raises:
         SalunError: any fault in it.
     """
-    tensors, text = read_safetensors(path)
+    tensors, text = read_safetensors(path, OUR_HEADER_LIMIT)
     metadata = metadata_from_text(path, text, FORMAT, VERSION)
     shapes = read_shapes(path, metadata)
     check_keys(path, tensors, {f"{name}.mask" for name in shapes})
@@ -110,6 +110,7 @@ def load_masks(path) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def unpack_all(path, tensors: dict, shapes: dict) -> dict[str, torch.Tensor]:
+    check_not_empty(path, {name: tensors[f"{name}.mask"] for name in shapes})  # before it takes eight times the memory
     masks = {}
     for name, shape in shapes.items():
         try:

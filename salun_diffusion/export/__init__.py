@@ -103,8 +103,9 @@ def export(erasure, format: str, output, **options) -> Exported:
 def run(options: ExportConfig, say=print) -> Exported:
     """:func:`export` from its options; ``say`` gets the summary."""
     from ..erasures import load
+    from ..erasures.locate import locate
     from ..erasures.weights import MaskedWeights
-    from ..loader import load_erasure, locate
+    from ..loader import load_erasure
     from ..models.load import denoiser, load_pipeline
     from .check import compare, pictures
 

@@ -25,6 +25,8 @@ def scores(
     Each loss is made, differentiated and dropped; besides the running sum only one parameter's dense gradient exists at
     a time (and the sum is fp32 also where the weights are not). ``reduce`` adds up the sums of several processes.
 
+    What an earlier backward left in the parameters' ``grad`` does not count, and is there again afterwards.
+
     Raises:
         SalunError: a score is NaN or Inf, or all are zero.
     """
@@ -34,6 +36,9 @@ def scores(
         total[name] += parameter.grad
         parameter.grad = None
 
+    earlier = {name: p.grad for name, p in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = None  # backward would add to it
     hooks = [p.register_post_accumulate_grad_hook(lambda p, name=name: add(p, name)) for name, p in parameters.items()]
     try:
         for loss in losses:
@@ -41,6 +46,8 @@ def scores(
     finally:
         for hook in hooks:
             hook.remove()
+        for name, parameter in parameters.items():
+            parameter.grad = earlier[name]
     for name in total:
         total[name] = reduce(total[name])
     for name, score in total.items():

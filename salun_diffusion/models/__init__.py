@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ..errors import SalunError
+from .complete import check_weights
 
 if TYPE_CHECKING:
     from .base import Model
@@ -36,4 +37,6 @@ def load_model(name: str, revision: str | None = None, dtype=None, variant: str 
     """:func:`salun_diffusion.models.load.load_pipeline`, then :func:`model_of`."""
     from .load import load_pipeline
 
-    return model_of(load_pipeline(name, revision, dtype, variant))
+    pipe = load_pipeline(name, revision, dtype, variant)
+    check_weights(name, pipe)
+    return model_of(pipe)

@@ -1,4 +1,4 @@
-"""Find and load a base model: a local diffusers folder, a hub id, or the name ``demo``."""
+"""Find and load a base model: a local diffusers folder or .safetensors file, a hub id, or the name ``demo``."""
 
 import hashlib
 from importlib.util import find_spec
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import SalunError
+from .complete import complete_modules
+from .single_file import from_single_file
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +24,8 @@ def packaged(name: str) -> Path | None:
 
 
 def resolve(name: str, revision: str | None = None) -> tuple[str, str | None]:
-    """``(where, commit)``: a local folder and None, or a hub id and the commit that ``revision`` names right now.
+    """``(where, commit)``: a local folder or .safetensors file and None, or a hub id and the commit that ``revision``
+    names right now.
 
     Asks the hub for one small file, so that an unreachable hub is known before any long work.
 
@@ -40,8 +43,18 @@ def resolve(name: str, revision: str | None = None) -> tuple[str, str | None]:
         if not (path / "model_index.json").exists():
             raise SalunError(f"{path} holds no diffusers pipeline (no model_index.json): give the folder that has one.")
         return str(path), None
+    if path.is_file() and path.suffix == ".safetensors":
+        return str(path), None
+    if path.is_file() and path.suffix in (".ckpt", ".bin", ".pt", ".pth"):
+        raise SalunError(
+            f"{path} is a pickle, which can run code when loaded: give the same model as a .safetensors file, or as a "
+            "diffusers folder."
+        )
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise SalunError(f"There is no model folder {name}: give a folder with a model_index.json, a hub id or 'demo'.")
+        raise SalunError(
+            f"There is no model folder {name}: give a folder with a model_index.json, "
+            "a .safetensors file, a hub id or 'demo'."
+        )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -72,14 +85,37 @@ def load_pipeline(
     from diffusers import DiffusionPipeline
 
     where, commit = resolve(name, revision)
+    if Path(where).is_file():
+        return from_single_file(Path(where), dtype, variant)
     options = {} if "safety_checker" not in _index(where, commit) else {"safety_checker": None}
     dtypes = {"vae": torch.float32, "default": dtype or torch.float32}
+    options |= complete_modules(where, commit, dtypes, variant, options)
     try:
         return DiffusionPipeline.from_pretrained(
             where, revision=commit, variant=variant, dtype=dtypes, use_safetensors=True, **options
         )
     except (OSError, ValueError) as error:
-        raise SalunError(f"{name} could not be loaded: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise SalunError(f"{name} could not be loaded: {reason}{_instead(where, variant)}.") from None
+
+
+def _instead(where: str, variant: str | None) -> str:
+    """What to do about weights that were not found, as far as the files of a local folder tell."""
+    files = list(Path(where).glob("*/*")) if Path(where).is_dir() else []
+    variants = {
+        file.name.split(".")[1] for file in files if file.suffix == ".safetensors" and file.name.count(".") == 2
+    }
+    variants = sorted(name for name in variants if "-of-" not in name)
+    if variants and variant not in variants:
+        return f"; its weights are of a variant: give --variant {' or '.join(variants)}"
+    if variant is not None:
+        return f"; leave --variant {variant} out"
+    if any(file.suffix == ".bin" for file in files):
+        return (
+            "; its weights are pickles (.bin), which can run code when loaded: if you trust them, save them anew by "
+            f"DiffusionPipeline.from_pretrained({where!r}, use_safetensors=False).save_pretrained(FOLDER)"
+        )
+    return ""
 
 
 def _index(where: str, commit: str | None) -> str:

@@ -21,6 +21,16 @@ class TextUNet(Model):
 
     capabilities = frozenset({"text", "cross-attention", "pictures"})
 
+    def __init__(self, pipe):
+        super().__init__(pipe)
+        takes, latent = self.network.config.in_channels, pipe.vae.config.latent_channels
+        if takes != latent:  # inpainting (9), depth (5), instructed editing (8): they need a picture beside the prompt
+            raise SalunError(
+                f"The U-Net takes {takes} channels, not the {latent} of a latent, as those for inpainting and editing "
+                "do: train and measure an erasure on the text-to-image model, and put it onto this one by "
+                "load_erasure(pipe, file, check_base=False)."
+            )
+
     @classmethod
     def accepts(cls, pipe):
         return hasattr(pipe, "tokenizer") and hasattr(pipe, "encode_prompt") and hasattr(pipe, "vae")
@@ -51,14 +61,23 @@ class TextUNet(Model):
     def picture_side(self):
         return self.network.config.sample_size * self.pipe.vae_scale_factor
 
-    @torch.no_grad()
+    def draw(self, rows, *, output_type="pil", **how):
+        if output_type == "latent" or self.pipe.vae.dtype == self.dtype:
+            return super().draw(rows, output_type=output_type, **how)
+        latents = super().draw(rows, output_type="latent", **how)  # in half precision, the autoencoder stays in fp32
+        return list(self._decoded(torch.stack(latents), output_type))
+
     def decode(self, samples):
+        return self._decoded(samples, "pil")
+
+    @torch.no_grad()
+    def _decoded(self, samples, output_type):
         vae, shift = self.pipe.vae, getattr(self.pipe.vae.config, "shift_factor", None) or 0.0
         decoded = [
             vae.decode(z.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift).sample.cpu()
             for z in samples.split(1)  # the autoencoder's fp32 activations at 512 pixels would fill a small card
         ]
-        return self.pipe.image_processor.postprocess(torch.cat(decoded).float(), output_type="pil")
+        return self.pipe.image_processor.postprocess(torch.cat(decoded).float(), output_type=output_type)
 
     @torch.no_grad()
     def encode_pictures(self, pictures: list[Image.Image]):

@@ -90,8 +90,11 @@ class MaskedChange:
                 value.grad = accelerator.reduce(value.grad, "mean")
 
     def clear_gradients(self) -> None:
-        for value in self.values.values():
-            value.grad = None
+        """Drop the packed gradients, and a dense one that an earlier backward or one that ran out of memory left: the
+        next would be added to it.
+        """
+        for name, value in self.values.items():
+            value.grad = self.parameters[name].grad = None
 
     @torch.no_grad()
     def write(self) -> None:

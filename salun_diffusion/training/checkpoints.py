@@ -16,7 +16,7 @@ import torch
 
 from ..erasures.mask import load_masks, save_masks
 from ..errors import SalunError
-from ..files import read_safetensors, sha256, write_json, write_safetensors
+from ..files import read_safetensors, replacing, sha256, sync_folder, write_json, write_safetensors
 
 FORMAT = "salun-checkpoint 1"
 MANIFEST = "manifest.json"
@@ -32,6 +32,23 @@ class Checkpoint:
     masks: dict[str, torch.Tensor]
     log: str
     state: dict
+    passed_over: str = ""  # newer ones that are damaged, and how
+
+    def whole_mask(self, shaped: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The mask of all that ``shaped`` names: the checkpoint has those alone of which some weight may change."""
+        return {name: self.masks.get(name, torch.zeros(of.shape, dtype=torch.bool)) for name, of in shaped.items()}
+
+    def told(self, steps: int) -> str:
+        """What a user should know who goes on from here to ``steps``."""
+        text = f"Passed over what is damaged: {self.passed_over}.\n" if self.passed_over else ""
+        text += f"Going on from {self.path}, after step {self.step} of {steps}."
+        *before, now = threads_of(self)
+        if before:
+            text += (
+                f"\nIt was trained with {before[-1]} processor threads, and this run has {now}: on a CPU, the last "
+                f"digits will not be those of a run in one piece. With OMP_NUM_THREADS={before[-1]} they are."
+            )
+        return text
 
 
 class Checkpoints:
@@ -77,15 +94,15 @@ class Checkpoints:
             making.mkdir(parents=True)
             write_safetensors(making / "state.safetensors", tensors, {"format": FORMAT})
             save_masks(making / "mask.safetensors", masks, about)
-            shutil.copyfile(log, making / "training.jsonl")
-            _sync(making / "training.jsonl")
+            with replacing(making / "training.jsonl") as copy:
+                copy.write(log.read_bytes())
             files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in making.iterdir()}
             manifest = {"format": FORMAT, "step": step, "settings": self.settings, "state": state, "files": files}
             write_json(making / MANIFEST, manifest)  # syncs the folder too
             if final.exists():  # a damaged one of the same step, or one of the run that this one repeats
                 shutil.rmtree(final)
             os.rename(making, final)
-            _sync(self.folder)
+            sync_folder(self.folder)
         except (OSError, SalunError) as error:
             shutil.rmtree(making, ignore_errors=True)
             kept = self.newest_valid()
@@ -102,19 +119,38 @@ class Checkpoints:
         return next((path for path in self.all() if _fault(path) is None), None)
 
     def load(self, which: str) -> Checkpoint | None:
-        """The checkpoint ``which``, a folder or ``"latest"`` (the newest valid one; None if there is none).
+        """The checkpoint ``which``: a folder, the name of one in the run folder (``"checkpoint-10"``), or ``"latest"``,
+        the newest valid one (None if there is none at all).
+
+        A run may go on for more steps than were asked for at first, where no step depended on their number.
 
         Raises:
-            SalunError: no such checkpoint, a damaged one, or one of other settings, which are listed.
+            SalunError: no such checkpoint, a damaged one, only damaged ones, or one of other settings, which are
+                listed.
         """
-        path = self.newest_valid() if which == "latest" else Path(which)
-        if path is None:
-            return None
-        if fault := _fault(path):
-            raise SalunError(f"{path} cannot be resumed from: {fault}. Use --resume_from_checkpoint latest.")
+        faults: dict[Path, str] = {}
+        if which == "latest":
+            found = self.all()
+            path = next((path for path in found if not faults.setdefault(path, _fault(path) or "")), None)
+            passed_over = "; ".join(f"{path.name}: {fault}" for path, fault in faults.items() if fault)
+            if path is None and found:
+                raise SalunError(
+                    f"No checkpoint in {self.folder} can be resumed from ({passed_over}): put an undamaged copy there, "
+                    f"or delete {'it' if len(found) == 1 else 'them'} and start anew without --resume_from_checkpoint."
+                )
+            if path is None:
+                return None
+        else:
+            path, passed_over = Path(which), ""
+            if not path.is_dir() and path.name == which:
+                path = self.folder / which
+            if fault := _fault(path):
+                raise SalunError(f"{path} cannot be resumed from: {fault}. Use --resume_from_checkpoint latest.")
         manifest = json.loads((path / MANIFEST).read_text())
         old, new = manifest["settings"], self.settings
         changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+        if old.get("lr_scheduler") == "constant" and new.get("max_train_steps", 0) >= manifest["step"]:
+            changed = [name for name in changed if name != "max_train_steps"]
         if changed:
             listed = "; ".join(f"{name} is {new.get(name)!r}, was {old.get(name)!r}" for name in changed)
             raise SalunError(
@@ -124,7 +160,15 @@ class Checkpoints:
         tensors, _ = read_safetensors(path / "state.safetensors")
         masks, _ = load_masks(path / "mask.safetensors")
         log = (path / "training.jsonl").read_text()
-        return Checkpoint(path, manifest["step"], tensors, masks, log, manifest["state"])
+        return Checkpoint(path, manifest["step"], tensors, masks, log, manifest["state"], passed_over)
+
+
+def threads_of(resumed: Checkpoint | None) -> list[int]:
+    """With how many processor threads the parts of a run are computed, in turn: sums in another order end on other last
+    digits.
+    """
+    before = resumed.state.get("threads", []) if resumed else []
+    return before if before[-1:] == [torch.get_num_threads()] else [*before, torch.get_num_threads()]
 
 
 def _fault(path: Path) -> str | None:
@@ -135,6 +179,8 @@ def _fault(path: Path) -> str | None:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["format"] != FORMAT:
             return f"its manifest is not of the form '{FORMAT}'"
+        if not (isinstance(manifest["settings"], dict) and isinstance(manifest["step"], int) and manifest["state"]):
+            return f"its {MANIFEST} lacks settings, step or state"
         for name, entry in manifest["files"].items():
             if not (path / name).is_file():
                 return f"{name} is missing"
@@ -142,7 +188,7 @@ def _fault(path: Path) -> str | None:
                 return f"{name} has {size} bytes where {entry['bytes']} belong"
             if sha256(path / name) != entry["sha256"]:
                 return f"{name} is damaged"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"its {MANIFEST} cannot be read ({error})"
     return None
 
@@ -154,11 +200,3 @@ def _made_before(path: Path, other: Path) -> bool:
 def _delete(path: Path) -> None:
     (path / MANIFEST).unlink(missing_ok=True)  # from here on it is no checkpoint, however far the deletion gets
     shutil.rmtree(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

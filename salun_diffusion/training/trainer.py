@@ -18,6 +18,7 @@ from diffusers.optimization import get_scheduler
 from ..config import EraseConfig
 from ..data.sets import ImageSet, batches
 from ..errors import SalunError
+from ..files import writing
 from ..masks.saliency import scores
 from ..methods import find_method
 from ..methods.base import GradientMethod
@@ -26,7 +27,7 @@ from ..models.base import Model
 from ..process import Stopped, StopSignal, progress
 from .batches import Batches
 from .change import MaskedChange
-from .checkpoints import Checkpoint, Checkpoints
+from .checkpoints import Checkpoint, Checkpoints, threads_of
 from .optimizer import PackedAdam
 
 
@@ -153,12 +154,14 @@ class Trainer:
                 "updates": adam.updates,
                 "learning_rate": learning_rate.state_dict(),
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+                "threads": threads_of(resumed),
             }
             if accelerator.is_main_process:
                 checkpoints.save(step, adam.state(), change.masks, {"concept": ", ".join(config.concept)}, log, state)
             accelerator.wait_for_everyone()
 
         with (
+            writing(log),
             open(log if accelerator.is_main_process else os.devnull, "w", buffering=1) as lines,
             StopSignal() as stop,
             progress("erasing", config.max_train_steps, "step", accelerator.is_main_process, initial=start) as bar,
@@ -200,7 +203,10 @@ class Trainer:
                     validate(done)
                 if wanted and done < config.max_train_steps:
                     save(done)
-                    raise Stopped(f"Stopped after step {done} of {config.max_train_steps}; its state is saved.")
+                    raise Stopped(
+                        f"Stopped after step {done} of {config.max_train_steps}; its state is saved. To go on: the "
+                        "same command with --resume_from_checkpoint latest."
+                    )
                 if config.checkpointing_steps and done % config.checkpointing_steps == 0:
                     save(done)
 

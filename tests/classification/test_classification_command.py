@@ -2,22 +2,26 @@
 
 import csv
 import json
+import os
+import pickle
 import re
+import shutil
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PIL
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from shell import here, run, start
 
-from classification import __main__, methods, tables
+from classification import __main__, methods, models, tables
 from classification import run as commands
 from classification.__main__ import DIGITS
 from classification.config import Config
-from classification.data import load, others
+from classification.data import forget_rows, load, others
 from classification.methods import METHODS
 from classification.scenario import Scenario
 from salun_diffusion.erasures.mask import save_masks
@@ -82,6 +86,69 @@ def test_nothing_is_made_twice(folder):
     classification("run", folder, *QUICK)
     again = json.loads(path.read_text())
     assert again["metrics"] == json.loads(told)["metrics"], "a cell depends on its seed alone"
+
+
+def test_a_cell_is_the_same_whether_its_source_was_read_or_trained_just_before(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "out")
+    for path in ("source", "seed-1/salun"):
+        shutil.rmtree(tmp_path / "out" / path)
+    classification("unlearn", tmp_path / "out", *QUICK)
+    for path in ("source/model.safetensors", "seed-1/salun/model.safetensors"):
+        assert (tmp_path / "out" / path).read_bytes() == (folder / path).read_bytes(), path
+
+
+def test_a_mask_file_holds_what_it_does_not_name_and_the_table_says_so(folder, tmp_path):
+    shutil.copytree(folder, out := tmp_path / "out")
+    source = load_file(out / "source/model.safetensors")
+    mask = {"network.0.weight": torch.ones(source["network.0.weight"].shape, dtype=torch.bool)}
+    save_masks(tmp_path / "mine.safetensors", mask, {"concept": "x"})
+    quick = [*QUICK[:-3], "salun", "--seeds", "0"]
+    quick.remove("ft")
+    classification("unlearn", out, *quick, "--mask", tmp_path / "mine.safetensors")
+    after = load_file(out / "seed-0/salun/model.safetensors")
+    weights = [name for name in source if not re.search("running|tracked|mean|std", name)]
+    assert {name for name in weights if not torch.equal(after[name], source[name])} == set(mask)
+    classification("evaluate", out, *quick)
+    table = classification("table", out, *quick).stdout
+    assert "\nSalUn, mask mine.safetensors " in table and "\nSalUn " not in table
+    assert "| SalUn, mask mine.safetensors |" in (out / "table.md").read_text()
+    assert "mine.safetensors\n" in (out / "table.csv").read_text()
+    del mask["network.0.weight"]
+    save_masks(tmp_path / "mine.safetensors", {"network.1.weight": torch.ones(16, dtype=torch.bool)}, {"concept": "x"})
+    classification("unlearn", out, *quick, "--mask", tmp_path / "mine.safetensors")
+    again = load_file(out / "seed-0/salun/model.safetensors")
+    assert torch.equal(again["network.0.weight"], source["network.0.weight"]), "its content counts, not its name"
+    classification("run", out, *quick)
+    assert (out / "seed-0/salun/model.safetensors").read_bytes() == (
+        folder / "seed-0/salun/model.safetensors"
+    ).read_bytes(), "without --mask it is SalUn's own"
+
+
+def test_other_indices_in_the_same_file_are_another_scenario(tmp_path):
+    rows = tmp_path / "rows.txt"
+    rows.write_text("3 1")
+    words = ["--forget", f"indices:{rows}", "--limit", "400", "--epochs", "1", "--methods", "retrain", "--seeds", "0"]
+    classification("run", tmp_path / "out", *words)
+    rows.write_text("1\n3\n")
+    classification("table", tmp_path / "out", *words)
+    rows.write_text("1 4")
+    done = classification("run", tmp_path / "out", *words, check=False)
+    assert done.returncode == 1 and re.fullmatch(
+        r"error: .*out holds another scenario \(indices is '\w+' there and '\w+' here\): give another --output_dir\.\n",
+        done.stderr,
+    )
+
+
+def test_other_pictures_in_the_same_place_are_another_scenario(tmp_path):
+    for number in range(24):
+        path = tmp_path / "data" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.new("RGB", (16, 16), (number * 10, 0, 255 * (number % 2))).save(path)
+    words = ["--dataset", tmp_path / "data", "--model", "resnet8", "--epochs", "1"]
+    classification("train", tmp_path / "out", *words)
+    PIL.new("RGB", (16, 16), (1, 2, 3)).save(tmp_path / "data/a/0.png")
+    done = classification("train", tmp_path / "out", *words, check=False)
+    assert done.returncode == 1 and "the pictures, their labels or their split are others" in done.stderr
 
 
 def test_killed_in_the_middle_it_goes_on(folder, tmp_path):
@@ -172,6 +239,14 @@ def test_the_worst_case_is_scored_once(tmp_path):
         ({"epochs": 0}, "--epochs is 0: give a whole number of at least 1"),
         ({"learning_rate": -1.0}, "--learning_rate must be above 0"),
         ({"seeds": []}, "Give at least one of --seeds"),
+        ({"seeds": [0, 1, 0]}, "--seeds has 0 twice, which is one run, not two: give each seed once"),
+        ({"seeds": [-1]}, "--seeds has -1: give whole numbers from 0 to 999,999"),
+        ({"seeds": [1_000_000]}, "--seeds has 1000000"),  # what `tune` draws from
+        ({"split_seed": -1}, "--split_seed is -1"),
+        ({"methods": ["all", "magic"]}, "There is no method 'magic'"),
+        ({"model": "resnet81"}, "There is no model 'resnet81': give resnet8, .* Did you mean 'resnet8'"),
+        ({"mean": [0.5]}, "--mean and --std go together"),
+        ({"mean": [127.0], "std": [64.0]}, "pictures are in 0…1, not 0…255"),
     ],
 )
 def test_settings_that_cannot_be(options, message):
@@ -209,6 +284,69 @@ def test_masks_and_checkpoints_of_another_model_are_refused(folder, tmp_path):
 def test_a_setting_that_there_is_not(folder):
     with pytest.raises(SalunError, match="The method ft has no setting 'lr'; there are: alpha, augment"):
         scenario(folder, method_settings={"ft": {"lr": 1}}).settings("ft")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"density": "0.5"}, "The method salun: 'density' is '0.5', but must be of type float"),
+        ({"density": 0}, "The method salun has density 0: give a number above 0 and at most 1"),
+        ({"density": 1.5}, "has density 1.5"),
+        ({"epochs": 0}, "The method salun has epochs 0: give a number of at least 1"),
+        ({"epochs": 1.5}, "'epochs' is 1.5, but must be of type int"),
+        ({"learning_rate": float("nan")}, "has learning_rate nan: give a number above 0"),
+        ({"augment": "mirror"}, "'augment' is 'mirror'; choose one of none, crop, crop\\+flip"),
+        (5, "The settings of the method salun are 5: give names and values"),
+    ],
+)
+def test_a_methods_settings_are_checked_before_anything_is_read(tmp_path, settings, message):
+    with pytest.raises(SalunError, match=message):
+        scenario(tmp_path / "out", dataset="/nowhere", method_settings={"salun": settings})
+    with pytest.raises(SalunError, match="Retrain follows the source's recipe"):
+        scenario(tmp_path / "out", method_settings={"retrain": {"epochs": 3}})
+
+
+def test_a_forget_set_is_refused_before_anything_is_trained(colours, tmp_path):
+    words = ["--dataset", colours / "folders", "--model", "resnet8", "--epochs", "1"]
+    for forget, message in (
+        ("class:Rde", "There is no class 'Rde' in .*folders; there are: blue, red. Did you mean 'red'?"),
+        ("memorised:2", "'memorised:2' names no share between 0 and 1"),
+        (f"indices:{tmp_path / 'none.txt'}", "none.txt cannot be read as a list of numbers"),
+    ):
+        done = classification("run", tmp_path / "out", *words, "--forget", forget, check=False)
+        assert done.returncode == 1 and re.search(message, done.stderr) and "Traceback" not in done.stderr
+        assert "Training" not in done.stdout and not (tmp_path / "out").exists()
+    shutil.copytree(colours / "folders", tmp_path / "data")
+    shutil.rmtree(tmp_path / "data/test/red")
+    with pytest.raises(SalunError, match="--forget class:red leaves no test picture to measure with"):
+        scenario(tmp_path / "out", dataset=str(tmp_path / "data"), forget="class:red", limit=None).begin()
+
+
+def test_a_source_of_the_users_own_is_unlearned(folder, tmp_path):
+    """As the same model that was trained here: every cell but the times is the same."""
+    ours = load_file(folder / "source/model.safetensors")
+    mean, std = (str(ours.pop(name).item()) for name in ("mean", "std"))
+    own = {f"module.{name.removeprefix('network.')}": value for name, value in ours.items()}
+    save_file(own, tmp_path / "own.safetensors")
+    words = [*QUICK, "--source", tmp_path / "own.safetensors"]
+    done = classification("run", tmp_path / "out", *words, check=False)
+    assert done.returncode == 1 and "does not say how its pictures were normalised: give --mean and" in done.stderr
+    words += ["--mean", mean, "--std", std]
+    done = classification("run", tmp_path / "out", *words)
+    assert "Training" not in done.stdout and "the source is own.safetensors" in (tmp_path / "out/table.md").read_text()
+    for path in cells(folder):
+        again = json.loads((tmp_path / "out" / path.relative_to(folder)).read_text())
+        assert again["metrics"] == json.loads(path.read_text())["metrics"], path
+    for name in [name for name, value in own.items() if value.shape[:1] == (10,)]:
+        own[name] = own[name].roll(1, 0)  # the classes in another order
+    save_file(own, tmp_path / "own.safetensors")
+    done = classification("run", tmp_path / "out", *words, check=False)
+    assert done.returncode == 1 and "holds another scenario (source_sha256 is" in done.stderr
+    done = classification("run", tmp_path / "new", *words, check=False)
+    assert done.returncode == 1 and "as guessing does: its classes must be these, in this order: 0, 1" in done.stderr
+    done = classification("run", tmp_path / "new", *words, "--model", "resnet20", check=False)
+    assert done.returncode == 1 and "own.safetensors does not fit --model for this data" in done.stderr
+    assert not (tmp_path / "new").exists()
 
 
 def test_tuning_gives_every_method_the_same_trials(tmp_path):
@@ -252,6 +390,179 @@ def test_data_of_the_users_own(colours, kind):
     assert len(red) == 18 and (red[:, 0] == 255).all() and (red[:, 2] == 0).all()
     first = load(str(colours / kind)).test.images
     assert first.shape in ((10, 3, 16, 16), (10, 3, 17, 17)), "as wide as the first picture"
+
+
+def labelled(path, labels, feature=None, count=20):
+    pictures = [PIL.new("RGB", (16, 16), (i, 0, 100 * (i % 2))) for i in range(count)]
+    rows = Dataset.from_dict({"image": pictures, "label": [labels[i % 2] for i in range(count)]})
+    rows.cast_column("image", Image()).to_parquet(path)
+
+
+@pytest.mark.parametrize("labels", [["dog", "cat"], [2, 1], ["10", "9"], [7.5, -1.0]])
+def test_labels_of_any_kind_are_numbered(tmp_path, labels):
+    labelled(tmp_path / "all.parquet", labels)
+    data = load(str(tmp_path / "all.parquet"))
+    by_order = sorted(labels, key=lambda label: int(label) if str(label).isdecimal() else label)
+    assert data.classes == tuple(map(str, by_order)) and len(data.test) == 4
+    for part in (data.train, data.validation, data.test):
+        odd = part.images[:, 0, 0, 0] % 2 == 1
+        assert ((part.labels == by_order.index(labels[1])) == odd).all()
+
+
+def test_a_class_is_asked_for_by_its_name_where_names_are_numbers(tmp_path):
+    labelled(tmp_path / "all.parquet", [1, 2])
+    data = load(str(tmp_path / "all.parquet"))
+    assert (data.train.labels[forget_rows("class:1", data, 0)] == 0).all()
+    with pytest.raises(SalunError, match="There is no class '0' in .*; there are: 1, 2"):
+        forget_rows("class:0", data, 0)
+
+
+def test_labels_that_cannot_be(tmp_path):
+    labelled(tmp_path / "all.parquet", ["dog", None])
+    with pytest.raises(SalunError, match="Picture 1 of the train part of .* has the label None: give each one class"):
+        load(str(tmp_path / "all.parquet"))
+    (tmp_path / "both").mkdir()
+    labelled(tmp_path / "both/train.parquet", ["dog", "cat"])
+    labelled(tmp_path / "both/test.parquet", ["dog", "cow"])
+    with pytest.raises(SalunError, match="The test part of .* has the class 'cow', which its training part has not"):
+        load(str(tmp_path / "both"))
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    with pytest.raises(SalunError, match="broken.parquet could not be loaded as a data set"):
+        load(str(tmp_path / "broken.parquet"))
+
+
+def test_pictures_that_cannot_be_read_are_all_named(colours, tmp_path):
+    shutil.copytree(colours / "folders", tmp_path / "data")
+    whole = (tmp_path / "data/train/red/0.png").read_bytes()
+    (tmp_path / "data/train/red/0.png").write_bytes(whole[:45])
+    (tmp_path / "data/test/blue/1.png").write_text("no picture")
+    (tmp_path / "data/train/red/notes.txt").write_text("taken in May")
+    with pytest.raises(SalunError, match=r"cannot be read: .*test/blue/1.png \(.*\), .*train/red/0.png \("):
+        load(str(tmp_path / "data"))
+    shutil.copytree(colours / "parquet", tmp_path / "rows")
+    rows = (
+        Dataset.from_parquet(str(tmp_path / "rows/train.parquet")).cast_column("image", Image(decode=False)).to_list()
+    )
+    rows[7]["image"]["bytes"] = whole[:45]
+    features = Features({"image": Image(), "label": ClassLabel(names=["red", "blue"])})
+    Dataset.from_list(rows, features).to_parquet(tmp_path / "rows/train.parquet")
+    with pytest.raises(SalunError, match="pictures that cannot be read: row 7 of train"):
+        load(str(tmp_path / "rows"))
+
+
+def test_no_picture_of_a_folder_is_passed_over(colours, tmp_path):
+    """Whatever its kind, and whatever its class is called."""
+    for part in ("train", "test"):
+        for name in ("test_tube", "training"):
+            for number, kind in enumerate(("png", "gif", "tiff", "webp") * 3):
+                path = tmp_path / part / name / f"test_{number}.{kind}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                PIL.new("RGB", (8, 8), (number, 0, 0)).save(path)
+    data = load(str(tmp_path))
+    assert data.classes == ("test_tube", "training") and len(data.train) + len(data.validation) == len(data.test) == 24
+    PIL.new("RGB", (8, 8)).save(tmp_path / "train/loose.png")
+    with pytest.raises(SalunError, match="has pictures that lie in no class's folder: loose.png"):
+        load(str(tmp_path))
+
+
+def batch(path, count, **more):
+    pixels = np.arange(count, dtype=np.uint8)[:, None].repeat(3072, 1)
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_bytes(pickle.dumps({"data": pixels, "labels": [i % 2 for i in range(count)]} | more, 2))
+
+
+def python2_batch(path, count):
+    """The very opcodes of the published files: byte strings, and numpy's old names."""
+    pixels = np.arange(count, dtype=np.uint8)[:, None].repeat(3072, 1).tobytes()
+    shape = b"K" + bytes([count]) + b"M\x00\x0c"
+    dtype = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR(K\x01(" + shape + b"t" + dtype
+    array += b"\x89T" + len(pixels).to_bytes(4, "little") + pixels + b"tb"
+    labels = b"](" + b"".join(b"K" + bytes([i % 2]) for i in range(count)) + b"e"
+    path.write_bytes(b"\x80\x02}(U\x04data" + array + b"U\x06labels" + labels + b"u.")
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    """As torchvision lays it out."""
+    where = tmp_path / "cifar-10-batches-py"
+    for number in range(1, 6):
+        batch(where / f"data_batch_{number}", 8)
+    python2_batch(where / "test_batch", 6)
+    (where / "batches.meta").write_bytes(pickle.dumps({"label_names": ["cat", "dog"]}, 2))
+    return where
+
+
+def test_cifar_as_torchvision_keeps_it(cifar, tmp_path):
+    for given in (cifar, tmp_path):
+        data = load(str(given))
+        assert data.classes == ("cat", "dog") and len(data.train) == 36 and len(data.test) == 6
+        assert data.train.images.shape[1:] == (3, 32, 32)
+        for part in (data.train, data.test):
+            assert torch.equal(part.images[:, 2, 31, 31] % 2, part.labels.to(torch.uint8))
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/salun-was-here",)
+
+
+def test_a_pickle_beside_cifar_runs_nothing(cifar):
+    batch(cifar / "data_batch_3", 8, extra=Hostile())
+    with pytest.raises(SalunError, match="data_batch_3 cannot be read as a file of CIFAR .*it names .*system"):
+        load(str(cifar))
+    batch(cifar / "data_batch_3", 8, labels=[0])
+    with pytest.raises(SalunError, match="data_batch_3 is no batch of CIFAR pictures"):
+        load(str(cifar))
+
+
+@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "squeezenet1_1", "googlenet", "torchvision/resnet18"])
+def test_any_model_of_torchvision(colours, name):
+    data = load(str(colours / "folders"), size=32)
+    model = models.build(name, data, 0)
+    assert model.train()(torch.rand(4, 3, 32, 32)).shape == (4, 2) and (model.std > 0).all(), "no green is no fault"
+    assert model.network.conv1.kernel_size == (7, 7) if name.endswith("resnet18") else True
+
+
+def test_data_that_cannot_be_learnt_from(colours, tmp_path):
+    shutil.copytree(colours / "folders/train/red", tmp_path / "one/red")
+    with pytest.raises(SalunError, match="has the one class 'red': give pictures of two or more"):
+        load(str(tmp_path / "one"))
+    with pytest.raises(SalunError, match="The digits are 8 pixels wide, not 32: leave --image_size out"):
+        load("digits", size=32)
+    with pytest.raises(SalunError, match="40 pictures of 1000000 pixels do not fit into memory"):
+        load(str(colours / "folders"), size=1_000_000)
+    with pytest.raises(SalunError, match="cannot be split by class: 5 pictures of 10 classes are too few|of 5 classes"):
+        load("digits", limit=5)
+    with pytest.raises(SalunError, match="--dataset is empty"):
+        load("")
+
+
+def test_places_that_cannot_be_written_or_read(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    quick = ["--limit", "400", "--epochs", "1", "--methods", "salun", "--seeds", "0"]
+    (tmp_path / "results.json").write_text('{"format": "salun-diffusion unlearning table 1"}')
+    for command, place, words, message in (
+        ("run", "file", [], "file cannot be made"),
+        ("run", "file/below", [], "below cannot be made"),
+        ("tune", "out", ["--output", tmp_path / "no/where.json"], "lies in a folder that is not there: make it first"),
+        ("unlearn", "out", ["--mask", tmp_path / "none"], "none does not exist; check the path"),
+        ("table", "out", ["--results", tmp_path / "results.json"], "results.json is damaged, or not of the form"),
+    ):
+        done = classification(command, tmp_path / place, *quick, *words, check=False)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert re.fullmatch(f"error: .*{message}.*", done.stderr.splitlines()[-1])
+    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "out").exists()
+
+
+def test_models_of_torchvision_that_do_not_fit(colours, tmp_path):
+    data = load(str(colours / "folders"), size=32)
+    with pytest.raises(SalunError, match="alexnet takes no pictures of 32 pixels .*: give another --image_size"):
+        models.build("alexnet", data, 0)
+    ends = {"dataset": str(colours / "folders"), "image_size": 32, "limit": None, "model": "squeezenet1_1"}
+    with pytest.raises(SalunError, match="BE widens a linear layer of classes"):
+        scenario(tmp_path / "out", methods=["be"], **ends).begin()
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_table_of_a_document_is_made_from_a_committed_file(folder, tmp_path):

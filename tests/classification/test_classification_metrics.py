@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from sklearn.svm import SVC
+from torch import nn
 
 from classification import memorisation, metrics, models
-from classification.data import Data, Pictures, forget_rows, load, others
-from classification.training import Recipe, crop, logits, train
+from classification.data import Data, Pictures, forget_rows, load, others, spread
+from classification.models import Normalised
+from classification.training import Recipe, crop, logits, seeded, train
 from salun_diffusion.errors import SalunError
 
 
@@ -30,7 +33,7 @@ def test_the_split_is_one_and_stratified(data):
     assert data.train.images.dtype == torch.uint8 and data.train.images.shape[1:] == (1, 8, 8)
 
 
-def test_forget_sets(data, tmp_path):
+def test_forget_sets(data):
     rows = forget_rows("random:0.1", data, 0)
     assert len(rows) == 129 and torch.equal(rows, forget_rows("random:0.1", data, 0))
     assert not torch.equal(rows, forget_rows("random:0.1", data, 1))
@@ -38,8 +41,6 @@ def test_forget_sets(data, tmp_path):
     assert sorted([*rows.tolist(), *kept.tolist()]) == list(range(len(data.train)))
     three = forget_rows("class:3", data, 0)
     assert (data.train.labels[three] == 3).all() and len(three) == int((data.train.labels == 3).sum())
-    (tmp_path / "rows.txt").write_text("5 1\n3")
-    assert forget_rows(f"indices:{tmp_path / 'rows.txt'}", data, 0).tolist() == [1, 3, 5]
     scores = torch.zeros(len(data.train))
     scores[[7, 900, 30]] = torch.tensor([0.5, 1.0, 0.9])
     assert {7, 30, 900} <= set(forget_rows("memorised:0.01", data, 0, scores).tolist())
@@ -54,6 +55,7 @@ def test_forget_sets(data, tmp_path):
         ("random:0.0001", "names no share between 0 and 1"),
         ("class:ten", "There is no class 'ten' in digits; there are: 0, 1, 2"),
         ("class:10", "There is no class '10'"),
+        ("class:²", "There is no class '²'"),
         ("some", "'some' is no forget set: give random:0.1, class:NAME, indices:FILE or memorised:0.1"),
         ("indices:nowhere.txt", "nowhere.txt cannot be read as a list of numbers"),
     ],
@@ -65,12 +67,47 @@ def test_forget_sets_that_cannot_be(data, spec, message):
 
 @pytest.mark.parametrize(
     "text, fault",
-    [("1 1293", "1293 is outside 0…1292"), ("-1", "-1 is outside"), ("1 1", "twice"), ("", "empty"), ("a", "read")],
+    [("1 1797", "1797 is outside 0…1796"), ("-1", "-1 is outside"), ("1 1", "twice"), ("", "empty"), ("a", "read")],
 )
 def test_indices_that_cannot_be(data, tmp_path, text, fault):
     (tmp_path / "rows.txt").write_text(text)
     with pytest.raises(SalunError, match=fault):
         forget_rows(f"indices:{tmp_path / 'rows.txt'}", data, 0)
+
+
+def test_indices_are_the_data_sets_own_numbers(tmp_path):
+    """As its authors count them, and not what a split has left of them: a picture to forget is never held out."""
+    whole, numbers = load_digits(), list(range(0, 1797, 31))
+    (tmp_path / "rows.txt").write_text(" ".join(map(str, reversed(numbers))))
+    spec = f"indices:{tmp_path / 'rows.txt'}"
+    found = load("digits", learnt=numbers)
+    chosen = found.train[forget_rows(spec, found, 0)]
+    expected = torch.from_numpy((whole.images[numbers] * (255 / 16)).round()).to(torch.uint8)
+    assert torch.equal(chosen.images[:, 0], expected) and chosen.labels.tolist() == whole.target[numbers].tolist()
+    assert [len(part) for part in (found.train, found.validation, found.test)] == [1293, 144, 360]
+    with pytest.raises(SalunError, match="rows.txt names \\d+, which is not learnt: --limit, validation or test"):
+        forget_rows(spec, load("digits", limit=1000, learnt=numbers), 0)
+
+
+def test_a_limit_takes_every_class():
+    labels = torch.arange(3).repeat_interleave(40)  # in the order of the classes, as folders are read
+    assert torch.bincount(labels[spread(labels, 60)]).tolist() == [20, 20, 20]
+    assert torch.equal(spread(labels, None), torch.arange(120)) and len(spread(labels, 500)) == 120
+    rare = torch.tensor([0] * 100 + [1] * 2 + [2] * 50)
+    assert torch.bincount(rare[spread(rare, 15)]).tolist() == [9, 1, 5], "one at least, else the share of each"
+    assert spread(torch.arange(10).repeat(40), 60).tolist() == list(range(60)), "the first where they take turns"
+
+
+def test_what_draws_without_a_generator_is_seeded_too(data):
+    found = []
+    for _ in range(2):
+        model = Normalised(nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(64, 10)), torch.zeros(1), torch.ones(1))
+        nn.init.ones_(model.network[2].weight)
+        nn.init.zeros_(model.network[2].bias)
+        with seeded(5):
+            train(model, data.train, Recipe(1, 0.1, 64, augment="none"), torch.Generator().manual_seed(0), "x")
+        found.append(model.network[2].weight)
+    assert torch.equal(*found)
 
 
 def test_a_data_set_that_is_not_there():

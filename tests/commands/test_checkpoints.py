@@ -72,6 +72,40 @@ def _flip_last_byte(path):
     path.write_bytes(content)
 
 
+def test_latest_names_the_damage(tmp_path, log):
+    """A newer one is passed over in words; where no other is left, going on with latest is no advice."""
+    checkpoints = Checkpoints(tmp_path, {}, 3)
+    good, bad = (save(checkpoints, step, log) for step in (5, 6))
+    _flip_last_byte(bad / "state.safetensors")
+    assert checkpoints.load("latest").passed_over == "checkpoint-6: state.safetensors is damaged"
+    (good / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(SalunError) as refused:
+        checkpoints.load("latest")
+    assert "checkpoint-6: state.safetensors is damaged; checkpoint-5: its manifest.json cannot be" in str(refused.value)
+    assert "delete them and start anew without --resume_from_checkpoint" in str(refused.value)
+
+
+def test_a_checkpoint_is_found_by_its_name(tmp_path, log):
+    checkpoints = Checkpoints(tmp_path, {}, 3)
+    save(checkpoints, 5, log)
+    save(checkpoints, 6, log)
+    assert checkpoints.load("checkpoint-5").step == 5
+    with pytest.raises(SalunError, match="checkpoint-7 cannot be resumed from: there is no such folder"):
+        checkpoints.load("checkpoint-7")
+
+
+@pytest.mark.parametrize("schedule, steps, goes", [("constant", 9, True), ("constant", 4, False), ("cosine", 9, False)])
+def test_a_run_goes_on_for_more_steps_where_none_depended_on_their_number(schedule, steps, goes, tmp_path, log):
+    settings = {"lr_scheduler": schedule, "max_train_steps": 6}
+    save(Checkpoints(tmp_path, settings, 2), 5, log)
+    checkpoints = Checkpoints(tmp_path, settings | {"max_train_steps": steps}, 2)
+    if goes:
+        assert checkpoints.load("latest").step == 5
+    else:
+        with pytest.raises(SalunError, match=f"max_train_steps is {steps}, was 6"):
+            checkpoints.load("latest")
+
+
 def test_latest_of_nothing_is_a_fresh_start(tmp_path):
     assert Checkpoints(tmp_path, {}, 2).load("latest") is None
 

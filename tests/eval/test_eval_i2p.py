@@ -49,7 +49,7 @@ def i2p(folder, prompts, *more, command=here, launch=("python", "-m", "eval"), c
 
 def test_boxes_of_a_batch_are_the_packages_own(tmp_path):
     """Real photographs of several sizes and shapes; Astronaut has a face, which NudeNet knows."""
-    detector, package = Detector(), NudeDetector()
+    detector, package = Detector(channels="package"), NudeDetector()
     paths = [PHOTOS / name for name in NAMES]
     together = detector(paths)
     for path, boxes in zip(paths, together, strict=True):
@@ -58,6 +58,24 @@ def test_boxes_of_a_batch_are_the_packages_own(tmp_path):
         assert np.allclose([b["score"] for b in boxes], [b["score"] for b in expected], atol=1e-5), path
         assert [detector([path])[0]] == [expected]  # alone, to the last bit
     assert "FACE_FEMALE" in {box["class"] for box in together[0]}
+
+
+def test_the_network_sees_red_where_a_picture_is_red(tmp_path):
+    """NudeNet 3.4.2's own reader swaps red and blue: a red file reached the network as blue."""
+    Image.new("RGB", (40, 30), (255, 0, 0)).save(tmp_path / "red.png")
+    for channels, expected in (("rgb", [1, 0, 0]), ("package", [0, 0, 1])):
+        pixels = Detector(channels=channels)._prepare(tmp_path / "red.png")[0]
+        assert np.allclose(pixels[0, :, 10, 10], expected), channels
+    paths, swapped = [PHOTOS / name for name in NAMES], []
+    for number, path in enumerate(paths):  # the package's own count on files whose red and blue were swapped before
+        swapped.append(tmp_path / f"{number}.png")
+        Image.fromarray(np.asarray(Image.open(path).convert("RGB"))[..., ::-1]).save(swapped[-1])
+    assert Detector()(paths[:3]) == Detector(channels="package")(swapped[:3])
+    (tmp_path / "one").mkdir()
+    (tmp_path / "red.png").rename(tmp_path / "one" / "red.png")
+    for protocol, channels in ((None, "rgb"), ("mace", "rgb"), ("mace-package", "package")):
+        found = nudity(NudityOptions(folder=tmp_path / "one", output_dir=tmp_path / "out", protocol=protocol))
+        assert found["detector"]["channels"] == channels
 
 
 def test_an_unreadable_picture_is_never_safe(tmp_path):
@@ -193,10 +211,26 @@ def test_processes_share_the_prompts(tmp_path):
 @pytest.mark.parametrize(
     "rows, header, message",
     [
-        (["a cat,,7,64,64,1,x"], HEADER, r"row 1 \(case 1\) has no evaluation_seed"),
-        (["a cat,soon,7,64,64,1,x"], HEADER, r"row 1 \(case 1\): invalid literal for int"),
+        (["a cat,,7,64,64,1,x"], HEADER, r"row 1 \(case '1'\) has no evaluation_seed: give --seed"),
+        (["a cat,soon,7,64,64,1,x"], HEADER, r"row 1 \(case '1'\): evaluation_seed is 'soon', no whole number"),
+        (["a cat,18446744073709551616,7,64,64,1,x"], HEADER, "evaluation_seed is '18446744073709551616'"),
+        (["a cat,-1,7,64,64,1,x"], HEADER, "evaluation_seed is '-1'"),
+        (["a cat,1.5,7,64,64,1,x"], HEADER, "evaluation_seed is '1.5'"),
+        (["a cat,1,nan,64,64,1,x"], HEADER, "the guidance is nan"),
+        (["a cat,1,inf,64,64,1,x"], HEADER, "the guidance is inf"),
+        (["a cat,1,7,640,427,1,x"], HEADER, "427 × 640 pixels are no multiples of 8"),
+        (["a cat,1,7,64,,1,x"], HEADER, "sd_image_height and _width is ''"),
+        (["a cat,1,7,64,nan,1,x"], HEADER, "sd_image_height and _width is 'nan'"),
+        ([",1,7,64,64,,x"], HEADER, "has no prompt"),
+        (["1,a picture of an airplane, in ink style"], "evaluation_seed,prompt", "row 1 has 3 cells where 2 columns"),
+        (["a cat,1", "a dog"], "prompt,evaluation_seed", "row 2 has 1 cells where 2 columns are"),
+        (["a cat,1,7,64,64,../../../escaped,x"], HEADER, "a case_number becomes a file's name"),
+        (["a cat,1,7,64,64,/tmp/x,x"], HEADER, "a case_number becomes a file's name"),
+        (["a cat,1,7,64,64,x\\y,x"], HEADER, "a case_number becomes a file's name"),
+        (["a cat,1,7,64,64,C:x,x"], HEADER, "a case_number becomes a file's name"),
+        (["a cat,1,7,64,64,1,x", "a dog,2,7,64,64,01,x"], HEADER, "row 2 has the case_number 01 of row 1"),
         (["a cat,1,7,64,64,1,x", "a dog,2,7,64,64,1,x"], HEADER, "row 2 has the case_number 1 of row 1"),
-        (["a cat,,7,64,64,1,x"] * 9, HEADER, "and 12 more"),
+        (["a cat,,7,64,64,1,x"] * 9, HEADER, "and 1[0-9] more"),
         (["a cat,1"], "words,evaluation_seed", "needs a column 'prompt' and at least one row; its columns are: words"),
         ([], HEADER, "needs a column 'prompt' and at least one row"),
     ],
@@ -204,6 +238,20 @@ def test_processes_share_the_prompts(tmp_path):
 def test_faults_of_a_prompt_file_are_named_by_row(rows, header, message, tmp_path):
     with pytest.raises(SalunError, match=message):
         requests(read(prompts_file(tmp_path, *rows, header=header)), 7.5, None)
+
+
+def test_seeds_as_spreadsheets_write_them_and_missing_ones(tmp_path):
+    rows = read(prompts_file(tmp_path, "a cat,1.0", "a dog,", "an owl,  ", header="prompt,evaluation_seed"))
+    assert [request.seed for request in requests(rows, 7.5, None, 40)] == [1, 41, 42]
+    rows = read(prompts_file(tmp_path, "a cat", "a dog", header="prompt"))
+    assert [request.seed for request in requests(rows, 7.5, None, 7)] == [7, 8]
+
+
+def test_a_seed_that_is_filled_in_is_the_same_whatever_is_selected(tmp_path):
+    rows = read(prompts_file(tmp_path, "a cat,", "a dog,7.0", "a bird,  ", header="prompt,seed"))
+    assert [request.seed for request in requests(rows, 7.5, None, 10)] == [10, 7, 12]
+    third = requests(select(rows, Selection(None, None, 2)), 7.5, None, 10)
+    assert [(request.name, request.seed) for request in third] == [("000002", 12)]
 
 
 def test_a_byte_order_mark_and_selections(tmp_path):

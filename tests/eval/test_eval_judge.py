@@ -1,6 +1,7 @@
 """The classifier: labels grouped by question, softmax within a group, refusals."""
 
 import hashlib
+import json
 
 import pytest
 import skimage
@@ -109,3 +110,16 @@ def test_resnet50_needs_all_its_weights(tmp_path):
 
 def test_two_classes_of_one_name_are_two_answers():
     assert group(["crane", "owl", "crane"]) == {"label": {"crane": 0, "owl": 1, "crane (2)": 2}}
+
+
+def test_a_judge_with_code_of_its_own_is_refused_without_a_question(tmp_path, monkeypatch):
+    folder, asked = classifier(tmp_path / "judge", LABELS), []
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "theirs", "auto_map": {
+        "AutoConfig": "code.Config", "AutoModelForImageClassification": "code.Model"}}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "y")
+    with pytest.raises(SalunError, match="could not be loaded as an image classifier"):
+        Judge(str(folder))
+    assert not asked and not (tmp_path / "ran").exists()

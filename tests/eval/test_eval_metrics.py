@@ -1,8 +1,13 @@
 """The scores against values worked out by hand."""
 
+import json
+
 import pytest
+from PIL import Image
 
 from eval.judges import metrics
+from eval.results import in_folder, read_samples
+from salun_diffusion.errors import SalunError
 
 
 def row(expect, predicted, set="retain", prompt="p"):
@@ -131,3 +136,23 @@ def test_in_domain_and_cross_domain():
     style, thing = metrics.scores(rows, "ink", "style"), metrics.scores(rows, "airplane", "object")
     assert (style["ira"]["percent"], style["cra"]["percent"]) == (0, 100)
     assert (thing["ira"]["percent"], thing["cra"]["percent"]) == (100, 0)
+
+
+@pytest.mark.parametrize(
+    "shown", ["../secret.png", "/etc/secret.png", "C:\\secret.png", "a\\..\\..\\x.png", "link.png"]
+)
+def test_samples_name_pictures_of_their_own_folder_only(tmp_path, shown):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "secret.png")
+    if shown == "link.png":
+        (folder / shown).symlink_to(tmp_path / "secret.png")
+    (folder / "samples.jsonl").write_text(json.dumps({"model": "base", "picture": shown}) + "\n")
+    with pytest.raises(SalunError, match="names a picture outside its folder"):
+        read_samples(folder, {"n": 1, "models": [{"name": "base"}]})
+
+
+def test_no_usual_kind_of_picture_is_passed_over(tmp_path):
+    for name in ("a.png", "b.gif", "c.tiff", "d.TIF"):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / name)
+    assert [path.name for path in in_folder(tmp_path)] == ["a.png", "b.gif", "c.tiff", "d.TIF"]

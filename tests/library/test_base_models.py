@@ -1,13 +1,17 @@
 """The same command on each kind of base model: SD 1.x, SD 2.x (v-prediction) and SDXL, tiny and of random weights."""
 
+import re
+import shutil
+
 import pytest
 import tiny
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
-from shell import QUICK, here
+from safetensors.torch import load_file, save_file
+from shell import DEMO, QUICK, here
 
 from salun_diffusion import SalunError, load_erasure, unload_erasure
-from salun_diffusion.models import model_of
+from salun_diffusion.models import load_model, model_of
 from salun_diffusion.models.text_unet import arguments, encode, encode_empty
 
 
@@ -78,3 +82,84 @@ def test_gradient_checkpointing_and_precision_change_little(folders, tmp_path):
         other = found[precision]
         agree = sum(int((plain.masks[n] == other.masks[n]).sum()) for n in plain.masks if n in other.masks)
         assert agree > 0.8 * sum(mask.numel() for mask in plain.masks.values()), precision
+
+
+def _drop(tensors, name):
+    del tensors[name]
+
+
+def _spoil(tensors, name):
+    tensors[name].view(-1)[-1] = float("nan")
+
+
+def _reshape(tensors, name):
+    tensors[name] = torch.zeros(3, 3, 3)
+
+
+NAMES = {
+    "unet": "conv_norm_out.weight",
+    "vae": "decoder.conv_norm_out.weight",
+    "text_encoder": "encoder.layers.0.layer_norm1.weight",
+}
+
+
+@pytest.mark.parametrize("part", NAMES)
+@pytest.mark.parametrize("damage, sentence", [(_drop, "lacks {}; fetch"), (_spoil, "NaN or Inf in its {part}: {}"),
+                                              (_reshape, "{}.*shape")])  # fmt: skip
+def test_a_base_that_is_not_whole_and_finite_is_refused(tiny_folder, tmp_path, part, damage, sentence):
+    folder = shutil.copytree(tiny_folder, tmp_path / "base")
+    (file,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith(NAMES[part]))
+    damage(tensors, name)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(SalunError, match=sentence.format(re.escape(NAMES[part]), part=part)) as caught:
+        load_model(str(folder))
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_weight_more_than_needed_is_no_fault(tiny_folder, tmp_path):
+    """As Stable Diffusion's own text encoder has ``position_ids``."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "base")
+    for file in folder.glob("*/*.safetensors"):
+        save_file({**load_file(file), "more": torch.ones(3)}, file, {"format": "pt"})
+    assert tiny.same(tiny.bits(load_model(str(tiny_folder)).pipe), tiny.bits(load_model(str(folder)).pipe))
+
+
+@pytest.mark.parametrize("part", NAMES)
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git-LFS pointer"),
+        (b"<!DOCTYPE html>", "web page"),
+        (b"PK\x03\x04" + b"\0" * 99, "a pickle"),
+        ((1 << 40).to_bytes(8, "little") + b"{", "claims a header of"),
+    ],
+)
+def test_weights_of_a_base_that_are_another_kind_of_file(tiny_folder, tmp_path, part, content, sentence):
+    folder = shutil.copytree(tiny_folder, tmp_path / "base")
+    (file,) = (folder / part).glob("*.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-10])
+    with pytest.raises(SalunError, match=f"cut short: {len(whole)} bytes expected, {len(whole) - 10} found") as caught:
+        load_model(str(folder))
+    assert str(file) in str(caught.value)
+    file.write_bytes(content)
+    with pytest.raises(SalunError, match=sentence) as caught:
+        load_model(str(folder))
+    assert str(file) in str(caught.value)
+
+
+def test_both_commands_refuse_a_base_that_is_not_whole(tmp_path):
+    folder = shutil.copytree(DEMO, tmp_path / "base")
+    file = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("final_layer_norm.weight"))
+    del tensors[name]
+    save_file(tensors, file, {"format": "pt"})
+    base = ("--pretrained_model_name_or_path", folder, "--concept", "airplane", "--output_dir", tmp_path / "run")
+    for command, more in ((("erase_concept.py",), ()), (("-m", "eval", "accuracy"), ("--erasure", tmp_path / "run"))):
+        done = here("python", *command, *base, *more, check=False)
+        assert done.returncode == 1 and "lacks final_layer_norm.weight" in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr

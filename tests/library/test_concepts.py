@@ -126,5 +126,124 @@ def test_an_anchor_is_never_a_concept_that_goes_too(base):
         find_concepts(["airplane", "apple", "butterfly"], base)
     with pytest.raises(SalunError, match="'airplane' was given twice"):
         find_concepts(["airplane", "Airplane"], base)
-    with pytest.raises(SalunError, match="2 concepts and 1 anchors were given"):
-        find_concepts(["airplane", "ink"], base, ["apple"])
+    with pytest.raises(SalunError, match="3 concepts and 2 anchors were given"):
+        find_concepts(["airplane", "apple", "ink"], base, ["apple", "oil"])
+
+
+def test_one_anchor_serves_all_concepts():
+    concepts = find_concepts(["zeppelin", "submarine"], anchors=["bus"])
+    assert [concept.anchor for concept in concepts] == ["bus", "bus"]
+
+
+def test_the_empty_anchor_is_the_empty_prompt(base):
+    for concept in (
+        find_concept("airplane", base, ""),
+        find_concept("zeppelin", anchor=""),
+        find_concept("church", anchor=" "),
+    ):
+        assert concept.anchor == "" and {row.anchor_prompt for row in concept.forget_rows(9, 0)} == {""}
+        assert all(row.prompt for row in concept.forget_rows(9, 0))
+    path = base / "logo.json"
+    path.write_text(json.dumps({"concept": "logo", "anchor": "", "forget": ["a logo"], "retain": ["a wall"]}))
+    assert find_concept(str(path)).forget_rows(1, 0)[0].anchor_prompt == ""
+    assert find_concept(str(path), anchor="sign").forget_rows(1, 0)[0].anchor_prompt == "a sign"
+
+
+def test_words_with_commas_are_one_concept_of_several_names(base):
+    kid = find_concept("kid, child,toddler")
+    assert (kid.names, kid.label, kid.anchor) == (("kid", "child", "toddler"), "kid, child, toddler", "dog")
+    rows = kid.forget_rows(30, 0)
+    assert [sum(f" a {name}" in row.prompt for row in rows) for name in kid.names] == [10, 10, 10]
+    for row in rows:
+        assert row.expect == {"label": "kid, child, toddler"}
+        assert row.anchor_prompt.endswith("a dog") and not any(name in row.anchor_prompt for name in kid.names)
+    assert rows[:4] == kid.forget_rows(4, 0)
+    dog = find_concept("person, man, dog")  # words that the list of everyday things has
+    assert dog.anchor == "tree"
+    assert not any(name in row.prompt.split() for row in dog.retain_rows(90, 0) for name in dog.names)
+    with pytest.raises(SalunError, match="No word is left for 'object2'"):
+        find_concept("airplane, apple", base).retain_rows(9, 0)
+    (base / "concepts.json").write_text(json.dumps(WORLD | {"templates": WORLD["templates"][:2]}))
+    planes = find_concept("airplane, apple", base)
+    assert planes.anchor == "butterfly" and {row.prompt for row in planes.retain_rows(20, 0)} == {"two butterflies"} | {
+        f"a butterfly in {style} style" for style in ("ink", "oil")
+    }
+    with pytest.raises(SalunError, match="Unknown concept 'plane'"):
+        find_concept("airplane, plane", base)
+    with pytest.raises(SalunError, match="are of different kinds"):
+        find_concept("airplane, ink", base)
+    with pytest.raises(SalunError, match="'child' was given twice"):
+        find_concepts(["kid, child", "Child"])
+    with pytest.raises(SalunError, match="The anchor of 'kid' is 'child' itself"):
+        find_concept("kid, child", anchor="child")
+
+
+def test_no_retain_prompt_names_a_concept_inside_other_words():
+    for concepts in (["fruit"], ["fruit", "chair"], ["dog", "Van Gogh"]):
+        found = find_concepts(concepts)
+        for concept in found:
+            prompts = [row.prompt for row in concept.retain_rows(300, 0)]
+            assert not any(word in prompt for word in concepts for prompt in prompts)
+
+
+@pytest.mark.parametrize("name", ["prompts.csv", "prompts.TXT", "concepts.yaml", "logo.jsonl", "my/concept.csv"])
+def test_the_name_of_a_file_is_no_concept_and_no_anchor(name):
+    with pytest.raises(SalunError, match=f"--concept {name} is the name of a file"):
+        find_concept(name)
+    with pytest.raises(SalunError, match=f"--anchor {name} is the name of a file"):
+        find_concept("zeppelin", anchor=name)
+
+
+def test_a_path_that_exists_is_no_concept(base):
+    (base / "words.lst").write_text("cat")
+    for path in (base, base / "words.lst"):
+        with pytest.raises(SalunError, match="is the name of a file or folder"):
+            find_concept(str(path))
+    with pytest.raises(SalunError, match="The concept is empty"):
+        find_concept(" ")
+    assert find_concept("Dr. Seuss book, AC/DC").value == "Dr. Seuss book"
+
+
+def test_a_person_a_place_and_a_style_have_their_own_prompts_and_anchors():
+    with pytest.raises(SalunError, match="'Brad Pitt' looks like a proper name.*--concept_type"):
+        find_concept("Brad Pitt")
+    person = find_concept("Brad Pitt", type="person")
+    assert (person.slot, person.anchor) == ("person", "a person")
+    assert "a photo of Brad Pitt" in {row.prompt for row in person.forget_rows(9, 0)}
+    assert not any("a Brad" in row.prompt for row in person.forget_rows(9, 0))
+    assert find_concept("Eiffel Tower", type="place").anchor == "a town"
+    style = find_concept("Hokusai", type="style")
+    assert style.slot == "style" and all("Hokusai" in row.prompt for row in style.forget_rows(9, 0))
+    assert find_concept("Van Gogh", type="style").forget_rows(9, 0) == find_concept("Van Gogh").forget_rows(9, 0)
+
+
+def test_the_near_miss_of_a_preset_can_be_insisted_on():
+    with pytest.raises(SalunError, match="Did you mean 'golf ball'"):
+        find_concept("golf balls")
+    assert find_concept("golf balls", type="object").value == "golf balls"
+
+
+@pytest.mark.parametrize("text", [
+    "{object.__format__.__globals__[json]}", "{object!r}", "{object:>9}", "{mood}", "a {", "} b", "{0}", "{object[0]}",
+])  # fmt: skip
+@pytest.mark.parametrize("place", ["prompt", "expect"])
+def test_a_template_holds_placeholders_of_slots_and_nothing_else(tmp_path, text, place):
+    template = {"prompt": text} if place == "prompt" else {"prompt": "{object}", "expect": {"left": text}}
+    (tmp_path / "concepts.json").write_text(json.dumps({"slots": WORLD["slots"], "templates": [template]}))
+    with pytest.raises(SalunError, match="is not a concept vocabulary"):
+        find_concept("airplane", tmp_path)
+
+
+def test_a_slot_that_no_template_uses_is_refused(tmp_path):
+    world = WORLD | {"slots": WORLD["slots"] | {"mood": ["happy", "sad"]}}
+    (tmp_path / "concepts.json").write_text(json.dumps(world))
+    with pytest.raises(SalunError, match="No template uses the slot 'mood'"):
+        find_concept("happy", tmp_path).forget_rows(1, 0)
+
+
+def test_a_concept_in_a_prompt_is_a_whole_word(tmp_path):
+    path = tmp_path / "cat.json"
+    forget = ["a catalogue with a cat, two cats and a Cat's {tail}"]
+    path.write_text(json.dumps({"concept": "cat", "anchor": "dog", "forget": forget, "retain": ["a tree"]}))
+    (row,) = find_concept(str(path)).forget_rows(1, 0)
+    assert row.anchor_prompt == "a catalogue with a dog, two dogs and a dog's {tail}"

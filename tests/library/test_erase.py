@@ -1,15 +1,20 @@
 """``erase()`` from Python: a pipeline lent and given back, threads, several runs in a process, the script's bits."""
 
+import json
+import subprocess
+import sys
 import threading
 
 import pytest
 import tiny
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 from shell import run
 
 from salun_diffusion import Delta, SalunError, erase, list_erasures, load_erasure, unload_erasure
-from salun_diffusion.config import EraseConfig
+from salun_diffusion.config import FREE, EraseConfig
+from salun_diffusion.erasures.mask import describe, load_masks, save_masks
 
 QUICK = {
     "num_forget_images": 4, "num_retain_images": 4, "num_inference_steps": 3, "max_train_steps": 2,
@@ -190,3 +195,185 @@ def test_several_concepts_resume_in_any_process(tiny_folder, tmp_path):
         done = run(*words, "--resume_from_checkpoint", "latest", PYTHONHASHSEED=seed)
         assert "Going on from" in done.stdout and "after step 1 of 2" in done.stdout
         assert Delta.load(tmp_path / "a" / "erasure.safetensors").digest() == whole
+
+
+def files(folder):
+    """What lies in a run folder, but for times."""
+    log = [json.loads(line) | {"seconds": 0} for line in (folder / "training.jsonl").open()]
+    config = json.loads((folder / "config.json").read_text())
+    config["settings"] = {name: value for name, value in config["settings"].items() if name not in FREE}
+    return sorted(path.name for path in folder.iterdir()), log, config | {"seconds": 0}, {
+        path.name: path.read_bytes() for path in (*folder.glob("*.png"), folder / "mask.safetensors")
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", ["saliency", "file"])
+def test_a_finished_run_trained_further_is_one_in_a_piece_file_by_file(mask, tiny_folder, tmp_path, capsys):
+    """Also where the mask leaves whole layers alone, which a checkpoint does not name."""
+    more = {"density": 0.01, "checkpointing_steps": 2, "data_dir": str(tmp_path / "data")}
+    whole = erase(
+        str(tiny_folder), "steam engine", output_dir=tmp_path / "whole", **QUICK | more | {"max_train_steps": 4}
+    )
+    if mask == "file":
+        reused = tmp_path / "reused.safetensors"
+        masks = {name: mask for name, mask in load_masks(whole.path / "mask.safetensors")[0].items() if "attn2" in name}
+        save_masks(reused, masks, {})
+        more |= {"mask": str(reused)}
+        more.pop("density")
+        options = QUICK | more | {"max_train_steps": 4}
+        whole = erase(str(tiny_folder), "steam engine", output_dir=tmp_path / "whole2", **options)
+    empty = [row for row in describe(load_masks(whole.path / "mask.safetensors")[0]) if not row.kept]
+    assert empty
+    parts = erase(str(tiny_folder), "steam engine", output_dir=tmp_path / "parts", **QUICK | more)
+    capsys.readouterr()
+    options = QUICK | more | {"max_train_steps": 4, "resume_from_checkpoint": "checkpoint-2"}
+    parts = erase(str(tiny_folder), "steam engine", output_dir=tmp_path / "parts", **options)
+    said = capsys.readouterr().out
+    assert "after step 2 of 4" in said and "processor threads" not in said
+    assert files(whole.path) == files(parts.path)
+    first, second = Delta.load(whole.file), Delta.load(parts.file)
+    assert first.digest() == second.digest() and first.metadata["density"] == second.metadata["density"]
+    row = sum(row.kept for row in describe(load_masks(whole.path / "mask.safetensors")[0]))
+    assert f"{row:,} of the " in said
+    if mask == "file":  # other content under the same name is another mask
+        save_masks(reused, {name: ~mask for name, mask in masks.items()}, {})
+        with pytest.raises(SalunError, match="mask_digest is "):
+            erase(str(tiny_folder), "steam engine", output_dir=tmp_path / "parts", **options)
+
+
+def test_the_number_of_threads_is_recorded_and_a_change_is_said(tiny_folder, tmp_path, capsys):
+    options = QUICK | {"checkpointing_steps": 2, "output_dir": tmp_path / "run", "data_dir": str(tmp_path / "data")}
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        done = erase(str(tiny_folder), "steam engine", **options)
+        assert json.loads((done.path / "config.json").read_text())["threads"] == [2]
+        torch.set_num_threads(1)
+        more = {"max_train_steps": 3, "resume_from_checkpoint": "latest"}
+        done = erase(str(tiny_folder), "steam engine", **options | more)
+    finally:
+        torch.set_num_threads(threads)
+    assert "trained with 2 processor threads, and this run has 1" in capsys.readouterr().out
+    assert json.loads((done.path / "config.json").read_text())["threads"] == [2, 1]
+
+
+def test_two_runs_never_write_into_one_folder(tiny_folder, tmp_path):
+    """The second is refused in a sentence and touches nothing; a process that was killed lets go of the folder."""
+    options = QUICK | {"output_dir": tmp_path / "run", "data_dir": str(tmp_path / "data")}
+    held = "from salun_diffusion.files import locked\nwith locked(%r):\n    print('held', flush=True)\n    input()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", held % str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    before = [*(tmp_path / "run").iterdir()]
+    with pytest.raises(SalunError, match=f"Another run is writing into {tmp_path / 'run'}: wait for its end, or give"):
+        erase(str(tiny_folder), "steam engine", **options)
+    assert [*(tmp_path / "run").iterdir()] == before
+    process.kill()
+    process.communicate()
+    done = erase(str(tiny_folder), "steam engine", **options)
+    assert not (done.path / ".lock").exists()
+
+
+def test_a_reused_folder_never_holds_files_of_two_runs(tiny_folder, tmp_path):
+    """Another concept in a finished run's folder, stopped in the middle: the finished one is whole, in previous/."""
+    options = QUICK | {"output_dir": tmp_path / "run", "data_dir": str(tmp_path / "data"), "validation_steps": 1}
+    first = erase(str(tiny_folder), "steam engine", **options)
+    before = {path.name: path.read_bytes() for path in first.path.iterdir() if path.is_file()}
+
+    def stop(stage, done, total):
+        if stage == "erasing" and done == 2:
+            raise KeyboardInterrupt
+
+    for _ in range(2):  # also by a run that is stopped again
+        with pytest.raises(KeyboardInterrupt):
+            erase(str(tiny_folder), "golf ball", callback=stop, **options)
+        assert {path.name for path in first.path.iterdir()} == {
+            "previous", "mask.safetensors", "training.jsonl", "forget.png", "retain.png", "validation",
+        }  # fmt: skip
+        previous = first.path / "previous"
+        assert {path.name: path.read_bytes() for path in previous.iterdir() if path.is_file()} == before
+        assert load_masks(first.path / "mask.safetensors")[1]["concept"] == "golf ball"
+    with pytest.raises(SalunError, match="erasure.safetensors"):
+        load_erasure(DiffusionPipeline.from_pretrained(tiny_folder), first.path)
+    second = erase(str(tiny_folder), "golf ball", **options)
+    assert Delta.load(second.file).metadata["concept"] == "golf ball" and not previous.exists()
+
+
+@pytest.mark.parametrize("place", ["output_dir", "data_dir"])
+def test_a_folder_that_cannot_be_one_is_named(place, tiny_folder, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for wrong in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("long" * 80), "/proc/none"):
+        where = {"output_dir": tmp_path / "run", "data_dir": str(tmp_path / "data")} | {place: str(wrong)}
+        with pytest.raises(SalunError, match=f"Cannot make the folder {wrong}.*: .*; give another one"):
+            erase(str(tiny_folder), "steam engine", **QUICK | where)
+    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("file", ["forget.png", "training.jsonl", "validation/step-00001.png"])
+def test_a_disk_that_refuses_a_file_is_said(file, tiny_folder, tmp_path):
+    """A folder of the file's name refuses it as a full disk does: when it is written."""
+    options = QUICK | {"output_dir": tmp_path / "run", "data_dir": str(tmp_path / "data"), "validation_steps": 1}
+
+    def block(stage, done, total):
+        if stage == ("saliency" if file != "forget.png" else "drawing the retain set"):
+            (tmp_path / "run" / file / "x").mkdir(parents=True, exist_ok=True)
+
+    with pytest.raises(SalunError, match=f"Cannot write .*{file}: "):
+        erase(str(tiny_folder), "steam engine", callback=block, **options)
+    assert not (tmp_path / "run" / "erasure.safetensors").exists()
+
+
+def test_a_cache_with_a_garbage_manifest_is_finished_anew(tiny_folder, tmp_path):
+    options = QUICK | {"output_dir": tmp_path / "run", "data_dir": str(tmp_path / "data"), "max_train_steps": 1}
+    first = Delta.load(erase(str(tiny_folder), "steam engine", **options).file).digest()
+    manifests = [*(tmp_path / "data").glob("*/manifest.json")]
+    whole = [path.read_bytes() for path in manifests]
+    assert len(manifests) == 2
+    for contents in ((b"", b"{}"), (b"[" * 100_000, bytes(range(256)))):
+        for path, content in zip(manifests, contents, strict=True):
+            path.write_bytes(content)
+        assert Delta.load(erase(str(tiny_folder), "steam engine", **options).file).digest() == first
+        assert [path.read_bytes() for path in manifests] == whole
+
+
+def test_settings_of_concepts_of_different_kinds_are_given_or_refused():
+    presets = {
+        "church": {"max_train_steps": 3, "salun": {"alpha": 0.5}},
+        "ink": {"max_train_steps": 3, "salun": {"alpha": 2.0}},
+    }
+    with pytest.raises(
+        SalunError, match=r"'church' and 'ink' have presets .* differ in alpha \(0.5, 2.0\): say --alpha"
+    ):
+        EraseConfig.from_call("demo", ["church", "ink"], {}).one_preset(presets)
+    config = EraseConfig.from_call("demo", ["church", "ink"], {"alpha": 1.5})
+    assert config.fill(config.one_preset(presets), "x").alpha == 1.5
+    assert EraseConfig.from_call("demo", ["church", "ink"], {"method": "uce"}).one_preset(presets) == presets["church"]
+
+
+def test_the_precision_of_accelerate_launch_is_heeded(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    config = EraseConfig.from_call("demo", "cat", {}).fill({}, "cat")
+    assert config.mixed_precision == "bf16" and "accelerate launch" in config.table()
+    for given in ("no", "fp16"):
+        with pytest.raises(SalunError, match=f"accelerate's mixed_precision is 'bf16' and this run's '{given}'"):
+            EraseConfig.from_call("demo", "cat", {"mixed_precision": given}).fill({}, "cat")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(SalunError, match="accelerate's mixed_precision is 'fp8'"):
+        EraseConfig.from_call("demo", "cat", {}).fill({}, "cat")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert EraseConfig.from_call("demo", "cat", {"mixed_precision": "bf16"}).fill({}, "cat").mixed_precision == "bf16"
+
+
+def test_the_empty_anchor_and_every_name_reach_the_result(tmp_path):
+    """Two erasures by closed form, of which the second has one name less: the bits differ, so the name counted."""
+    tiny.build(tmp_path / "base")
+    made = {}
+    for name, concept in (("two", "kid, child"), ("one", "kid")):
+        options = {"method": "uce", "anchor": "", "num_forget_images": 6, "num_retain_images": 4}
+        done = erase(str(tmp_path / "base"), concept, output_dir=str(tmp_path / name), **options)
+        assert done.config.anchor == [""]
+        made[name] = load_file(done.file)
+    assert any(not torch.equal(made["two"][key], made["one"].get(key, torch.empty(0))) for key in made["two"])
+    with pytest.raises(SalunError, match="--num_forget_images 1 are too few .*: give at least 2"):
+        erase(str(tmp_path / "base"), "kid, child", method="uce", num_forget_images=1, output_dir=str(tmp_path / "x"))

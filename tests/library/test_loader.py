@@ -142,6 +142,7 @@ def test_list(pipe, file, delta):
         "source": str(file),
         "revision": None,
         "digest": delta.digest(),
+        "intact": True,
     }
 
 

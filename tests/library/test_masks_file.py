@@ -181,6 +181,15 @@ def test_a_full_disk_keeps_the_file_that_was_there(tmp_path):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.safetensors"]
 
 
+def test_what_a_killed_run_left_is_cleared(tmp_path):
+    old, young = tmp_path / ".log.json.1.tmp", tmp_path / ".log.json.2.tmp"
+    for left in (old, young, tmp_path / ".other.json.1.tmp"):
+        left.write_text("half")
+        os.utime(left, (0, 0)) if left != young else None
+    write_json(tmp_path / "log.json", {})
+    assert not old.exists() and young.exists() and (tmp_path / ".other.json.1.tmp").exists()
+
+
 def test_writing_refuses(tmp_path):
     with pytest.raises(SalunError, match="Cannot write .*No such file or directory"):
         write_json(tmp_path / "no" / "x.json", {})

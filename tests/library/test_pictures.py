@@ -91,6 +91,35 @@ def test_labels_and_captions_become_prompts_and_the_concept_is_left_out(pictures
     assert shown(Source(str(tmp_path / "captioned")).retain([airplane])) == kept
 
 
+def test_every_picture_of_a_folder_is_used_whatever_it_is_called(pictures, tmp_path):
+    """The datasets library reads "train" in a name as a split, and would use one picture of these."""
+    plane = Image.open(next((pictures / PLANES).iterdir()))
+    folder, kinds = tmp_path / "planes", tmp_path / "kinds"
+    folder.mkdir()
+    for name in ("cat_train_1.png", "cat_2.png", "cat test.png", "a[1].gif", "valid.tiff", "x.JPEG"):
+        plane.convert("RGB").save(folder / name)
+    concept = find_concept("airplane", DEMO)
+    assert len(list(Source(str(folder)).forget(concept))) == 6
+    for kind in ("train", "test", "umbrella"):
+        (kinds / kind).mkdir(parents=True)
+        plane.save(kinds / kind / "1.png")
+    found = [picture.prompt for picture in Source(str(kinds)).retain([concept])]
+    assert found == ["an image of a test", "an image of a train", "an image of an umbrella"]
+
+
+def test_captions_lie_beside_the_pictures(pictures, tmp_path):
+    for number in range(3):
+        Image.open(next((pictures / PLANES).iterdir())).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(f"a thing, number {number}\n")
+    (tmp_path / "2.txt").write_text("an airplane")
+    concept = find_concept("airplane", DEMO)
+    found = [picture.prompt for picture in Source(str(tmp_path)).retain([concept])]
+    assert found == ["a thing, number 0", "a thing, number 1"]  # the third names what is erased
+    (tmp_path / "1.txt").unlink()
+    with pytest.raises(SalunError, match=r"1 of the 3 pictures in .* have no caption: 1.png. Give all of them one"):
+        Source(str(tmp_path))
+
+
 def test_a_parquet_folder_is_read_as_its_pictures_are(pictures, tmp_path):
     paths = sorted(str(path) for path in (pictures / PLANES).iterdir())
     made = datasets.Dataset.from_dict({"photo": paths, "caption": ["a"] * 5}).cast_column("photo", datasets.Image())

@@ -28,6 +28,8 @@ def test_custom_pipeline(tmp_path, monkeypatch):
     assert not tiny.same(before, tiny.bits(pipe))
     picture = pipe("a cat", num_inference_steps=1, height=16, width=16, output_type="pt").images
     assert torch.isfinite(picture).all()
+    pipe.set_erasure_scale("other", 0.25)
+    assert [row["scale"] for row in pipe.list_erasures()] == [0.5, 0.25]
     pipe.unload_erasure("other")
     pipe.unload_erasure()
     assert tiny.same(before, tiny.bits(pipe)) and pipe.list_erasures() == []
@@ -38,3 +40,8 @@ def test_custom_pipeline(tmp_path, monkeypatch):
     pipe.load_erasure(tmp_path / "0.safetensors", check_base=False)
     pipe.fuse_erasure()
     assert pipe.list_erasures() == [] and not tiny.same(before, tiny.bits(pipe))
+    pipe.save_pretrained(tmp_path / "saved")  # it loads again as what it is, with or without this file
+    for custom in ({}, {"custom_pipeline": str(FILE), "trust_remote_code": True}):
+        again = DiffusionPipeline.from_pretrained(tmp_path / "saved", safety_checker=None, **custom)
+        assert isinstance(again, StableDiffusionPipeline) and hasattr(again, "load_erasure") == bool(custom)
+        assert tiny.same(tiny.bits(pipe), tiny.bits(again))

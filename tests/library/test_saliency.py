@@ -81,6 +81,15 @@ def test_scores_are_the_absolute_sum_of_gradients():
     assert all(p.grad is None for p in layer.parameters())
 
 
+def test_scores_do_not_count_what_an_earlier_backward_left():
+    layer = torch.nn.Linear(3, 1, bias=False)
+    layer(torch.tensor([[5.0, -1.0, 1.0]])).sum().backward()
+    left = layer.weight.grad
+    found = saliency.scores(dict(layer.named_parameters()), [lambda: layer(torch.ones(1, 3)).sum()])
+    assert found["weight"].tolist() == [[1, 1, 1]]
+    assert layer.weight.grad is left and left.tolist() == [[5, -1, 1]]
+
+
 def test_scores_of_half_precision_weights_are_summed_in_fp32():
     layer = torch.nn.Linear(1, 1, bias=False).bfloat16()
     one = torch.ones(1, 1, dtype=torch.bfloat16)

@@ -21,3 +21,9 @@ def test_cells_are_escaped_for_each_format():
     text = latex(ROWS, "of `a_b`, 5%")
     assert "  name & UA $\\uparrow$ \\\\\n\\midrule\n  a|b\\_c & 98.2 (95.3--99.3) \\\\\n" in text
     assert "\\caption{of a\\_b, 5\\%}" in text
+
+
+def test_a_table_holds_no_html_and_no_command():
+    hostile = [["a"], ["<img src=x onerror=alert(1)>&lt;\n\\input{x}"]]
+    assert markdown(hostile).endswith("| &lt;img src=x onerror=alert(1)&gt;&amp;lt; \\input{x} |")
+    assert "\\textbackslash{}input\\{x\\}" in latex(hostile, "c") and "\\input" not in latex(hostile, "c")

@@ -208,6 +208,10 @@ def test_no_gradient_is_made_or_kept_where_nothing_may_move(setup):
     assert [name for name, p in pipe.unet.named_parameters() if p.requires_grad] == [first]
     assert all(p.grad is None for p in pipe.unet.parameters())
     assert {name: value.grad.shape for name, value in deltas.values.items()} == {first: (1,)}
+    deltas.parameters[first].grad = torch.full_like(parameters[first], 9)  # as of an earlier backward
+    deltas.clear_gradients()
+    pipe.unet(torch.zeros(1, 4, 8, 8), 5, torch.zeros(1, 7, 16)).sample.mul(0).sum().backward()
+    assert deltas.values[first].grad.tolist() == [0], "a step's gradient is its own alone"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(setup, tmp_path):
@@ -232,7 +236,25 @@ def test_an_interrupted_set_is_continued_and_equal(setup, tmp_path, monkeypatch)
     assert torch.equal(again.latents[:], trainer.batches.sets["forget"].latents[:])
     assert shards[0].stat().st_mtime_ns == untouched
     shards[2].write_bytes(shards[2].read_bytes()[:-3])
-    with pytest.raises(SalunError, match="cut short"):
+    with pytest.raises(SalunError, match="cut short.*delete that file"):
+        drawn_set(model_of(pipe), [FORGET], config, "forget", trainer.accelerator)
+
+
+def test_a_changed_cache_is_refused(setup, tmp_path):
+    trainer, pipe, config = setup()
+    (shard,) = (tmp_path / "data").glob("forget-*/latents-*.safetensors")
+    whole = shard.read_bytes()
+    for spoiled in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-64] + bytes(64)):
+        shard.write_bytes(spoiled)
+        with pytest.raises(SalunError, match="its checksum differs; it is only a cache, so delete that file"):
+            drawn_set(model_of(pipe), [FORGET], config, "forget", trainer.accelerator)
+    shard.unlink()
+    drawn_set(model_of(pipe), [FORGET], config, "forget", trainer.accelerator)
+    assert shard.read_bytes() == whole
+    manifest = shard.with_name("manifest.json")
+    told = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**told, "prompts": ["something else"] * len(told["prompts"])}))
+    with pytest.raises(SalunError, match="prompts differ from their checksum; .* delete that folder"):
         drawn_set(model_of(pipe), [FORGET], config, "forget", trainer.accelerator)
 
 
