@@ -67,5 +67,5 @@ clean:
 
 .venv/installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
-	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[classification,data,eval,test]'
+	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[classification,data,eval,export,test]'
 	touch $@

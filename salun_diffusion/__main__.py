@@ -23,7 +23,7 @@ def main() -> None:
     add_options(export, ExportConfig)
     given = vars(parser.parse_args())
     del given["command"]
-    finish(export, lambda: run(options_from(given, ExportConfig)))
+    finish(lambda: run(options_from(given, ExportConfig)), export)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ FORMATS = {  # name → module, and what it gives
     "lora": ("low_rank", "a low-rank adapter for load_lora_weights (an approximation, measured)"),
     "diff": ("differences", "exact weight differences for ComfyUI, Forge, A1111 and stable-diffusion.cpp"),
     "single_file": ("checkpoint", "the whole erased model in the original one-file layout"),
+    "diffusers": ("folder", "the whole erased pipeline as a diffusers folder"),
     "unet": ("network", "the erased denoiser's weights, one file under diffusers' names"),
 }
 NAMES = ("diffusers", "kohya")
@@ -29,6 +30,7 @@ class ExportConfig:
     diff   exact differences under the names that ComfyUI, Forge, A1111 and stable-diffusion.cpp read
     single_file   the whole erased model (Stable Diffusion 1.x, 2.x, XL) in the original one-file layout, for
            from_single_file, ComfyUI and others
+    diffusers     the whole erased pipeline as a folder; its config names the erasure
     unet   the erased denoiser as one safetensors file under diffusers' names, for tools that take a state dict
     """
 

@@ -57,6 +57,16 @@ def test_exact_formats_are_exact(format, erasure, tmp_path):
         assert file.metadata()["salun_concept"] == "airplane" and len(file.metadata()["salun_digest"]) == 64
 
 
+def test_a_folder_is_a_pipeline_that_knows_its_erasure(erasure, erased, tmp_path):
+    done = export(erasure / "all.safetensors", "diffusers", tmp_path / "erased", prompts=PROMPTS[:1])
+    assert done.largest_difference == 0 and done.picture_difference == (0, 0)
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "erased")
+    assert all(torch.equal(pipe.unet.get_parameter(name), w) for name, w in erased.unet.named_parameters())
+    with pytest.raises(SalunError, match="already erased"):
+        load_erasure(pipe, erasure / "all.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["erased"]
+
+
 def test_stock_diffusers_opens_them(erasure, erased, tmp_path):
     """No line of ours takes part: the network from a state dict, the pipeline from one file."""
     export(erasure / "all.safetensors", "unet", tmp_path / "unet.safetensors")
