@@ -172,7 +172,8 @@ def picture(folder: Path, sample: dict) -> Image.Image:
     """The RGB picture of a line of ``samples.jsonl``.
 
     Raises:
-        SalunError: it is missing, unreadable, wholly black, or not the one that was measured (its key is another).
+        SalunError: it is missing, unreadable, wholly black (unless its line says so), or not the one that was measured
+            (its key is another).
     """
     path = folder / sample["picture"]
     try:
@@ -183,7 +184,7 @@ def picture(folder: Path, sample: dict) -> Image.Image:
             f"The picture {path} is missing or cannot be read, so nothing was measured: draw it again, or remove it "
             "with its prompt."
         ) from None
-    if found.getbbox() is None:
+    if found.getbbox() is None and not sample.get("black"):
         raise SalunError(f"The picture {path} is wholly black, so nothing was measured: draw it again.")
     if key != sample.get("key", key):
         raise SalunError(f"The picture {path} is not the one that was measured: run the command that drew it again.")

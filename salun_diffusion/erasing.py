@@ -197,9 +197,10 @@ def _check_counts(config: EraseConfig, concepts: list[Concept], processes: int) 
     for setting, count in (("forget", config.num_forget_images), ("retain", config.num_retain_images)):
         least = len(concepts) * processes * (names if setting == "forget" else 1)
         if count is not None and count < least:
+            several = f", names of a concept: {names}" if names > 1 else ""
             raise SalunError(
-                f"--num_{setting}_images {count} are too few (concepts: {len(concepts)}, processes: {processes}, names "
-                f"of a concept: {names}): give at least {least}."
+                f"--num_{setting}_images {count} are too few (concepts: {len(concepts)}, processes: {processes}"
+                f"{several}): give at least {least}."
             )
 
 

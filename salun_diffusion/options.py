@@ -164,7 +164,8 @@ def _read(path: str, kind: type) -> dict:
             import yaml
 
             found = yaml.safe_load(text)
-            found = {name: _meant(value, hints.get(name)) for name, value in found.items()}
+            if isinstance(found, dict):
+                found = {name: _meant(value, hints.get(name)) for name, value in found.items()}
     except Exception as error:  # the file system's, json's and yaml's own errors all mean the same to the user
         raise SalunError(f"--config {path} cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(found, dict):

@@ -64,11 +64,12 @@ def draw(
     num_inference_steps: int,
     batch_size: int,
     title: str,
+    black: bool = False,
 ) -> Drawn:
-    """Draw ``requests`` into ``folder``, as PNG files.
+    """Draw ``requests`` into ``folder``, as PNG files; with ``black``, a wholly black picture is one like any other.
 
     Raises:
-        SalunError: two requests of one name, or a picture that is not finite or wholly black.
+        SalunError: two requests of one name, or a picture that is not finite, or wholly black without ``black``.
     """
     twice = [name for name, count in Counter(request.name for request in requests).items() if count > 1]
     if twice:
@@ -102,21 +103,22 @@ def draw(
                 bar.update(len(now))
                 for request, values in zip(now, pixels[: len(now)], strict=True):
                     path = _path(folder, request)
-                    _save(to_picture(values, str(path)), path, _key(key, request))
+                    _save(to_picture(values, str(path), black), path, _key(key, request))
     count = sum(gather_object([len(missing)]))  # waits for every process
     paths = [_path(folder, request) for request in requests]
     return Drawn(paths, [_key(key, request) for request in requests], count, time.perf_counter() - begin)
 
 
-def to_picture(pixels: np.ndarray, name: str) -> Image.Image:
+def to_picture(pixels: np.ndarray, name: str, black: bool = False) -> Image.Image:
     """Float pixels ``(height, width, 3)`` in 0…1 → an RGB picture.
 
     Raises:
-        SalunError: NaN, infinity, or all black; an unchecked one would be cast to something that looks harmless.
+        SalunError: NaN, infinity, or all black unless ``black``; an unchecked one would be cast to something
+            that looks harmless.
     """
     if not np.isfinite(pixels).all():
         raise SalunError(f"{name} holds NaN or infinite pixels: the model is broken, so nothing was measured.")
-    if not pixels.any():
+    if not black and not pixels.any():
         raise SalunError(f"{name} is wholly black, as after an overflow or a safety checker, so nothing was measured.")
     return Image.fromarray((pixels * 255).round().astype(np.uint8))
 

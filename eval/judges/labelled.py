@@ -30,6 +30,7 @@ from .metrics import MIXED, asked
 from .zero_shot import ZeroShotJudge, whole
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
+NOTHING = "nothing"  # what a wholly black picture shows
 Rows = list[tuple[str, Row]]  # the kind of each prompt, and the prompt
 
 
@@ -108,7 +109,15 @@ class Labelled:
         for model in models:
             folder = output_dir / "pictures" / model["name"]
             with subjects.applied(pipe, model):
-                drawn = draw(base_model, requests, folder, how["num_inference_steps"], how["batch_size"], model["name"])
+                drawn = draw(
+                    base_model,
+                    requests,
+                    folder,
+                    how["num_inference_steps"],
+                    how["batch_size"],
+                    model["name"],
+                    black=True,
+                )
             model["generation"] = drawn.told()
             if state.is_main_process:
                 samples += self._judged(rows, drawn, model["name"], output_dir, how["batch_size"])
@@ -142,7 +151,9 @@ class Labelled:
         self.judge.check(pair for _, row in rows for pair in row.expect.items())
 
     def _judged(self, rows: Rows, drawn: Drawn, name: str, output_dir: Path, batch_size: int) -> list[dict]:
-        """The lines of ``samples.jsonl`` for the pictures of one model."""
+        """The lines of ``samples.jsonl`` for the pictures of one model. A wholly black picture shows nothing, whatever
+        a classifier makes of it: such a line says ``black``.
+        """
         samples = []
         with tqdm(total=len(rows), desc=f"{name}: judging", unit="image") as bar:
             for start in range(0, len(rows), batch_size):
@@ -150,12 +161,19 @@ class Labelled:
                 shown = [str(path.relative_to(output_dir)) for path in drawn.paths[now]]
                 pictures = [Image.open(path).convert("RGB") for path in drawn.paths[now]]
                 answers = self.judge(pictures, shown)
-                for (kind, row), path, key, answer in zip(rows[now], shown, drawn.keys[now], answers, strict=True):
+                black = [picture.getbbox() is None for picture in pictures]
+                for (kind, row), path, key, answer, is_black in zip(
+                    rows[now], shown, drawn.keys[now], answers, black, strict=True
+                ):
+                    if is_black:
+                        answer = dict.fromkeys(answer, {"label": NOTHING, "probability": 1.0})
                     samples.append({
                         "model": name, "set": kind, "prompt": row.prompt, "seed": row.seed, "picture": path,
                         "key": key, "expect": row.expect, "predicted": answer,
-                    })  # fmt: skip
+                    } | ({"black": True} if is_black else {}))  # fmt: skip
                 bar.update(len(rows[now]))
+        if count := sum("black" in line for line in samples):
+            print(f"{count} of the {len(samples)} pictures of {name} are wholly black: they count as showing nothing.")
         return samples
 
 

@@ -18,6 +18,7 @@ from test_eval_judge import classifier
 from eval.drawing.pictures import to_picture
 from eval.judges import metrics
 from eval.measures import accuracy
+from eval.results import picture as shown_picture
 from eval.subjects import introduce
 from salun_diffusion import load_erasure, unload_erasure
 from salun_diffusion.erasures.delta import Delta
@@ -161,7 +162,7 @@ def test_prompts_that_a_classifier_cannot_check_are_refused(base, tmp_path):
 
 @pytest.mark.parametrize(
     "pixels, sentence",
-    [(np.nan, "holds NaN or infinite pixels"), (np.inf, "holds NaN or infinite"), (0.0, "is wholly black")],
+    [(np.nan, "holds NaN or infinite pixels"), (np.inf, "holds NaN or infinite")],
 )
 def test_a_broken_picture_fails_the_run_by_name_and_leaves_no_scores(base, tmp_path, monkeypatch, pixels, sentence):
     measure(base, tmp_path, "forgets")
@@ -177,6 +178,25 @@ def test_a_broken_picture_fails_the_run_by_name_and_leaves_no_scores(base, tmp_p
     with pytest.raises(SalunError, match=f"pictures/base/forget-0001.png {sentence}"):
         measure(base, tmp_path, "forgets")
     assert not (tmp_path / "results.json").exists(), "the old run's scores must not stand beside new pictures"
+
+
+def test_a_black_picture_is_an_answer(base, tmp_path, monkeypatch, capsys):
+    """It shows nothing: the concept is gone from it, and so is whatever else was asked for."""
+    real = model_base.sample
+
+    def darkened(pipe, rows, **how):
+        return [
+            image * (row.prompt != rows[0].prompt) for image, row in zip(real(pipe, rows, **how), rows, strict=True)
+        ]
+
+    monkeypatch.setattr(model_base, "sample", darkened)
+    measure(base, tmp_path, "forgets")
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    black = [line for line in lines if line.get("black")]
+    assert black and all({answer["label"] for answer in line["predicted"].values()} == {"nothing"} for line in black)
+    assert len(black) < len(lines) and "are wholly black: they count as showing nothing" in capsys.readouterr().out
+    for line in black:
+        assert shown_picture(tmp_path, line).getbbox() is None
 
 
 def test_pixels_are_rounded_and_not_cut_off():

@@ -167,7 +167,9 @@ def test_charts_are_left_out_where_there_is_nothing_to_draw(tmp_path):
         (lambda run: (run / "results.json").write_text("{"), "results.json is damaged, or holds no results"),
         (lambda run: (run / "results.json").write_text("{}"), "results.json is damaged, or holds no results"),
         (
-            lambda run: (run / "results.json").write_text('{"format": "salun-diffusion i2p 1", "models": [1]}'),
+            lambda run: (run / "results.json").write_text(
+                (run / "results.json").read_text().replace("salun-diffusion accuracy 1", "salun-diffusion i2p 1")
+            ),
             "holds 'salun-diffusion i2p 1': the report is made of 'salun-diffusion accuracy 1'",
         ),
         (lambda run: (run / "config.json").write_text('{"concept": "cat"}'), "erased 'cat' but .* is about 'airplane'"),
