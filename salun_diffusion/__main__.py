@@ -6,6 +6,7 @@ python -m salun_diffusion export --help
 """
 
 import argparse
+import inspect
 
 from .export import ExportConfig, run
 from .options import add_options, finish, options_from
@@ -17,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m salun_diffusion", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     export = commands.add_parser(
-        "export", help="write an erasure in another tool's format", description=ExportConfig.__doc__,
+        "export", help="write an erasure in another tool's format", description=inspect.getdoc(ExportConfig),
         formatter_class=raw, allow_abbrev=False,
     )  # fmt: skip
     add_options(export, ExportConfig)

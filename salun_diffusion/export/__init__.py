@@ -25,29 +25,36 @@ NAMES = ("diffusers", "kohya")
 class ExportConfig:
     """Write an erasure in a format of another tool, load it back, and say how far it is from the erasure itself.
 
-    lora   low-rank adapter (peft), for pipe.load_lora_weights; --names kohya for A1111 and ComfyUI. It approximates:
-           --rank says how well, or --error what is allowed. Norms and biases cannot be part of it.
-    diff   exact differences under the names that ComfyUI, Forge, A1111 and stable-diffusion.cpp read
-    single_file   the whole erased model (Stable Diffusion 1.x, 2.x, XL) in the original one-file layout, for
-           from_single_file, ComfyUI and others
-    diffusers     the whole erased pipeline as a folder; its config names the erasure
-    unet   the erased denoiser as one safetensors file under diffusers' names, for tools that take a state dict
+    lora         low-rank adapter (peft), for pipe.load_lora_weights; --names kohya for A1111 and ComfyUI. It
+                 approximates: --rank says how well, or --error what is allowed. It cannot hold norms and biases.
+    diff         exact differences under the names that ComfyUI, Forge, A1111 and stable-diffusion.cpp read
+    single_file  the whole erased model (Stable Diffusion 1.x, 2.x, XL) in the original one-file layout, for
+                 from_single_file, ComfyUI and others
+    diffusers    the whole erased pipeline as a folder; its config names the erasure
+    unet         the erased denoiser as one safetensors file under diffusers' names, for tools that take a state dict
     """
 
-    erasure: str = option(None, "a run folder, an erasure's file or a hub id", positional=True, required=True)
+    erasure: str = option(
+        None, "a run folder, an erasure's file or a hub id", positional=True, required=True, metavar="RUN"
+    )
     format: str = option(None, "what to write", tuple(FORMATS), required=True)
-    output: str = option(None, "the file or folder to write; it must not be there yet", required=True)
-    base: str | None = option(None, "base model: a folder, hub id or 'demo'; the one that the erasure was made for")
-    rank: int | None = option(None, "rank of every layer (lora); 32 unless --error is given", least=1)
+    output: str = option(None, "the file or folder to write; it must not be there yet", required=True, metavar="PATH")
+    base: str | None = option(
+        None, "base model: a folder, hub id or 'demo'; the one that the erasure was made for", metavar="BASE"
+    )
+    rank: int | None = option(None, "rank of every layer (lora); 32 unless --error is given", least=1, metavar="R")
     error: float | None = option(
-        None, "the smallest rank that keeps the relative error of all its layers' change below this (lora)", least=0
+        None,
+        "the smallest rank that keeps the relative error of all its layers' change below this (lora)",
+        least=0,
+        metavar="E",
     )
     names: str | None = option(None, "whose key names a lora has; diffusers unless given", NAMES)
     prompts: list[str] | None = option(
         None, "prompts to draw with the erasure and with the export, to compare the pictures", several=True
     )
-    num_inference_steps: int = option(8, "denoising steps of those pictures", least=1)
-    seed: int = option(0, "starting noise of those pictures")
+    num_inference_steps: int = option(8, "denoising steps of those pictures", least=1, metavar="N")
+    seed: int = option(0, "starting noise of those pictures", metavar="N")
 
 
 @dataclass
