@@ -6,6 +6,8 @@ query, key and value in one matrix. A 2.x file has one layer less than the origi
 one, which is never used.
 """
 
+from pathlib import Path
+
 import torch
 
 from ..errors import SalunError
@@ -79,8 +81,12 @@ def _open_clip(prefix: str, encoder) -> dict[str, torch.Tensor]:
 def read_back(request, pipe) -> None:
     """As a user of diffusers does."""
     where, commit = resolve(str(request.options.base or request.delta.metadata["base_model"]))
+    base = Path(where)
+    if base.is_file():  # its configs lie beside it, or diffusers fetches them
+        where = str(base.parent) if (base.parent / "model_index.json").is_file() else None
+    unchecked = {} if hasattr(pipe, "text_encoder_2") else {"safety_checker": None}
     single = type(pipe).from_single_file(
-        str(request.output), config=where, revision=commit, local_files_only=True, safety_checker=None
+        str(request.output), config=where, revision=commit, local_files_only=where is not None, **unchecked
     )
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         if getattr(pipe, part, None) is not None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from shell import DEMO, here, run
 
 from salun_diffusion import SalunError, load_erasure
-from salun_diffusion.export import differences, export
+from salun_diffusion.export import Request, checkpoint, differences, export
 from salun_diffusion.export.original import unet_names, vae_names
 from salun_diffusion.models.load import load_pipeline
 
@@ -101,6 +101,15 @@ def test_one_file_of_the_other_kinds_opens_too(kind, tmp_path):
     for part in {"text_encoder", "text_encoder_2", "vae"} & pipe.components.keys():
         theirs, ours = getattr(opened, part).state_dict(), getattr(pipe, part).state_dict()
         assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
+
+
+def test_a_base_of_one_file_has_its_erasure_exported_too(tmp_path):
+    pipe = tiny.build(tmp_path / "base")
+    base = tmp_path / "base" / "original.safetensors"
+    checkpoint.write(Request(None, pipe, base, None, {"format": "pt"}))
+    tiny.erasure(pipe.unet, only="", concept="x").save(tmp_path / "erasure.safetensors")
+    done = export(tmp_path, "single_file", tmp_path / "erased.safetensors", base=str(base), prompts=["a cat"])
+    assert done.largest_difference == 0 and done.picture_difference == (0, 0)
 
 
 def test_a_lora_is_the_nearest_of_its_rank(erasure, tmp_path):
