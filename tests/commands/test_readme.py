@@ -34,6 +34,14 @@ def clone(tmp_path_factory):
     return folder
 
 
+def test_every_link_between_documents_leads_somewhere():
+    pages = [page for folder in ("", "docs", "demo", "benchmarks") for page in (ROOT / folder).glob("*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))]
+    local = [(page, link) for page, link in links if not link.startswith("http")]
+    assert len(local) > 20
+    assert [(page.name, link) for page, link in local if not (page.parent / link).exists()] == []
+
+
 def commands():
     return [line.strip() for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
