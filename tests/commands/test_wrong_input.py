@@ -14,6 +14,7 @@ from shell import ROOT, here, run
 from salun_diffusion import SalunError, load_erasure
 from salun_diffusion.concepts.templates import Vocabulary
 from salun_diffusion.config import EraseConfig
+from salun_diffusion.export import ExportConfig
 from salun_diffusion.files import write_json
 from salun_diffusion.models.load import load_pipeline
 
@@ -89,7 +90,7 @@ def commands():
     from demo.train import TrainConfig
     from eval.measures import measures
 
-    found = {(ROOT / "erase_concept.py",): EraseConfig}
+    found = {(ROOT / "erase_concept.py",): EraseConfig, ("-m", "salun_diffusion", "export"): ExportConfig}
     pages = [
         import_module(f"eval.{name}") for name in ("drawing.command", "pages.compare", "pages.report", "pages.columns")
     ]
