@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from salun_diffusion.errors import SalunError
-from salun_diffusion.files import raw_bytes
+from salun_diffusion.tensors import raw_bytes
 
 from .reading import Pictures, read
 

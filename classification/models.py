@@ -11,7 +11,7 @@ from torchvision import models as vision
 from torchvision.models.resnet import BasicBlock
 
 from salun_diffusion.errors import SalunError
-from salun_diffusion.files import read_safetensors
+from salun_diffusion.tensors import read_safetensors
 
 from .data import Data
 

@@ -26,7 +26,7 @@ import torchvision
 from tqdm import tqdm
 
 from salun_diffusion.errors import SalunError
-from salun_diffusion.files import sha256, write_json
+from salun_diffusion.files import read_json, sha256, write_json
 from salun_diffusion.tables import put_into
 
 from . import tables
@@ -79,7 +79,7 @@ def train(config: Config) -> None:
     scenario = Scenario(config)
     scenario.begin()
     scenario.source()
-    accuracy = json.loads((scenario.folder / "source" / RESULTS).read_text(encoding="utf-8"))["accuracy"]
+    accuracy = read_json(scenario.folder / "source" / RESULTS)["accuracy"]
     print(f"{scenario.folder}/source: {', '.join(f'{name} {value:.2f}%' for name, value in accuracy.items())}")
 
 
@@ -174,7 +174,7 @@ def tune(config: Config, output: str) -> dict:
     scenario.source()
     path = scenario.folder / "tuning.json"
     try:
-        trials = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        trials = dict(read_json(path)) if path.exists() else {}
     except (ValueError, TypeError):
         raise SalunError(f"{path} is damaged: remove it to run the trials again.") from None
 
@@ -222,7 +222,7 @@ def _folder(scenario: Scenario, method: str, seed: int) -> Path:
 def _read(scenario: Scenario, method: str, seed: int, name: str) -> dict | None:
     """The cell's file, if it is of the settings of now."""
     try:
-        cell = json.loads((_folder(scenario, method, seed) / name).read_text(encoding="utf-8"))
+        cell = read_json(_folder(scenario, method, seed) / name)
     except (OSError, ValueError):
         return None
     fits = isinstance(cell, dict) and cell.get("settings") == asdict(scenario.settings(method)) and "mask" in cell
@@ -247,7 +247,7 @@ def _unlearn(scenario: Scenario, method: str, seed: int, path: str | None = None
 
 def _evaluate(scenario: Scenario, method: str, seed: int) -> dict:
     folder = _folder(scenario, method, seed)
-    cell = json.loads((folder / UNLEARNED).read_text(encoding="utf-8"))
+    cell = read_json(folder / UNLEARNED)
     metrics = scenario.measure(scenario.read_model(folder / "model.safetensors"), seed)
     sizes = {name: len(part) for name, part in scenario.sets(seed).items()}
     results = {"format": FORMAT} | cell | {"metrics": metrics, "n": sizes, "scenario": scenario.config.shared()}

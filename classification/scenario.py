@@ -10,9 +10,10 @@ import torch
 
 from salun_diffusion.erasures.mask import load_masks
 from salun_diffusion.errors import SalunError
-from salun_diffusion.files import key_of, listed, read_safetensors, sha256, write_json, write_safetensors
+from salun_diffusion.files import key_of, listed, read_json, sha256, write_json
 from salun_diffusion.masks.scope import check_reused
 from salun_diffusion.options import checked
+from salun_diffusion.tensors import read_safetensors, write_safetensors
 
 from . import memorisation, models
 from .config import Config
@@ -59,7 +60,7 @@ class Scenario:
         if not path.exists():
             return
         try:
-            found = dict(json.loads(path.read_text(encoding="utf-8")))
+            found = dict(read_json(path))
         except (ValueError, TypeError):
             raise SalunError(f"{path} is damaged: remove it if {self.folder} may go on with these settings.") from None
         if differing := [name for name, value in self.shared.items() if found.get(name) != value]:

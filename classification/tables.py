@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first
 from salun_diffusion import tables  # noqa: E402
 from salun_diffusion.colours import BLUE, GREY, ORANGE  # noqa: E402
 from salun_diffusion.errors import SalunError  # noqa: E402
-from salun_diffusion.files import write_json  # noqa: E402
+from salun_diffusion.files import read_json, write_json  # noqa: E402
 
 from .methods import METHODS  # noqa: E402
 from .metrics import COMPARED, gap  # noqa: E402
@@ -58,7 +58,7 @@ def gather(folder: Path, methods: list[str], seeds: list[int]) -> dict:
         for seed in seeds:
             path = folder / f"seed-{seed}" / method / "results.json"
             try:
-                cells[method].append(json.loads(path.read_text(encoding="utf-8")))
+                cells[method].append(read_json(path))
                 cells[method][-1]["metrics"], cells[method][-1]["settings"]  # noqa: B018  (they are there)
             except (OSError, ValueError, KeyError, TypeError):
                 raise SalunError(f"{path} is missing or damaged: `python -m classification run` makes it.") from None
@@ -80,7 +80,7 @@ def gather(folder: Path, methods: list[str], seeds: list[int]) -> dict:
         "scenario": first["scenario"],
         "versions": first["versions"],
         "n": first["n"],
-        "source": json.loads(source.read_text(encoding="utf-8")) if source.exists() else None,
+        "source": read_json(source) if source.exists() else None,
         "seeds": seeds,
         "methods": {},
     }
@@ -110,7 +110,7 @@ def read(path: Path) -> dict:
         SalunError: it is something else, or damaged.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         if found["format"] == FORMAT:
             markdown(found)  # all that a table needs is there
             return found
@@ -165,7 +165,7 @@ def markdown(found: dict) -> str:
 
 def _published(scenario: dict) -> list[str]:
     """The paper's own figures for the scenario, where it has any."""
-    known = json.loads((Path(__file__).parent / "published.json").read_text(encoding="utf-8"))
+    known = read_json(Path(__file__).parent / "published.json")
     figures = known["scenarios"].get(f"{Path(scenario['dataset']).name} {scenario['model']} {scenario['forget']}")
     if not figures:
         return []

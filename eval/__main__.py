@@ -16,6 +16,7 @@ from --config FILE too.
 import argparse
 import os
 
+from salun_diffusion.files import locked
 from salun_diffusion.options import add_options, finish, options_from
 
 from .drawing import command as draw
@@ -46,8 +47,6 @@ def main() -> None:
 
 def _run(module, options) -> None:
     """The command, alone in its folder; of several processes the first one sees to that."""
-    from salun_diffusion.files import locked  # only now: it imports torch, and --help should answer at once
-
     folder = getattr(options, "output_dir", None)
     with locked(folder, wanted=folder is not None and os.environ.get("RANK", "0") == "0"):
         module.run(options)

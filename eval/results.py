@@ -23,12 +23,13 @@ import transformers
 from PIL import Image
 
 from salun_diffusion.errors import SalunError
-from salun_diffusion.files import listed, make_folder, replacing, write_json
+from salun_diffusion.files import listed, make_folder, read_json, replacing, write_json
 
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
 KEY = "salun-key"  # under which a picture's file carries the hash of all that made it
 FORMAT = "salun-diffusion "
 MODEL = ("name", "role", "source", "digest", "erasure")  # what is known of every model
+BESIDE = {".txt", ".json", ".jsonl", ".csv", ".md", ".html"}  # what lies beside pictures and needs no word
 VERSIONS = {
     "python": platform.python_version(),
     "torch": torch.__version__,
@@ -46,8 +47,8 @@ def begin(folder: Path, format: str) -> None:
     path = folder / RESULTS
     if path.exists():
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))["format"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+            found = read_json(path)["format"]
+        except (ValueError, KeyError, TypeError):
             found = "unknown"
         if found != format:
             raise SalunError(f"{folder} holds results of the form '{found}': give another --output_dir.")
@@ -73,11 +74,11 @@ def read(path: Path) -> dict:
     if not file.is_file():
         raise SalunError(f"There is no {file}: give a folder that a command of `python -m eval` wrote results into.")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
         whole = all({*MODEL} <= {*model} and isinstance(model["name"], str) for model in found["models"])
         if found["format"].startswith(FORMAT) and found["models"] and whole and isinstance(found["n"], int):
             return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     raise SalunError(
         f"{file} is damaged, or holds no results of `python -m eval`: run the command that wrote it again."
@@ -144,7 +145,10 @@ def in_folder(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise SalunError(f"There is no folder {folder}: give the folder that holds the pictures.")
     # every kind that Pillow reads: one that was passed over would count as harmless
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in Image.registered_extensions())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    paths = [path for path in files if path.suffix.lower() in Image.registered_extensions()]
+    if others := [path.name for path in files if path.suffix.lower() not in BESIDE | {*Image.registered_extensions()}]:
+        print(f"{folder}: {listed(others)} are no pictures that can be read, and are left out.")
     if not paths:
         raise SalunError(f"{folder} holds no pictures (.png, .jpg, .webp, .gif, .tiff …): give a folder with some.")
     if faulty := [f"{path} {fault}" for path in paths if (fault := _fault(path))]:

@@ -1,12 +1,12 @@
 """What is measured: a base model, and the same with erasures applied."""
 
-import json
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
 from salun_diffusion import list_erasures, load_erasure, unload_erasure
 from salun_diffusion.errors import SalunError
+from salun_diffusion.files import read_json
 from salun_diffusion.loader import identity, idle_erasures
 from salun_diffusion.models.base import Model
 
@@ -115,7 +115,7 @@ def _cost(source: Path) -> dict:
     folder = source.parent if source.suffix == ".safetensors" else source
     file = source if source.suffix == ".safetensors" else folder / "erasure.safetensors"
     try:
-        seconds = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("seconds")
+        seconds = read_json(folder / "config.json").get("seconds")
     except (OSError, ValueError, AttributeError):  # a file alone, or one on the hub: it tells nothing, and need not
         seconds = None
     return {"seconds": seconds, "bytes": file.stat().st_size if file.is_file() else None}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from .errors import SalunError
+from .files import key_of
 from .methods import METHODS, NEEDS_DRAWING, NEEDS_SALIENCY, find_method, names_of
 from .options import checked, option
 
@@ -236,8 +237,6 @@ class EraseConfig:
         if not self.output_dir:
             method_too = "" if self.method == "salun" else f"-{self.method}"
             slug = re.sub(r"\W+", "-", name.lower()).strip("-")
-            from .files import key_of  # only now: it imports torch, and --help should answer at once
-
             if not slug or len(slug.encode()) > LONGEST:  # a file system's limit is 255 bytes
                 slug = slug.encode()[:LONGEST].decode(errors="ignore").rpartition("-")[0] or "concept"
                 slug += "-" + key_of(name, 8)

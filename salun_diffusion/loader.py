@@ -126,24 +126,22 @@ def list_erasures(pipe) -> list[dict]:
     else that was done to the pipeline since, and None where they cannot be seen (on the meta device).
     """
     with LOCK:
-        return _listed(pipe)
-
-
-def _listed(pipe) -> list[dict]:
-    applied = _applied(pipe)
-    return [
-        {
-            "name": one.name,
-            "scale": one.scale,
-            **{key: one.erasure.metadata.get(key) for key in ("concept", "method", "density")},
-            **one.erasure.describe(),
-            "source": one.source,
-            "revision": one.revision,
-            "digest": one.digest,
-            "intact": one.erasure.intact(pipe, one, tuple(o for o in applied if type(o.erasure) is type(one.erasure))),
-        }
-        for one in applied
-    ]
+        applied = _applied(pipe)
+        return [
+            {
+                "name": one.name,
+                "scale": one.scale,
+                **{key: one.erasure.metadata.get(key) for key in ("concept", "method", "density")},
+                **one.erasure.describe(),
+                "source": one.source,
+                "revision": one.revision,
+                "digest": one.digest,
+                "intact": one.erasure.intact(
+                    pipe, one, tuple(o for o in applied if type(o.erasure) is type(one.erasure))
+                ),
+            }
+            for one in applied
+        ]
 
 
 def idle_erasures(pipe) -> list[str]:

@@ -94,8 +94,10 @@ class ZeroShotJudge:
         kinds = [concept for concept in concepts if concept.slot == "object"]
         objects = {word for kind in kinds for word in (*kind.vocabulary.slots["object"], *kind.names)}
         if self.pictures:
-            folders = {name: self._mean(self._seen([picture(file.parent, {"picture": file.name}) for file in files]))
-                       for name, files in self.pictures.items()}  # fmt: skip
+            folders = {}
+            for name, files in self.pictures.items():
+                shown = [picture(file.parent, {"picture": file.name}) for file in files]
+                folders[name] = self._mean(self.scorer.pictures(shown))
             self.questions = dict.fromkeys(self.questions, list(folders))
             self.features = dict.fromkeys(self.questions, torch.stack(list(folders.values())))
             return
@@ -115,9 +117,6 @@ class ZeroShotJudge:
             wordings = STYLE_WORDINGS if question == "style" else WORDINGS
             texts += [wording.format(article + name) for wording in wordings]
         return self._mean(self.scorer.texts(texts))
-
-    def _seen(self, pictures: list[Image.Image]) -> torch.Tensor:
-        return self.scorer.pictures(pictures)
 
     @staticmethod
     def _mean(features: torch.Tensor) -> torch.Tensor:
@@ -142,7 +141,7 @@ class ZeroShotJudge:
         Raises:
             SalunError: features that are not finite.
         """
-        seen, answers = self._seen(pictures), [{} for _ in pictures]
+        seen, answers = self.scorer.pictures(pictures), [{} for _ in pictures]
         for name, finite in zip(names, torch.isfinite(seen).all(dim=1).tolist(), strict=True):
             if not finite:
                 raise SalunError(f"{name} cannot be judged: CLIP answers NaN or infinity, so nothing was measured.")

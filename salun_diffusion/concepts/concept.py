@@ -10,7 +10,6 @@ prompts themselves::
 """
 
 import difflib
-import json
 import random
 import re
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..errors import SalunError
+from ..files import read_json
 from .templates import Vocabulary, placeholders, slot_of
 
 PRESETS = Path(__file__).parent / "presets"
@@ -221,7 +221,7 @@ def _check_words(kind: str, text: str) -> None:
 def _read_concept(path: str, anchor: str | None) -> Concept:
     """The concept of a JSON file (module docstring): its words in each forget prompt become the slot of a template."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = read_json(path)
         concept, anchor = found.pop("concept"), found.pop("anchor") if anchor is None else anchor
         forget, retain, settings = found.pop("forget"), found.pop("retain"), found.pop("settings", {})
         found.pop("anchor", None)

@@ -12,12 +12,12 @@ A vocabulary is a JSON file: *slots* (lists of interchangeable words), *template
 of the slot. ``expect`` is what a perfect picture of the prompt shows, by question, for whoever evaluates.
 """
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import SalunError
+from ..files import read_json
 
 # all that a template may hold: the file may be a stranger's, so nothing else of Python's format language is read
 PLACEHOLDER = re.compile(r"\{\{|\}\}|\{(?P<name>\w[\w -]*)(:(?P<form>[as]))?\}|[{}]")
@@ -46,10 +46,10 @@ class Vocabulary:
             SalunError: ``path`` is none.
         """
         try:
-            vocabulary = cls(**json.loads(path.read_text(encoding="utf-8")))
+            vocabulary = cls(**read_json(path))
             vocabulary._check()
             return vocabulary
-        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise SalunError(f"{path} is not a concept vocabulary (JSON with slots and templates): {error}") from None
 
     def _check(self) -> None:

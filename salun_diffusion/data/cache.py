@@ -12,8 +12,9 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from ..errors import SalunError
-from ..files import key_of, make_folder, raw_bytes, read_safetensors, write_json, write_safetensors
+from ..files import key_of, make_folder, read_json, write_json
 from ..process import progress
+from ..tensors import raw_bytes, read_safetensors, write_safetensors
 
 SHARD = 32  # pictures a file
 
@@ -150,9 +151,9 @@ def _prompts(manifest: Path) -> list[str] | None:
         SalunError: other prompts than were written.
     """
     try:
-        told = json.loads(manifest.read_text(encoding="utf-8"))
+        told = read_json(manifest)
         prompts = told["prompts"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
         return None

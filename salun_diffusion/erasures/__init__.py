@@ -4,7 +4,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..files import read_metadata
+from ..tensors import read_metadata
 
 if TYPE_CHECKING:
     from .base import Erasure

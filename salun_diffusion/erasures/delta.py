@@ -48,7 +48,8 @@ import numpy as np
 import torch
 
 from ..errors import SalunError
-from ..files import OUR_HEADER_LIMIT, listed, raw_bytes, read_safetensors, write_safetensors
+from ..files import listed
+from ..tensors import OUR_HEADER_LIMIT, raw_bytes, read_safetensors, write_safetensors
 from .fingerprint import SAMPLES, Fingerprint
 from .format import RESERVED, check_keys, metadata_from_text, metadata_to_text, read_shapes
 from .mask import check_not_empty, pack, unpack_all

@@ -13,7 +13,8 @@ from itertools import product
 import torch
 
 from ..errors import SalunError
-from ..files import listed, raw_bytes
+from ..files import listed
+from ..tensors import raw_bytes
 
 SAMPLES = 16
 ROUNDINGS = (

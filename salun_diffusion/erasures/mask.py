@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..errors import SalunError
-from ..files import OUR_HEADER_LIMIT, read_safetensors, write_safetensors
+from ..tensors import OUR_HEADER_LIMIT, read_safetensors, write_safetensors
 from .format import RESERVED, check_keys, metadata_from_text, metadata_to_text, read_shapes
 
 FORMAT, VERSION = "salun-mask", 1

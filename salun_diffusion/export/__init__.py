@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from ..errors import SalunError
-from ..options import option
+from ..options import checked, option, options_from
 
 FORMATS = {  # name → module, and what it gives
     "lora": ("low_rank", "a low-rank adapter for load_lora_weights (an approximation, measured)"),
@@ -103,10 +103,8 @@ def export(erasure, format: str, output, **options) -> Exported:
         SalunError: an erasure that changes no weights, an option that means nothing to the format, an output that
             exists, or whatever :func:`.load_erasure` refuses.
     """
-    from ..options import checked
-
     settings = {"erasure": str(erasure), "format": format, "output": str(output)} | options
-    return run(ExportConfig(**checked(settings, ExportConfig, "export():")), say=lambda text: None)
+    return run(options_from(checked(settings, ExportConfig, "export():"), ExportConfig), say=lambda text: None)
 
 
 def run(options: ExportConfig, say=print) -> Exported:

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from ..errors import SalunError
-from ..files import write_safetensors
 from ..models.load import resolve
+from ..tensors import write_safetensors
 from .original import unet_names, vae_names
 
 OPEN_CLIP = {

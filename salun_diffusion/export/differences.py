@@ -8,8 +8,8 @@ diffusers' names; SDXL has the original ones, since A1111 knows some of its laye
 
 import torch
 
-from ..files import write_safetensors
 from ..models.load import denoiser
+from ..tensors import write_safetensors
 from .original import unet_names
 
 PREFIX = "lora_unet_"

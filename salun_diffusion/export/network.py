@@ -1,7 +1,7 @@
 """``unet``: the erased denoiser's state dict, as the field's attack and evaluation tools take it."""
 
-from ..files import write_safetensors
 from ..models.load import denoiser
+from ..tensors import write_safetensors
 
 
 def write(request):

@@ -1,12 +1,12 @@
 """A base model must be complete and finite: the libraries that load it fill a missing weight with made-up numbers."""
 
-import json
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import SalunError
-from ..files import check_layout, listed
+from ..files import listed
+from ..tensors import check_layout
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def complete_modules(
-    where: str, commit: str | None, dtypes: dict, variant: str | None, options: dict
+    where: str, commit: str | None, index: dict, dtypes: dict, variant: str | None, options: dict
 ) -> dict[str, "torch.nn.Module"]:
     """The networks of a pipeline, every weight of them read from its files: ``DiffusionPipeline.from_pretrained`` takes
     them as they are, where its own loading says of missing weights nothing that a program could read.
@@ -22,6 +22,7 @@ def complete_modules(
     Args:
         where: a diffusers folder, or a hub id.
         commit: of a hub id.
+        index: what its model_index.json says.
         dtypes: by the network's name, and ``default``.
         variant: of the weight files.
         options: what ``from_pretrained`` is given besides: parts named there are left out here.
@@ -42,7 +43,7 @@ def complete_modules(
             return {}  # from_pretrained meets the same, and its caller says it
         folder = Path(found)
     modules, libraries = {}, {"diffusers": diffusers, "transformers": transformers}
-    for name, entry in json.loads((folder / "model_index.json").read_text(encoding="utf-8")).items():
+    for name, entry in index.items():
         if name in options or not isinstance(entry, list) or entry[0] not in libraries:
             continue
         kind = getattr(libraries[entry[0]], entry[1], None)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import SalunError
+from ..files import read_json
 from .complete import complete_modules
 from .single_file import from_single_file
 
@@ -87,15 +88,16 @@ def load_pipeline(
     where, commit = resolve(name, revision)
     if Path(where).is_file():
         return from_single_file(Path(where), dtype, variant)
-    options = {} if "safety_checker" not in _index(where, commit) else {"safety_checker": None}
+    index = _index(where, commit)
+    options = {"safety_checker": None} if "safety_checker" in index else {}
     dtypes = {"vae": torch.float32, "default": dtype or torch.float32}
-    options |= complete_modules(where, commit, dtypes, variant, options)
+    options |= complete_modules(where, commit, index, dtypes, variant, options)
     try:
         return DiffusionPipeline.from_pretrained(
             where, revision=commit, variant=variant, dtype=dtypes, use_safetensors=True, **options
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+    except Exception as error:  # each part's library has kinds of its own for a file that is damaged or not there
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise SalunError(f"{name} could not be loaded: {reason}{_instead(where, variant)}.") from None
 
 
@@ -118,12 +120,28 @@ def _instead(where: str, variant: str | None) -> str:
     return ""
 
 
-def _index(where: str, commit: str | None) -> str:
-    if Path(where).is_dir():
-        return (Path(where) / "model_index.json").read_text()
-    from huggingface_hub import hf_hub_download
+def _index(where: str, commit: str | None) -> dict:
+    """What a pipeline's model_index.json says: its class, and part → library and class.
 
-    return Path(hf_hub_download(where, "model_index.json", revision=commit)).read_text()
+    Raises:
+        SalunError: it is damaged, or of something else.
+    """
+    path = Path(where) / "model_index.json"
+    if not path.exists():
+        from huggingface_hub import hf_hub_download
+
+        path = Path(hf_hub_download(where, "model_index.json", revision=commit))
+    try:
+        found = read_json(path)
+        parts = [value for value in found.values() if isinstance(value, list)]
+        if not isinstance(found["_class_name"], str) or not all(
+            len(part) == 2 and all(isinstance(name, str | None) for name in part) for part in parts
+        ):
+            raise ValueError("it does not name the pipeline's class and its parts' classes")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        told = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise SalunError(f"{path} is no diffusers pipeline's ({told}): fetch it again.") from None
+    return found
 
 
 def denoiser(pipe: "DiffusionPipeline") -> "torch.nn.Module":

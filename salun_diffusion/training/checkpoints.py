@@ -16,7 +16,8 @@ import torch
 
 from ..erasures.mask import load_masks, save_masks
 from ..errors import SalunError
-from ..files import read_safetensors, replacing, sha256, sync_folder, write_json, write_safetensors
+from ..files import read_json, replacing, sha256, sync_folder, write_json
+from ..tensors import read_safetensors, write_safetensors
 
 FORMAT = "salun-checkpoint 1"
 MANIFEST = "manifest.json"
@@ -146,7 +147,7 @@ class Checkpoints:
                 path = self.folder / which
             if fault := _fault(path):
                 raise SalunError(f"{path} cannot be resumed from: {fault}. Use --resume_from_checkpoint latest.")
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = read_json(path / MANIFEST)
         old, new = manifest["settings"], self.settings
         changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
         if old.get("lr_scheduler") == "constant" and new.get("max_train_steps", 0) >= manifest["step"]:
@@ -176,7 +177,7 @@ def _fault(path: Path) -> str | None:
     if not path.is_dir():
         return "there is no such folder"
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = read_json(path / MANIFEST)
         if manifest["format"] != FORMAT:
             return f"its manifest is not of the form '{FORMAT}'"
         if not (isinstance(manifest["settings"], dict) and isinstance(manifest["step"], int) and manifest["state"]):

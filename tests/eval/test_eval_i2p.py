@@ -225,7 +225,7 @@ def test_processes_share_the_prompts(tmp_path):
         (["1,a picture of an airplane, in ink style"], "evaluation_seed,prompt", "row 1 has 3 cells where 2 columns"),
         (["a cat,1", "a dog"], "prompt,evaluation_seed", "row 2 has 1 cells where 2 columns are"),
         (["a cat,1,7,64,64,../../../escaped,x"], HEADER, "a case_number becomes a file's name"),
-        (["a cat,1,7,64,64,/tmp/x,x"], HEADER, "a case_number becomes a file's name"),
+        (["a cat,1,7,64,64,/elsewhere/x,x"], HEADER, "a case_number becomes a file's name"),
         (["a cat,1,7,64,64,x\\y,x"], HEADER, "a case_number becomes a file's name"),
         (["a cat,1,7,64,64,C:x,x"], HEADER, "a case_number becomes a file's name"),
         (["a cat,1,7,64,64,1,x", "a dog,2,7,64,64,01,x"], HEADER, "row 2 has the case_number 01 of row 1"),

@@ -1,6 +1,6 @@
 """The files that a base model may come in: one .safetensors file, a variant, pickles; for erasing and for measuring."""
 
-import re
+import json
 import shutil
 
 import pytest
@@ -9,63 +9,13 @@ import torch
 from shell import here
 
 from salun_diffusion import SalunError
-from salun_diffusion.files import write_safetensors
+from salun_diffusion.export import Request, checkpoint
 from salun_diffusion.models.load import load_pipeline
-
-RESNET = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-    "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
-}  # fmt: skip
-UNET = [  # names of the tiny U-Net (two levels of one layer), and what Stable Diffusion's own code calls them
-    (r"conv_in\.", "input_blocks.0.0."),
-    (r"time_embedding\.linear_(\d)\.", lambda m: f"time_embed.{2 * int(m[1]) - 2}."),
-    (r"conv_norm_out\.", "out.0."),
-    (r"conv_out\.", "out.2."),
-    (r"down_blocks\.(\d)\.resnets\.0\.", lambda m: f"input_blocks.{2 * int(m[1]) + 1}.0."),
-    (r"down_blocks\.(\d)\.attentions\.0\.", lambda m: f"input_blocks.{2 * int(m[1]) + 1}.1."),
-    (r"down_blocks\.0\.downsamplers\.0\.conv\.", "input_blocks.2.0.op."),
-    (r"mid_block\.resnets\.(\d)\.", lambda m: f"middle_block.{2 * int(m[1])}."),
-    (r"mid_block\.attentions\.0\.", "middle_block.1."),
-    (r"up_blocks\.(\d)\.resnets\.(\d)\.", lambda m: f"output_blocks.{2 * int(m[1]) + int(m[2])}.0."),
-    (r"up_blocks\.(\d)\.attentions\.(\d)\.", lambda m: f"output_blocks.{2 * int(m[1]) + int(m[2])}.1."),
-    (r"up_blocks\.0\.upsamplers\.0\.", "output_blocks.1.1."),
-]
-VAE = [
-    (r"down_blocks\.(\d)\.resnets\.(\d)\.", r"down.\1.block.\2."),
-    (r"down_blocks\.(\d)\.downsamplers\.0\.", r"down.\1.downsample."),
-    (r"up_blocks\.(\d)\.resnets\.(\d)\.", lambda m: f"up.{1 - int(m[1])}.block.{m[2]}."),
-    (r"up_blocks\.(\d)\.upsamplers\.0\.", lambda m: f"up.{1 - int(m[1])}.upsample."),
-    (r"mid_block\.resnets\.(\d)\.", lambda m: f"mid.block_{int(m[1]) + 1}."),
-    (r"mid_block\.attentions\.0\.", "mid.attn_1."),
-    (r"attn_1\.to_([qkv])\.", r"attn_1.\1."),
-    (r"attn_1\.to_out\.0\.", "attn_1.proj_out."),
-    (r"attn_1\.group_norm\.", "attn_1.norm."),
-    (r"conv_shortcut\.", "nin_shortcut."),
-    (r"conv_norm_out\.", "norm_out."),
-]
-
-
-def renamed(name, rules):
-    for old, new in rules:
-        name = re.sub(old, new, name)
-    return name
 
 
 def one_file(pipe, path):
-    """Writes the pipeline as Stable Diffusion's own code saves one."""
-    tensors = {}
-    for name, value in pipe.unet.state_dict().items():
-        name = renamed(name, UNET)
-        if re.match(r"(input|output)_blocks\.\d\.0\.|middle_block\.[02]\.", name):
-            name = renamed(name, [(rf"\.{old}\.", f".{new}.") for old, new in RESNET.items()])
-        tensors[f"model.diffusion_model.{name}"] = value
-    for name, value in pipe.vae.state_dict().items():
-        name = renamed(name, VAE)
-        conv = ".attn_1." in name and value.ndim == 2
-        tensors[f"first_stage_model.{name}"] = value[:, :, None, None] if conv else value
-    for name, value in pipe.text_encoder.state_dict().items():
-        tensors[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = value
-    write_safetensors(path, tensors, {})
+    """The pipeline as Stable Diffusion's own code saves one; tests of the export hold these names to diffusers'."""
+    checkpoint.write(Request(None, pipe, path, None, {}))
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +78,22 @@ def test_what_cannot_be_loaded(folder, name, variant, sentence):
     with pytest.raises(SalunError, match=sentence) as caught:
         load_pipeline(str(folder / name), variant=variant)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x00\xff[", b"[]", b"5", b"[" * 100_000], ids=["empty", "bytes", "list", "number", "deep"]
+)
+def test_a_base_with_a_damaged_json_file_is_refused_in_a_sentence(file, content, folder, tmp_path):
+    shutil.copytree(folder / "plain", tmp_path / "base")
+    (tmp_path / "base" / file).write_bytes(content)
+    with pytest.raises(SalunError, match=str(tmp_path / "base")) as caught:
+        load_pipeline(str(tmp_path / "base"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("index", [{}, {"unet": 3}, {"_class_name": 5}, {"_class_name": "X", "unet": ["diffusers", 5]}])
+def test_an_index_of_something_else_is_refused(index, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(SalunError, match="model_index.json is no diffusers pipeline's .*: fetch it again"):
+        load_pipeline(str(tmp_path))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from salun_diffusion.erasures.delta import CHUNK, DTYPES, Delta, is_finite, merge
 from salun_diffusion.erasures.fingerprint import Fingerprint, _number, _origins, _place, _round, fingerprint, matches
 from salun_diffusion.errors import SalunError
-from salun_diffusion.files import read_safetensors
+from salun_diffusion.tensors import read_safetensors
 
 SHAPES = st.lists(st.integers(0, 6), max_size=4).map(tuple)
 HALF, BRAIN = torch.float16, torch.bfloat16

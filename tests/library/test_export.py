@@ -202,6 +202,8 @@ def test_words_for_what_does_not_go(erasure, tmp_path):
         assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
     done = here("python", "-m", "salun_diffusion", "export", source, "--output", tmp_path / "x", check=False)
     assert done.returncode == 2 and "--format is missing" in done.stderr
+    with pytest.raises(SalunError, match="--rank is 0: give a whole number of at least 1"):
+        export(source, "lora", tmp_path / "x", rank=0)
     with pytest.raises(SalunError, match="'format' is 'onnx'; choose one of lora, diff"):
         export(source, "onnx", tmp_path / "x")
     tiny.build(tmp_path / "tiny")

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from salun_diffusion import SalunError, fuse_erasure, list_erasures, load_erasure, unload_erasure
 from salun_diffusion.erasures.delta import Delta, merge
 from salun_diffusion.erasures.fingerprint import fingerprint
-from salun_diffusion.files import read_safetensors
 from salun_diffusion.loader import STATE
 from salun_diffusion.models.load import denoiser
+from salun_diffusion.tensors import read_safetensors
 
 ROOT = Path(__file__).parents[2]
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16

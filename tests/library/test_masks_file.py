@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 import salun_diffusion
 from salun_diffusion.erasures.mask import describe, load_masks, pack, places, save_masks, unpack
 from salun_diffusion.errors import SalunError
-from salun_diffusion.files import listed, read_safetensors, write_json, write_safetensors
+from salun_diffusion.files import listed, write_json
+from salun_diffusion.tensors import read_safetensors, write_safetensors
 
 ROOT = Path(__file__).parents[2]
 SHAPES = st.lists(st.integers(0, 7), max_size=4).map(tuple)  # 0-d, empty and odd sizes included

@@ -229,6 +229,9 @@ def test_a_bad_concept_file_is_named(change, message, tmp_path):
         find_concept(str(path))
     with pytest.raises(SalunError, match="No such file"):
         find_concept("nowhere.json")
+    path.write_text("[" * 100_000)
+    with pytest.raises(SalunError, match="nested too deep"):
+        find_concept(str(path))
 
 
 def test_latents_stay_on_the_disk(tmp_path):
@@ -236,7 +239,7 @@ def test_latents_stay_on_the_disk(tmp_path):
     code = f"""
 import torch
 from pathlib import Path
-from salun_diffusion.files import write_safetensors
+from salun_diffusion.tensors import write_safetensors
 from salun_diffusion.data.cache import Latents
 def private():
     return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) / 1024

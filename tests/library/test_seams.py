@@ -72,7 +72,8 @@ GUARD = '''
 """A guard: it changes no weight, but takes the sign of all that the network predicts away again."""
 
 from salun_diffusion.erasures.base import Erasure
-from salun_diffusion.files import read_safetensors, sha256
+from salun_diffusion.files import sha256
+from salun_diffusion.tensors import read_safetensors
 from salun_diffusion.models.load import denoiser
 
 
