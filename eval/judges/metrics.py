@@ -91,6 +91,12 @@ RETAINED: dict[str, Callable[[dict], bool | None]] = {
 }
 
 
+def right_but_for_sides(row: dict) -> bool:
+    """Whether a picture is right in every respect that its prompt names, whichever thing is where."""
+    others = [question for question in row["expect"] if question not in OBJECT_QUESTIONS]
+    return right_objects(row) is not False and all(answered(row, question) for question in others)
+
+
 def unlearning(rows: list[dict], value: str) -> dict | None:
     """UA, unlearning accuracy: the share of forget rows whose picture no longer shows the concept."""
     return proportion(forgotten(row, value) for row in rows)

@@ -7,8 +7,9 @@ cross-domain retained accuracy: of these, the concept's own kind, and the other 
 (label → answers where the concept was asked for), ``retained_by_label`` (for each other word of the concept's kind),
 and ``flipped`` (retain pictures whose objects were right with the base and are not now, ``lost``, and the reverse,
 ``gained``), and of several concepts ``ua_by_concept`` (each by its own prompts; ``ua`` is that of all together: none of
-them is seen). ``judged_right`` is the share of the base model's pictures of which the judge says what the prompt does:
-its accuracy and the base model's in one. The sets of ``samples.jsonl`` are "forget" and "retain".
+them is seen). ``judged_right`` is the share of the base model's pictures of which the judge says all that the prompt
+does, on whichever side: the judge's mistakes and the base model's in one. The sets of ``samples.jsonl`` are "forget"
+and "retain".
 """
 
 from dataclasses import dataclass
@@ -102,9 +103,7 @@ def run(options: Options) -> dict:
                     for concept in concepts
                 }
             model |= {"flipped": metrics.flipped(samples[: len(rows)], lines)}
-        results["judged_right"] = metrics.proportion(
-            all(metrics.answered(line, question) for question in line["expect"]) for line in samples[: len(rows)]
-        )
+        results["judged_right"] = metrics.proportion(map(metrics.right_but_for_sides, samples[: len(rows)]))
         write(options.output_dir, results, samples)
         print(table(results))
     return results
@@ -128,5 +127,8 @@ def table(metrics: dict) -> str:
                 alone = f"{score['percent']:.1f} ({score['low']:.1f}-{score['high']:.1f})"
                 lines.append([f"  {name}", alone, *("" for _ in questions)])
     right = metrics["judged_right"]
-    told = f"The judge is right about {right['percent']:.1f}% of the base model's {right['n']} pictures."
+    told = (
+        f"In {right['percent']:.1f}% of the base model's {right['n']} pictures the judge sees all that was asked for; "
+        "the rest are the base model's mistakes, or the judge's."
+    )
     return aligned(lines) + f"\n{told}"

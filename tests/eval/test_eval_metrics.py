@@ -156,3 +156,15 @@ def test_no_usual_kind_of_picture_is_passed_over(tmp_path):
     for name in ("a.png", "b.gif", "c.tiff", "d.TIF"):
         Image.new("RGB", (8, 8), "red").save(tmp_path / name)
     assert [path.name for path in in_folder(tmp_path)] == ["a.png", "b.gif", "c.tiff", "d.TIF"]
+
+
+def test_a_picture_is_right_whichever_thing_is_where_but_not_in_another_style():
+    expect = {"left": "cat", "right": "car", "style": "ink"}
+
+    def seen(left, right, style):
+        answers = zip(expect, (left, right, style), strict=True)
+        return {"expect": expect, "predicted": {question: {"label": label} for question, label in answers}}
+
+    assert metrics.right_but_for_sides(seen("car", "cat", "ink"))
+    assert not metrics.right_but_for_sides(seen("cat", "cat", "ink"))
+    assert not metrics.right_but_for_sides(seen("cat", "car", "noto"))
