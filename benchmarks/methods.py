@@ -24,7 +24,7 @@ from queue import Queue
 from tqdm import tqdm
 
 from salun_diffusion.errors import SalunError
-from salun_diffusion.files import write_json
+from salun_diffusion.files import read_json, write_json
 from salun_diffusion.methods import find_method
 from salun_diffusion.options import option, run_command
 
@@ -53,10 +53,10 @@ def _read(path: Path) -> dict:
     """
     needed = ("base", "tuning", "concepts", "images", "settings", "further", "frontier", "grid")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         if {*needed} <= config.keys():
             return config
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError):
         pass
     raise SalunError(
         f"{path} says not what to measure: give JSON with {', '.join(needed)}, as benchmarks/methods.json."

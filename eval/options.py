@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from salun_diffusion.concepts.concept import TYPES
 from salun_diffusion.errors import SalunError
 from salun_diffusion.options import option
 
@@ -65,7 +66,7 @@ class Labelled(Erasures, Output):
         metavar="NAME", required=True,
     )  # fmt: skip
     concept_type: list[str] | None = option(
-        None, "what words of your own name, where erase_concept.py was told", ("object", "person", "place", "style")
+        None, "what words of your own name, where erase_concept.py was told", tuple(TYPES)
     )
     anchor: list[str] | None = option(
         None, "what was to be drawn instead, where erase_concept.py was given one", metavar="NAME"
@@ -121,7 +122,7 @@ class Prompts(Models, Output, Batch):
     num_inference_steps: int = option(50, "denoising steps", metavar="N", least=1)
     guidance_scale: float = option(7.5, "for rows that name none", metavar="S")
     seed: int | None = option(
-        None, "rows without a seed get this one plus their place among the rows drawn (default: they are refused)",
+        None, "rows without a seed get this one plus their place in the file, from 0 (default: they are refused)",
         metavar="N", least=0,
     )  # fmt: skip
     height: int | None = option(None, "draw every row at this size instead of its own", metavar="PIXELS", least=1)

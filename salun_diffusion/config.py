@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
+from .concepts.concept import TYPES
 from .errors import SalunError
 from .files import key_of
 from .methods import METHODS, NEEDS_DRAWING, NEEDS_SALIENCY, find_method, names_of
 from .options import checked, option
 
-CONCEPT_TYPES = ("object", "person", "place", "style")
 THRESHOLDS = ("global", "layer")
 RETAIN_TARGETS = ("noise", "base")
 PRECISIONS = ("no", "fp16", "bf16")
@@ -41,7 +41,7 @@ class EraseConfig:
         None,
         "what words of your own name, one for each --concept or one for all; it chooses templates and anchor, and says "
         "that the near-miss of a preset is meant so; object unless given",
-        CONCEPT_TYPES,
+        tuple(TYPES),
     )
     pretrained_model_name_or_path: str = option(
         "CompVis/stable-diffusion-v1-4",
