@@ -149,54 +149,29 @@ def find_concept(name: str, base: Path | None = None, anchor: str | None = None,
         SalunError: an unknown word for a base that ships its vocabulary, a near-miss of a preset's name, a file that is
             not a concept's, or what looks like a proper name without ``type``.
     """
-    if not name.strip():
+    if not name.replace(",", "").strip():
         raise SalunError("The concept is empty: say what to forget with --concept, for example --concept nudity.")
     anchor = anchor.strip() if anchor is not None else None
     if name.lower().endswith(".json"):
         return _read_concept(name, anchor)
     for kind, text in (("concept", name), ("anchor", anchor or "")):
         _check_words(kind, text)
-    own = base / "concepts.json" if base else None
-    own = own if own and own.exists() else None
-    if own:
-        vocabularies = [Vocabulary.read(own)]
+    own = base / "concepts.json" if base and (base / "concepts.json").exists() else None
+    known = _known(own, type)
+    if name.lower() in known:
+        names = [name]
     else:
-        presets = sorted(PRESETS.glob("*.json"))
-        vocabularies = [Vocabulary.read(path) for path in presets if not path.stem.startswith(EVERYDAY)]
-    known: dict[str, tuple[Vocabulary, str, str]] = {}
-    for vocabulary in vocabularies:
-        for key, (slot, word) in vocabulary.names().items():
-            if own or type in (None, slot):
-                known.setdefault(key, (vocabulary, slot, word))
-    names = [name] if name.lower() in known else list(dict.fromkeys(filter(None, map(str.strip, name.split(",")))))
+        names = list(dict.fromkeys(filter(None, map(str.strip, name.split(",")))))
     for word in names:
         close = difflib.get_close_matches(word.lower(), known, 1, 0.6 if own else 0.85)
         if word.lower() not in known and (own or close and type is None):
-            raise _unknown("concept", word, vocabularies[0] if own else None, close)
-    if name.lower() in known or names[0].lower() in known:
-        vocabulary, slot, value = known[names[0].lower()]
-        synonyms = []
-        for word in names[1:]:
-            _, other_slot, found = known.get(word.lower(), (vocabulary, slot, word))
-            if other_slot != slot:
-                raise SalunError(
-                    f"'{value}' and '{word}' are of different kinds ({slot}, {other_slot}), so no names of one thing: "
-                    "give each its own --concept."
-                )
-            synonyms.append(found)
+            raise _unknown("concept", word, Vocabulary.read(own) if own else None, close)
+    if names[0].lower() in known:
+        vocabulary, slot, value, synonyms = _listed(names, known)
         if own and anchor and anchor.lower() not in vocabulary.names():
             raise _unknown("anchor", anchor, vocabulary)
     else:
-        value, *synonyms = names
-        if type is None and all(re.match(r"[A-Z]", word) for word in value.split()) and " " in value:
-            raise SalunError(
-                f"'{value}' looks like a proper name, and no preset has it: say what it is with --concept_type "
-                f"({', '.join(TYPES)})."
-            )
-        slot = type or "object"
-        vocabulary = Vocabulary.read(PRESETS / f"{TYPES[slot]}.json")
-        mine = named(names)  # "bowl of fruit" is not retained where fruit is forgotten
-        vocabulary.slots[slot] = [value, *(word for word in vocabulary.slots[slot] if not mine.search(word))]
+        vocabulary, slot, value, synonyms = _of_own_words(names, type)
     synonyms = tuple(word for word in dict.fromkeys(synonyms) if word != value)
     words = vocabulary.slots[slot]
     if anchor is None:
@@ -207,6 +182,49 @@ def find_concept(name: str, base: Path | None = None, anchor: str | None = None,
     if anchor.lower() in {word.lower() for word in (value, *synonyms)}:
         raise SalunError(f"The anchor of '{value}' is '{anchor}' itself: name another one with --anchor.")
     return Concept(name, slot, value, anchor, vocabulary, synonyms=synonyms)
+
+
+def _known(own: Path | None, type: str | None) -> dict[str, tuple[Vocabulary, str, str]]:
+    """What may be typed → its vocabulary, slot and word: of the base model's file if there is one, or of the presets,
+    those of the kind ``type`` alone if it is given.
+    """
+    paths = [own] if own else [path for path in sorted(PRESETS.glob("*.json")) if not path.stem.startswith(EVERYDAY)]
+    known: dict[str, tuple[Vocabulary, str, str]] = {}
+    for vocabulary in map(Vocabulary.read, paths):
+        for key, (slot, word) in vocabulary.names().items():
+            if own or type in (None, slot):
+                known.setdefault(key, (vocabulary, slot, word))
+    return known
+
+
+def _listed(names: list[str], known: dict) -> tuple[Vocabulary, str, str, list[str]]:
+    """Vocabulary, slot, word and synonyms of a concept whose first name is ``known``."""
+    vocabulary, slot, value = known[names[0].lower()]
+    synonyms = []
+    for name in names[1:]:
+        _, other_slot, word = known.get(name.lower(), (vocabulary, slot, name))
+        if other_slot != slot:
+            raise SalunError(
+                f"'{value}' and '{name}' are of different kinds ({slot}, {other_slot}), so no names of one thing: "
+                "give each its own --concept."
+            )
+        synonyms.append(word)
+    return vocabulary, slot, value, synonyms
+
+
+def _of_own_words(names: list[str], type: str | None) -> tuple[Vocabulary, str, str, list[str]]:
+    """The same for the user's own words, which join the vocabulary of their kind."""
+    value, *synonyms = names
+    if type is None and all(re.match(r"[A-Z]", word) for word in value.split()) and " " in value:
+        raise SalunError(
+            f"'{value}' looks like a proper name, and no preset has it: say what it is with --concept_type "
+            f"({', '.join(TYPES)})."
+        )
+    slot = type or "object"
+    vocabulary = Vocabulary.read(PRESETS / f"{TYPES[slot]}.json")
+    erased = named(names)  # "bowl of fruit" is not retained where fruit is forgotten
+    vocabulary.slots[slot] = [value, *(word for word in vocabulary.slots[slot] if not erased.search(word))]
+    return vocabulary, slot, value, synonyms
 
 
 def _check_words(kind: str, text: str) -> None:

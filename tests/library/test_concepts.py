@@ -199,8 +199,9 @@ def test_a_path_that_exists_is_no_concept(base):
     for path in (base, base / "words.lst"):
         with pytest.raises(SalunError, match="is the name of a file or folder"):
             find_concept(str(path))
-    with pytest.raises(SalunError, match="The concept is empty"):
-        find_concept(" ")
+    for empty in ("", " ", ",", "\t,\n,"):
+        with pytest.raises(SalunError, match="The concept is empty"):
+            find_concept(empty)
     assert find_concept("Dr. Seuss book, AC/DC").value == "Dr. Seuss book"
 
 
