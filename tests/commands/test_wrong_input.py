@@ -59,6 +59,7 @@ WORDS = (
     "../..",
     "[",
     "*",
+    ",",
 )
 SLOW = {"max_train_steps", "steps", "scores", "resolution"}  # a large number there is no fault
 
