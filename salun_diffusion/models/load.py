@@ -124,7 +124,7 @@ def _index(where: str, commit: str | None) -> dict:
     """What a pipeline's model_index.json says: its class, and part → library and class.
 
     Raises:
-        SalunError: it is damaged, or of something else.
+        SalunError: it, or a part's config in a local folder, is damaged, or of something else.
     """
     path = Path(where) / "model_index.json"
     if not path.exists():
@@ -141,6 +141,13 @@ def _index(where: str, commit: str | None) -> dict:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         told = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise SalunError(f"{path} is no diffusers pipeline's ({told}): fetch it again.") from None
+    for path in Path(where).glob("*/*config.json"):  # for some that are damaged, diffusers would ask the hub
+        try:
+            whole = isinstance(read_json(path), dict)
+        except (OSError, ValueError):
+            whole = False
+        if not whole:
+            raise SalunError(f"{path} is damaged, for it holds no JSON mapping: fetch it again.")
     return found
 
 
