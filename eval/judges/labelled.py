@@ -121,12 +121,13 @@ class Labelled:
             model["generation"] = drawn.told()
             if state.is_main_process:
                 samples += self._judged(rows, drawn, model["name"], output_dir, how["batch_size"])
+        anchors = list(dict.fromkeys(concept.anchor for concept in self.concepts))
         return {
             "format": format,
             "n": len(rows),
             "concept": {
                 "name": ", ".join(concept.name for concept in self.concepts), "slot": self.slot, "value": self.label,
-                "anchor": ", ".join(dict.fromkeys(concept.anchor for concept in self.concepts)),
+                "anchor": ", ".join(anchors), **({"anchors": anchors} if len(self.concepts) > 1 else {}),
             },
             "base": {"source": self.base, "revision": self.commit},
             "classifier": {

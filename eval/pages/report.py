@@ -108,16 +108,17 @@ def report(run_dir: Path, output: Path | None = None) -> Path:
 
 
 def find_neighbours(metrics: dict) -> dict[str, float | None]:
-    """The words closest to the concept → by how many points their retained accuracy fell: the anchor, then those that
-    fell the most (at most a third of all words, so that there are unrelated ones too).
+    """The words closest to the concept → by how many points their retained accuracy fell: the anchor (of several
+    concepts, each one's), then those that fell the most (at most a third of all words, so that there are unrelated ones
+    too).
     """
     base, main = (model["retained_by_label"] for model in metrics["models"][:2])
     fell = {label: round(base[label]["percent"] - main[label]["percent"], 1) for label in base if label in main}
-    anchor = metrics["concept"]["anchor"]
+    anchors = metrics["concept"].get("anchors", [metrics["concept"]["anchor"]])
     worst = sorted(
-        (label for label in fell if label != anchor and fell[label] > 0), key=lambda label: (-fell[label], label)
+        (label for label in fell if label not in anchors and fell[label] > 0), key=lambda label: (-fell[label], label)
     )
-    return {label: fell.get(label) for label in (anchor, *worst[: min(NEIGHBOURS, len(fell) // 3)])}
+    return {label: fell.get(label) for label in (*anchors, *worst[: min(NEIGHBOURS, len(fell) // 3)])}
 
 
 def choose(rows: list[dict], value: str, slot: str, neighbours: list[str]) -> dict[str, list[int]]:
@@ -159,8 +160,9 @@ def _read(path: Path, maker: str) -> str:
 
 
 def _json(path: Path, maker: str) -> dict:
+    text = _read(path, maker)
     try:
-        found = json.loads(_read(path, maker))
+        found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SalunError(f"{path} is damaged ({error}): run {maker} again.") from None
     if not isinstance(found, dict) or not isinstance(found.get("settings", {}), dict) or "concept" not in found:

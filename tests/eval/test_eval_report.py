@@ -13,6 +13,7 @@ from eval.measures import accuracy
 from eval.pages import charts, grid, report
 from salun_diffusion.erasures.mask import save_masks
 from salun_diffusion.errors import SalunError
+from salun_diffusion.stats import proportion
 
 OBJECTS = ["airplane", "apple", "banana", "cat", "car", "fish", "house", "key", "owl", "rocket"]
 STYLES = ["noto", "ink", "pixel"]
@@ -136,6 +137,19 @@ def test_the_page_says_what_was_measured(run):
     assert page.count("data:image/png") == 3 * 3 * grid.ROWS, "three models, three groups"
 
 
+def test_several_concepts_have_their_own_scores_and_anchors(tmp_path):
+    folder = make_run(tmp_path, forget=3, retain=30, size=8, concept="airplane, cat")
+    results = json.loads((folder / "results.json").read_text())
+    results["concept"] |= {"anchor": "apple, owl", "anchors": ["apple", "owl"]}
+    for model, gone in zip(results["models"], (1, 12, 5), strict=True):
+        model["ua_by_concept"] = {"airplane": model["ua"], "cat": proportion([True] * gone + [False] * (12 - gone))}
+    (folder / "results.json").write_text(json.dumps(results))
+    page = report.report(folder).read_text(encoding="utf-8")
+    (line,) = re.findall(r"<tr><th>“cat” forgotten<span>12 prompts.*?</tr>", page, re.S)
+    assert re.findall(r"<b>(.*?)</b>", line) == ["8.3%", "100.0%", "41.7%"] and "“airplane” forgotten" in page
+    assert "Its neighbours: apple, owl" in page
+
+
 def test_whatever_a_user_calls_the_concept_is_escaped(tmp_path):
     page = report.report(make_run(tmp_path, forget=3, retain=9, concept="<script>x</script>")).read_text()
     assert "&lt;script&gt;" in page and "<script" not in page
@@ -162,7 +176,10 @@ def test_charts_are_left_out_where_there_is_nothing_to_draw(tmp_path):
 @pytest.mark.parametrize(
     "harm, sentence",
     [
-        (lambda run: (run / "config.json").unlink(), "config.json is missing: .* erase_concept.py writes this file"),
+        (
+            lambda run: (run / "config.json").unlink(),
+            "^[^ ]*config.json is missing: .* erase_concept.py writes this file",
+        ),
         (lambda run: (run / "results.json").unlink(), "There is no .*results.json: give a folder that"),
         (lambda run: (run / "results.json").write_text("{"), "results.json is damaged, or holds no results"),
         (lambda run: (run / "results.json").write_text("{}"), "results.json is damaged, or holds no results"),
@@ -218,6 +235,9 @@ def test_neighbours_are_the_anchor_and_what_fell_the_most():
     main = model(apple=90.0, cat=80.0, owl=89.0, car=95.0, key=85.0, fish=90.0)
     found = report.find_neighbours({"concept": {"anchor": "apple"}, "models": [base, main]})
     assert found == {"apple": 0.0, "cat": 10.0, "key": 5.0}
+    both = {"anchor": "apple, owl", "anchors": ["apple", "owl"]}
+    found = report.find_neighbours({"concept": both, "models": [base, main]})
+    assert found == {"apple": 0.0, "owl": 1.0, "cat": 10.0, "key": 5.0}
 
 
 @pytest.mark.parametrize(
