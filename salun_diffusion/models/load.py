@@ -141,6 +141,20 @@ def _index(where: str, commit: str | None) -> dict:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         told = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise SalunError(f"{path} is no diffusers pipeline's ({told}): fetch it again.") from None
+    import diffusers
+
+    for part, (library, kind) in ((name, value) for name, value in found.items() if isinstance(value, list)):
+        # any other is imported by its name, or is a file of the folder's own, which would run
+        if library not in (None, "diffusers", "transformers") and not hasattr(diffusers.pipelines, library):
+            raise SalunError(
+                f"{path} takes its {part}, {kind}, from '{library}', and code of a model's own is never run: give a "
+                "pipeline of diffusers' and transformers' own classes."
+            )
+    if not hasattr(diffusers, found["_class_name"]):
+        raise SalunError(
+            f"{path} is a {found['_class_name']}, which this diffusers {diffusers.__version__} does not have, and code "
+            "of a model's own is never run: give a pipeline of diffusers' own classes."
+        )
     for path in Path(where).glob("*/*config.json"):  # for some that are damaged, diffusers would ask the hub
         try:
             whole = isinstance(read_json(path), dict)

@@ -6,9 +6,9 @@ import shutil
 import pytest
 import tiny
 import torch
-from shell import here
+from shell import here, run
 
-from salun_diffusion import SalunError
+from salun_diffusion import Delta, SalunError
 from salun_diffusion.export import Request, checkpoint
 from salun_diffusion.models.load import load_pipeline
 
@@ -97,3 +97,50 @@ def test_an_index_of_something_else_is_refused(index, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(SalunError, match="model_index.json is no diffusers pipeline's .*: fetch it again"):
         load_pipeline(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "part, named, sentence",
+    [
+        ("unet", ["theirs", "Theirs"], "takes its unet, Theirs, from 'theirs', and code of a model's own is never run"),
+        ("scheduler", ["os", "system"], "takes its scheduler, system, from 'os', and code"),
+        ("_class_name", "Theirs", "is a Theirs, which this diffusers .* does not have, and code"),
+        ("text_encoder", None, None),
+    ],
+)
+def test_no_code_of_a_base_is_run(part, named, sentence, folder, tmp_path, monkeypatch):
+    base = shutil.copytree(folder / "plain", tmp_path / "base")
+    for place in (base, base / "unet", base / "text_encoder"):
+        for file in ("theirs.py", "pipeline.py"):
+            (place / file).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Theirs: pass\n")
+    for file in (base / "unet" / "config.json", base / "text_encoder" / "config.json"):
+        config = json.loads(file.read_text()) | {
+            "auto_map": {"AutoConfig": "theirs.Theirs", "AutoModel": "theirs.Theirs"}
+        }
+        file.write_text(json.dumps(config))
+    if named:
+        index = json.loads((base / "model_index.json").read_text()) | {part: named}
+        (base / "model_index.json").write_text(json.dumps(index))
+    monkeypatch.setattr("builtins.input", lambda *question: pytest.fail(f"asked {question}"))
+    if sentence is None:  # a part of a known class is read as that, whatever else its config names
+        assert load_pipeline(str(base)) is not None
+    else:
+        with pytest.raises(SalunError, match=sentence) as caught:
+            load_pipeline(str(base))
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_base_of_the_hub_is_recorded_by_its_commit(folder, tmp_path):
+    """As downloaded before, without a network: what ``main`` means may change, the commit does not."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "hub" / "models--someone--base"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    shutil.copytree(folder / "plain", repo / "snapshots" / commit)
+    run(
+        "python", "erase_concept.py", "--pretrained_model_name_or_path", "someone/base", "--concept", "x", "--method",
+        "uce", "--output_dir", tmp_path / "run", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path),
+    )  # fmt: skip
+    metadata = Delta.load(tmp_path / "run" / "erasure.safetensors").metadata
+    assert (metadata["base_model"], metadata["base_revision"]) == ("someone/base", commit)
