@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -230,10 +230,10 @@ class Scenario:
             raise SalunError(f"The settings of the method {method} are {own!r}: give names and values.")
         if own and method == "retrain":
             raise SalunError("Retrain follows the source's recipe: it takes no method_settings.")
+        known = METHODS[method].settings
+        if wrong := [name for name in own if name not in known]:
+            raise SalunError(f"The method {method} has no setting '{wrong[0]}'; it has: {', '.join(sorted(known))}.")
         given = METHODS[method].defaults | own | (over or {})
-        known = {item.name for item in fields(Settings)}
-        if wrong := [name for name in given if name not in known]:
-            raise SalunError(f"The method {method} has no setting '{wrong[0]}'; there are: {', '.join(sorted(known))}.")
         given = checked(given, Settings, f"The method {method}:")
         settings = Settings(**({"augment": self.recipe.augment, "batch_size": self.recipe.batch_size} | given))
         settings.check(method)

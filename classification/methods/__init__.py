@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from .task import Task
 
 
+TRAINING = ("epochs", "learning_rate", "batch_size", "momentum", "weight_decay", "augment")
+
+
 @dataclass(frozen=True)
 class Method:
     """A row: ``METHODS[name](task)`` changes ``task.model`` in place.
@@ -25,6 +28,7 @@ class Method:
         description: what it does, in half a sentence.
         paper: authors and year.
         defaults: where its settings differ from those of :class:`classification.methods.task.Settings`.
+        settings: those of them that it reads; a configuration that names another is refused.
         takes_mask: whether ``unlearn --mask FILE`` may replace the mask that it would make.
         tuned: the one setting that ``tune`` chooses.
     """
@@ -34,6 +38,7 @@ class Method:
     description: str
     paper: str = ""
     defaults: dict = field(default_factory=dict)
+    settings: tuple[str, ...] = TRAINING
     takes_mask: bool = False
     tuned: Literal["learning_rate", "alpha"] = "learning_rate"
 
@@ -44,7 +49,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "retrain": Method("Retrain", "retrain.retrain", "the retain set alone, from nothing"),
+    "retrain": Method("Retrain", "retrain.retrain", "the retain set alone, from nothing", settings=()),
     "ft": Method("FT", "finetune.finetune", "goes on with the retain set", "Warnecke et al. 2021"),
     "rl": Method(
         "RL", "random_label.random_label", "random labels for the forget set, then the retain set, in each epoch",
@@ -56,7 +61,7 @@ METHODS: dict[str, Method] = {
     ),
     "iu": Method(
         "IU", "influence.influence", "one Newton step against the forget set's influence",
-        "Koh & Liang 2017, Izzo et al. 2021", {"alpha": 10.0}, tuned="alpha",
+        "Koh & Liang 2017, Izzo et al. 2021", {"alpha": 10.0}, ("alpha",), tuned="alpha",
     ),
     "be": Method(
         "BE", "boundary.boundary_expanding", "teaches the forget set one more class, then removes it",
@@ -68,18 +73,19 @@ METHODS: dict[str, Method] = {
     ),
     "l1_sparse": Method(
         "l1-sparse", "finetune.l1_sparse", "FT with an ℓ1 penalty that decays to nothing", "Jia et al. 2023",
-        {"alpha": 1e-4}, tuned="alpha",
+        {"alpha": 1e-4}, (*TRAINING, "alpha"), tuned="alpha",
     ),
     "salun": Method(
         "SalUn", "salun.salun", "RL, but only the weights salient for the forget set may move", "Fan et al. 2024",
-        {"learning_rate": 0.013}, takes_mask=True,
+        {"learning_rate": 0.013}, (*TRAINING, "density"), takes_mask=True,
     ),
     "salun_soft": Method(
         "SalUn-soft", "salun.salun_soft", "RL, with the smallest changes shrunk to nothing after each step",
-        "Fan et al. 2024", {"learning_rate": 0.013},
+        "Fan et al. 2024", {"learning_rate": 0.013}, (*TRAINING, "density"),
     ),
     "neggrad_plus": Method(
         "NegGrad+", "gradient_ascent.neggrad_plus",
         "climbs the forget set's loss while descending the retain set's", "Kurmanji et al. 2023", {"alpha": 0.95},
+        (*TRAINING, "alpha"),
     ),
 }  # fmt: skip

@@ -19,7 +19,9 @@ def halve(task):
 
 def test_a_method_is_one_file_and_one_row(tmp_path, monkeypatch, capsys):
     (tmp_path / "halves.py").write_text(HALVES)
-    row = methods.Method("Half", "halves.halve", "every weight halved", defaults={"alpha": 0.5}, tuned="alpha")
+    row = methods.Method(
+        "Half", "halves.halve", "every weight halved", defaults={"alpha": 0.5}, settings=("alpha",), tuned="alpha"
+    )
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])  # as if it lay beside the others
     monkeypatch.setitem(METHODS, "half", row)
 

@@ -278,8 +278,14 @@ def test_masks_and_checkpoints_of_another_model_are_refused(folder, tmp_path):
 
 
 def test_a_setting_that_there_is_not(folder):
-    with pytest.raises(SalunError, match="The method ft has no setting 'lr'; there are: alpha, augment"):
-        scenario(folder, method_settings={"ft": {"lr": 1}}).settings("ft")
+    for method, name, known in (
+        ("ft", "lr", "augment, batch_size, epochs"),
+        ("ft", "density", "augment, batch_size, epochs"),
+        ("salun", "alpha", "augment, batch_size, density, epochs"),
+        ("iu", "epochs", "alpha"),
+    ):
+        with pytest.raises(SalunError, match=f"The method {method} has no setting '{name}'; it has: {known}"):
+            scenario(folder, method_settings={method: {name: 1}})
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,28 @@ def test_every_row_of_the_methods_is_whole():
     assert tuple(models.MODELS) == config.MODELS
     names = {item.name for item in fields(Settings)}
     for method in METHODS.values():
-        assert set(method.defaults) <= names and method.tuned in names
+        assert set(method.defaults) <= set(method.settings) <= names
+        assert method.tuned in method.settings or not method.settings
         assert f"| {method.title} | {method.description} | {method.paper}".strip() in DOCUMENT
+
+
+class Watched:
+    """Settings that remember which of them were read."""
+
+    def __init__(self, settings):
+        self._settings, self.read = settings, set()
+
+    def __getattr__(self, name):
+        self.read.add(name)
+        return getattr(self._settings, name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_reads_the_settings_that_its_row_names_and_no_other(data, method):
+    work = task(data, epochs=1)
+    work.settings = Watched(work.settings)
+    METHODS[method](work)
+    assert work.settings.read == set(METHODS[method].settings)
 
 
 @pytest.mark.parametrize("method", METHODS)
