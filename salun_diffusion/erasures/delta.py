@@ -11,6 +11,9 @@ and once, for the whole denoiser (its P parameters in the order of their names, 
 and no other tensor. All deltas MUST have one dtype: float32, float16 or bfloat16. No value may be NaN or Inf. At
 least one bit of one mask MUST be set; a single mask MAY be all zero.
 
+No more than 16 dimensions a parameter, 2**36 weights in all and a header of 4,000,000 bytes: a reader MUST refuse what
+claims more before it makes room for it. JSON MUST NOT hold NaN, Infinity or a name twice.
+
 Metadata is text to text. Plain text:
     format      MUST be "salun-delta"
     structure   MUST be the SHA-256 (hex) of Python's json.dumps([[NAME, sizes], ...]), all P parameters sorted by NAME

@@ -8,6 +8,7 @@ A mask file is a safetensors file with one uint8 tensor `NAME.mask` a parameter 
     version  1
     shapes   JSON: {NAME: [sizes]}
     ...      whatever the writer adds: the keys in TEXT are plain text, every other value is JSON.
+The limits of :mod:`salun_diffusion.erasures.delta` hold for it too.
 """
 
 import math
