@@ -1,4 +1,6 @@
-"""Whatever a user gives, the answer is a result or one sentence: hundreds of wrong inputs for every command."""
+"""Whatever a user gives, the answer is a result or one sentence, for every command: some wrong inputs each here, and
+hundreds by ``SALUN_WRONG_INPUTS=300 python -m pytest tests/commands/test_wrong_input.py``.
+"""
 
 import json
 import os
@@ -61,6 +63,7 @@ WORDS = (
     "*",
     ",",
 )
+COUNT = int(os.environ.get("SALUN_WRONG_INPUTS", "12"))
 SLOW = {"max_train_steps", "steps", "scores", "resolution"}  # a large number there is no fault
 
 
@@ -133,7 +136,7 @@ def test_a_wrong_input_is_answered_in_a_sentence(command, paths, tmp_path_factor
 
     @settings(
         derandomize=True,
-        max_examples=12,
+        max_examples=COUNT,
         deadline=None,
         database=None,
         phases=[Phase.generate],
