@@ -10,11 +10,13 @@ A judged row is one line of ``samples.jsonl``::
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 from salun_diffusion.stats import proportion
 
 MIXED = "mixed"  # the slot of concepts of several kinds: nothing is in-domain for all
-OBJECT_QUESTIONS = ("left", "right", "label")  # the questions that are answered with a thing in the picture
+SIDES = {"left_right": ("left", "right"), "above_below": ("top", "bottom")}  # how two things may stand to each other
+OBJECT_QUESTIONS = ("left", "right", "top", "bottom", "label")  # those that are answered with a thing in the picture
 
 
 def same(expected: str, predicted: str) -> bool:
@@ -71,10 +73,13 @@ def right_objects(row: dict) -> bool | None:
     return not extras(row)[0] if _objects(row) else None
 
 
-def right_sides(row: dict) -> bool | None:
-    """Whether two different things are where the prompt puts them; None for any other prompt."""
-    pair = "left" in row["expect"] and "right" in row["expect"] and row["expect"]["left"] != row["expect"]["right"]
-    return answered(row, "left") and answered(row, "right") if pair else None
+def right_sides(row: dict, relation: str) -> bool | None:
+    """Whether two different things are where the prompt puts them, by a relation of ``SIDES``; None for any other
+    prompt.
+    """
+    first, second = (row["expect"].get(side) for side in SIDES[relation])
+    pair = first is not None and second is not None and first != second
+    return all(answered(row, side) for side in SIDES[relation]) if pair else None
 
 
 def _right(question: str) -> Callable[[dict], bool | None]:
@@ -87,7 +92,7 @@ RETAINED: dict[str, Callable[[dict], bool | None]] = {
     "style": _right("style"),
     "background": _right("background"),
     "count": _right("count"),
-    "left_right": right_sides,
+    **{relation: partial(right_sides, relation=relation) for relation in SIDES},
 }
 
 

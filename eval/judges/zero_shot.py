@@ -19,6 +19,7 @@ from salun_diffusion.files import sha256
 from ..results import in_folder, picture
 from .classifier import Answers, check_labels
 from .clip import ClipScorer
+from .metrics import OBJECT_QUESTIONS
 
 WORDINGS = ("a photo of {}", "a picture of {}", "an image of {}", "a painting of {}")
 STYLE_WORDINGS = ("a painting in the style of {}", "a picture in {} style", "artwork by {}")
@@ -37,7 +38,7 @@ def whole(kind: str, row: Row, concepts: list[Concept]) -> Row:
         expect = {"label": asks[0] if kind == "forget" and asks else row.prompt.replace(",", ";")}
     if "left" in expect and expect["left"] == expect.get("right"):
         expect = {"label": expect.pop("left")} | {key: value for key, value in expect.items() if key != "right"}
-    if wrong := {"left", "right", "count"} & set(expect):
+    if wrong := ({*OBJECT_QUESTIONS, "count"} - {"label"}) & set(expect):
         raise SalunError(
             f"The prompt '{row.prompt}' asks for '{min(wrong)}', and CLIP looks at whole pictures: use --judge "
             "classifier."

@@ -2,9 +2,9 @@
 
 ``results.json`` (``format`` "salun-diffusion accuracy 1"; what it shares with others is in :mod:`eval.results` and
 :mod:`eval.judges.labelled`) adds ``num_forget_images`` and ``num_retain_images`` to ``settings``, and to each model
-``ua``, ``retained`` (by question: object, style, background, count, left_right), ``ira`` and ``cra`` (in-domain and
-cross-domain retained accuracy: of these, the concept's own kind, and the other one of object and style), ``drawn_as``
-(label → answers where the concept was asked for), ``retained_by_label`` (for each other word of the concept's kind),
+``ua``, ``retained`` (by question: object, style, background, count, left_right, above_below), ``ira`` and ``cra``
+(in-domain and cross-domain retained accuracy: of these, the concept's own kind, and the other one of object and style),
+``drawn_as`` (label → answers where the concept was asked for), ``retained_by_label`` (for each other word of its kind),
 and ``flipped`` (retain pictures whose objects were right with the base and are not now, ``lost``, and the reverse,
 ``gained``), and of several concepts ``ua_by_concept`` (each by its own prompts; ``ua`` is that of all together: none of
 them is seen). ``judged_right`` is the share of the base model's pictures of which the judge says all that the prompt

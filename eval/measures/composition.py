@@ -41,17 +41,19 @@ COLUMNS = {
         "object + background", "↑", "the object is right, and on the background that the prompt names"
     ),
     "left_right": Column("left / right", "↑", "two different objects, each on the side that the prompt names"),
+    "above_below": Column("above / below", "↑", "two different objects, the one above the other that the prompt says"),
 }
 SETS = {
     "counting": "Counting", "object_style": "An object in a style", "object_background": "An object on a background",
-    "left_right": "Left and right",
+    "left_right": "Left and right", "above_below": "Above and below",
 }  # fmt: skip
 GRID_ROWS = 3  # of each task, on a page
 TASKS = {  # task → which templates ask for it, by their objects' slots and their expectations
     "counting": lambda slots, expect: expect.get("count", "one") != "one" and len(slots) == 1,
     "object_style": lambda slots, expect: "style" in expect and len(slots) == 1,
     "object_background": lambda slots, expect: "background" in expect and len(slots) == 1,
-    "left_right": lambda slots, expect: len(slots) == 2,
+    "left_right": lambda slots, expect: len(slots) == 2 and "left" in expect,
+    "above_below": lambda slots, expect: len(slots) == 2 and "top" in expect,
 }
 ATTRIBUTES = {"counting": "count", "object_style": "style", "object_background": "background"}
 
@@ -117,10 +119,10 @@ def task_rows(concept: "Concept", count: int, seed: int) -> list[tuple]:
 
 def is_right(row: dict) -> bool:
     """Whether a judged row's objects, and what its task asks of them, were seen."""
-    from ..judges.metrics import answered, right_objects, right_sides
+    from ..judges.metrics import SIDES, answered, right_objects, right_sides
 
-    if row["set"] == "left_right":
-        return bool(right_sides(row))
+    if row["set"] in SIDES:
+        return bool(right_sides(row, row["set"]))
     return bool(right_objects(row)) and answered(row, ATTRIBUTES[row["set"]])
 
 

@@ -63,7 +63,12 @@ def verdict(sample: dict, value: str, slot: str, erased: bool) -> dict:
         missed = [question for question in expect if not answered(sample, question)]
         shown = [*shown, *(question for question in missed if question not in shown)]
         mark = "wrong" if missed else "right"
-    said = list(dict.fromkeys(predicted[q]["label"] for q in (sorted(shown) if set(shown) <= set(things) else shown)))
+    said = list(
+        dict.fromkeys(
+            predicted[q]["label"]
+            for q in (sorted(shown, key=OBJECT_QUESTIONS.index) if set(shown) <= set(things) else shown)
+        )
+    )
     return {"mark": mark, "said": " + ".join(said)}
 
 

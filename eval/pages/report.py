@@ -27,6 +27,7 @@ QUESTIONS = {
     "background": ("Background", "on the background colour that the prompt names"),
     "count": ("Count", "as many objects as the prompt asks for"),
     "left_right": ("Left and right", "prompts with two different objects: each on its own side"),
+    "above_below": ("Above and below", "prompts with two different objects: the one above that should be"),
 }
 
 

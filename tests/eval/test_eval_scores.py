@@ -211,10 +211,22 @@ def test_composition_follows_from_the_samples(base, tmp_path):  # noqa: F811
             assert not any("airplane" in line["prompt"] for line in mine)
 
 
+def test_two_things_are_side_by_side_or_one_above_the_other(tmp_path):
+    templates = [
+        {"prompt": "{object:a} left of {object2:a}", "expect": {"left": "{object}", "right": "{object2}"}},
+        {"prompt": "{object2:a} below {object:a}", "expect": {"top": "{object}", "bottom": "{object2}"}},
+    ]
+    words = {"slots": {"object": ["airplane", "cat", "dog", "owl"]}, "templates": templates}
+    (tmp_path / "concepts.json").write_text(json.dumps(words))
+    rows = composition.task_rows(find_concept("airplane", tmp_path), 6, 0)
+    assert [task for task, _ in rows] == ["left_right"] * 6 + ["above_below"] * 6
+    assert all(("below" in row.prompt) == (task == "above_below") for task, row in rows)
+
+
 def test_the_tasks_of_the_demo_model():
     concept = find_concept("airplane", Path("demo/model"))
     rows = composition.task_rows(concept, 20, 0)
-    assert {task for task, _ in rows} == set(composition.TASKS) and len(rows) == 80
+    assert {task for task, _ in rows} == set(composition.TASKS) - {"above_below"} and len(rows) == 80
     for task, row in rows:
         expect = row.expect
         assert "airplane" not in row.prompt
@@ -239,6 +251,8 @@ def judged(expect, **seen):
         ("object_background", judged({"left": "cat", "right": "cat", "background": "red"}), True),
         ("left_right", judged({"left": "cat", "right": "dog"}), True),
         ("left_right", judged({"left": "cat", "right": "dog"}, left="dog", right="cat"), False),
+        ("above_below", judged({"top": "cat", "bottom": "dog"}), True),
+        ("above_below", judged({"top": "cat", "bottom": "dog"}, top="dog", bottom="cat"), False),
     ],
 )
 def test_a_picture_is_right_only_in_all_that_the_task_asks(task, row, right):
