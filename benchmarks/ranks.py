@@ -122,8 +122,8 @@ def table(found: dict) -> str:
     (forget, retain), versions = found["images"], found["versions"]
     return (
         f"{markdown(rows)}\n\nIntervals: Wilson, 95%. {forget} pictures of {found['concept']} and {retain} of all else "
-        f"a model, {found['protocol'].split(':')[0]}, torch {versions['torch']}, diffusers {versions['diffusers']}. One "
-        "concept, one seed. Made by `python -m benchmarks.ranks`; every number is in `docs/results/ranks.json`."
+        f"a model, {found['protocol'].split(':')[0]}, torch {versions['torch']}, diffusers {versions['diffusers']}. "
+        "One concept, one seed. Made by `python -m benchmarks.ranks`; every number is in `docs/results/ranks.json`."
     )
 
 
