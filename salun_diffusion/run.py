@@ -61,7 +61,7 @@ class RunFolder:
             "scope": config.scope,
             "base_model": config.pretrained_model_name_or_path,
             "base_revision": commit,
-        }
+        } | ({"rank": config.rank} if config.adapter else {})
 
     def make_way(self, resumed: bool) -> bool:
         """Set a finished run's files aside, or delete what an unfinished one has left. A run that goes on keeps what is

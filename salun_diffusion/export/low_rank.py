@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..erasures.adapter import lora_config, save_adapter
 from ..erasures.locate import ADAPTER_NAME
-from ..erasures.lora import check_adaptable, lora_config, save_adapter
+from ..erasures.lora import check_adaptable
 from ..errors import SalunError
 from ..models.load import denoiser
 

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from diffusers.training_utils import cast_training_params
 from torch import nn
 
+from ..erasures.adapter import lora_config, save_adapter
 from ..erasures.fingerprint import Fingerprint
-from ..erasures.lora import lora_config, save_adapter
 
 NAME = "default"  # of the adapter while it is trained: peft's own
 
