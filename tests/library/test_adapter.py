@@ -249,7 +249,8 @@ def test_ranks_follow_the_salient_mass():
     layers = {name: torch.nn.Parameter(torch.zeros(64, 64)) for name in "abcd"} | {
         "small": torch.nn.Parameter(torch.zeros(4, 64))
     }
-    scores = {f"{name}.weight": torch.full((64, 64), value) for name, value in zip("abcd", (8.0, 4.0, 1.0, 0.5))}
+    means = {"a": 8.0, "b": 4.0, "c": 1.0, "d": 0.5}
+    scores = {f"{name}.weight": torch.full((64, 64), mean) for name, mean in means.items()}
     scores["small.weight"] = torch.full((4, 64), 1.0)
     # masses 8, 4, 1, .5 (times 4096) and .0625: a, b and c hold 13 of 13.56, a and b only 12 (88%)
     assert salient_ranks(layers, [scores], 13) == {"a": 24, "b": 12, "c": 6}
@@ -295,9 +296,9 @@ def test_a_run_in_parts_and_one_in_a_piece_are_the_same_file(tiny_folder, tmp_pa
     assert [path.name for path in (tmp_path / "parts").glob("previous")] == []
 
 
-def test_two_processes_do_what_one_does(tmp_path):
+def test_two_processes_do_what_one_does(tiny_folder, tmp_path):
     words = [
-        "erase_concept.py", "--pretrained_model_name_or_path", "demo", "--concept", "airplane", *QUICK,
+        "erase_concept.py", "--pretrained_model_name_or_path", tiny_folder, "--concept", "cat", *QUICK,
         "--adapter", "lora", "--rank", "4", "--save_dtype", "fp32", "--data_dir", tmp_path / "data",
     ]  # fmt: skip
     here("python", *words, "--output_dir", tmp_path / "one")
