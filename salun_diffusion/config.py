@@ -22,11 +22,14 @@ FREE = (  # what may differ between a run and its checkpoint
     "output_dir", "data_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "report_to",
     "validation_steps",
 )  # fmt: skip
-SOURCES = ("command line", "the call", "config file", "accelerate launch", "preset", "method", "default")
+SOURCES = ("command line", "the call", "config file", "accelerate launch", "preset", "method", "adapter", "default")
 WHOLE_LAYERS = ("density", "threshold")  # settings that choose single weights: of no use to an adapter
 LONGEST = 120  # bytes of the concept in the run folder's name
 ADAPTERS = ("lora",)
 RANK = 16
+# Times the learning rate where it was not given: Adam moves a layer's output less through two thin factors than through
+# all of its weights. On the demo model 4 to 10 times as much ends on the same losses, once as much on twice them.
+ADAPTER_RATE = 4
 LR_SCHEDULERS = ("constant", "linear", "cosine")
 
 
@@ -105,7 +108,9 @@ class EraseConfig:
         "varies less and costs a forward pass a step; the preset's, or noise",
         RETAIN_TARGETS,
     )
-    learning_rate: float | None = option(None, "Adam's learning rate; the preset's, or the method's, or 1e-5")
+    learning_rate: float | None = option(
+        None, "Adam's learning rate; the preset's, or the method's, or 1e-5; four times that for an adapter"
+    )
     lr_scheduler: str | None = option(
         None, "how the learning rate falls to 0, if it does; the preset's, or constant", LR_SCHEDULERS
     )
@@ -245,6 +250,9 @@ class EraseConfig:
         self.method_option = [text for text, _ in options]  # the last one of a name counts
         self.option_sources = {text.partition("=")[0]: (text, source) for text, source in options}
         method.parse(self.method_option)
+        if self.adapter:
+            filled["learning_rate"] *= ADAPTER_RATE
+            self.sources["learning_rate"] = "adapter"
         for setting, value in filled.items():
             if getattr(self, setting) is None and setting not in method.ignores:
                 setattr(self, setting, value)
