@@ -32,8 +32,8 @@ class RanksConfig:
 
     concept: str = option("airplane", "what is erased from the demo model")
     ranks: list[int] | None = option(None, f"ranks to measure (default: {' '.join(map(str, RANKS))})", several=True)
-    num_forget_images: int = option(108, "pictures of the concept that are measured, a model", least=1)
-    num_retain_images: int = option(216, "pictures of all else", least=1)
+    num_forget_images: int = option(72, "pictures of the concept that are measured, a model", least=1)
+    num_retain_images: int = option(108, "pictures of all else", least=1)
     output_dir: str = option("runs/ranks", "erasures and their measurements")
     write_only: bool = option(False, "the table alone, from the committed results")
 

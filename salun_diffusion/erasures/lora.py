@@ -166,8 +166,9 @@ def _bring(pipe, before, after) -> None:
             )
     for part in network.modules():
         if isinstance(part, BaseTunerLayer):
-            part.set_adapter([*others, *wanted], inference_mode=True)
+            part.set_adapter([*others, *wanted])
     for layer in _layers(network).values():
-        for name, one in wanted.items():
-            if name in layer.lora_A:
-                layer.set_scale(name, one.scale)
+        for name in wanted.keys() & layer.lora_A.keys():
+            layer.set_scale(name, wanted[name].scale)
+            layer.lora_A[name].requires_grad_(False)
+            layer.lora_B[name].requires_grad_(False)
