@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from shell import QUICK, here, run
 
+from eval.subjects import introduce
 from salun_diffusion import (
     SalunError,
     erase,
@@ -21,8 +22,10 @@ from salun_diffusion import (
 )
 from salun_diffusion.erasures.adapter import Adapter
 from salun_diffusion.erasures.fingerprint import fingerprint
+from salun_diffusion.export import export
 from salun_diffusion.masks.ranks import salient_ranks
 from salun_diffusion.masks.scope import scoped_parameters
+from salun_diffusion.models import load_model
 from salun_diffusion.training.adapter import AdapterChange
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -258,6 +261,33 @@ def test_ranks_follow_the_salient_mass():
     assert salient_ranks(layers, [scores, twice], 13) == salient_ranks(layers, [scores], 13)
     scores["small.weight"] *= 1000
     assert salient_ranks(layers, [scores], 13) == {"small": 4, "a": 6}
+
+
+def test_a_converted_delta_is_an_erasure_too(pipe, tiny_folder, tmp_path):
+    """What the exporter writes as a LoRA is known, measured and taken off as a trained one."""
+    (tmp_path / "masked").mkdir()
+    delta = tiny.erasure(pipe.unet, only="attn2.to_", concept="cat", base_model=str(tiny_folder))
+    delta.save(tmp_path / "masked" / "erasure.safetensors", torch.float16)
+    export(tmp_path / "masked", "lora", tmp_path / "lora", rank=8)
+    model = load_model(str(tiny_folder), None, torch.float32)
+    base, *found = introduce(model, str(tiny_folder), [str(tmp_path / "masked"), str(tmp_path / "lora")])
+    assert [one["name"] for one in found] == ["masked", "lora"] and len({one["digest"] for one in (base, *found)}) == 3
+    assert found[1]["erasure"]["concept"] == "cat"
+    assert found[1]["erasure"]["bytes"] == (tmp_path / "lora" / FILE).stat().st_size
+    assert Adapter.load(tmp_path / "lora" / FILE).metadata["converted_from"] == delta.quantised(torch.float16).digest()
+    with pytest.raises(SalunError, match="is no masked delta"):
+        export(tmp_path / "lora", "lora", tmp_path / "again")
+
+
+def test_sdxl_trains_one_that_stock_diffusers_takes(tmp_path):
+    pipe = tiny.build_xl(tmp_path / "xl")
+    done = erase(str(tmp_path / "xl"), "cat", output_dir=tmp_path / "run", data_dir=str(tmp_path / "data"), **SHORT)
+    base = draw(pipe)
+    pipe.load_lora_weights(str(done.path))
+    theirs = draw(pipe)
+    pipe.unload_lora_weights()
+    load_erasure(pipe, done.path)
+    assert torch.equal(draw(pipe), theirs) and not torch.equal(theirs, base)
 
 
 @pytest.mark.parametrize(
