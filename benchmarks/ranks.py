@@ -1,9 +1,10 @@
 """Low-rank adapters by rank, trained and converted, on the demo model: ``python -m benchmarks.ranks``.
 
-One concept is erased by SalUn as the demo model has it by default: as a masked delta, and as an adapter of each rank.
-The masked delta is converted to an adapter of each rank too (``python -m salun_diffusion export --format lora``). All
-are measured together. What ``--output_dir`` holds already is not made again. ``docs/results/ranks.json`` and the table
-of docs/export.md are written in the end (``--write_only``: from the committed JSON alone).
+One concept is erased by SalUn as the demo model has it by default: as a masked delta, and as an adapter of each rank,
+on the layers that saliency chooses and on all alike. The masked delta is converted to an adapter of each rank too
+(``python -m salun_diffusion export --format lora``). All are measured together. What ``--output_dir`` holds already is
+not made again. ``docs/results/ranks.json`` and the table of docs/export.md are written in the end (``--write_only``:
+from the committed JSON alone).
 """
 
 import shutil
@@ -24,6 +25,7 @@ from .methods_page import DOCS, shown
 RESULTS = DOCS / "results" / "ranks.json"
 MASKED = "masked"
 RANKS = (4, 8, 16, 32, 64)
+KINDS = {"trained": "Trained", "uniform": "Trained, all layers alike", "converted": "Converted"}
 
 
 @dataclass
@@ -52,8 +54,9 @@ def results(options: RanksConfig) -> dict:
     missing = {}
     for rank in ranks:
         erase(options, folder / f"trained-{rank}", "--adapter", "lora", "--rank", rank)
+        erase(options, folder / f"uniform-{rank}", "--adapter", "lora", "--rank", rank, "--mask", "none")
         missing[f"converted-{rank}"] = convert(folder / MASKED, folder / f"converted-{rank}", rank)
-    names = [MASKED, *(f"{how}-{rank}" for how in ("trained", "converted") for rank in ranks)]
+    names = [MASKED, *(f"{how}-{rank}" for how in KINDS for rank in ranks)]
     counts = "--num_forget_images", options.num_forget_images, "--num_retain_images", options.num_retain_images
     run(
         folder / "eval.log", "-m", "eval", "accuracy", "--pretrained_model_name_or_path", "demo", "--concept",
@@ -71,7 +74,8 @@ def results(options: RanksConfig) -> dict:
         models.append(row | ({"missing": missing[model["name"]]} if model["name"] in missing else {}))
     about = {key: found[key] for key in ("concept", "protocol", "versions")}
     return about | {
-        "anchor": anchor, "images": list(counts[1::2]), "models": models,
+        "anchor": anchor,
+        "images": list(counts[1::2]), "models": models,
         "settings": {f"trained-{rank}": read_json(folder / f"trained-{rank}" / "config.json")["settings"]
                      for rank in ranks},
     }  # fmt: skip
@@ -113,7 +117,7 @@ def table(found: dict) -> str:
     rows = [head]
     for model in found["models"]:
         how, _, rank = model["name"].partition("-")
-        title = {"base": "Base model", MASKED: "Masked delta"}.get(how, how.capitalize())
+        title = (KINDS | {"base": "Base model", MASKED: "Masked delta"})[how]
         apart = f"{model['forget_off']:.1f} / {model['retain_off']:.1f}" if "bytes" in model and rank else "–"
         missing = f"{100 * model['missing']:.0f}" if "missing" in model else "–"
         size = f"{model['bytes'] / 1000:.0f}" if "bytes" in model else "–"
