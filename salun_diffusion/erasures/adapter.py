@@ -42,20 +42,15 @@ from .format import RESERVED, metadata_from_text, metadata_to_text
 
 FORMAT, VERSION = "salun-lora", 1
 CONFIG = "lora_adapter_metadata"  # diffusers' name
-KEPT = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "peft_type")  # any version of peft knows
 KEY = re.compile(r"(unet|transformer)\.(.+)\.lora_([AB])\.weight")
 
 
-def lora_config(ranks: dict[str, int]):
-    """The config for peft of an adapter with these ranks by layer, alpha = rank everywhere: B(A(x)) as it is."""
-    from peft import LoraConfig
-
+def config_of(ranks: dict[str, int]) -> dict:
+    """What peft's LoraConfig is made of for these ranks by layer: alpha = rank everywhere, so B(A(x)) as it is."""
     rank = max(ranks.values())
-    pattern = {f"^{name}$": one for name, one in ranks.items() if one != rank}
-    return LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=list(ranks), init_lora_weights="gaussian", rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
-    )  # fmt: skip
+    pattern = {f"^{name}$": one for name, one in sorted(ranks.items()) if one != rank}
+    return {"r": rank, "lora_alpha": rank, "target_modules": sorted(ranks), "rank_pattern": pattern,
+            "alpha_pattern": dict(pattern)}  # fmt: skip
 
 
 def save_adapter(path, pipe, state: dict[str, torch.Tensor], base: Fingerprint, about: dict) -> None:
@@ -73,16 +68,13 @@ def save_adapter(path, pipe, state: dict[str, torch.Tensor], base: Fingerprint, 
     """
     path, part = Path(path), "unet" if hasattr(pipe, "unet") else "transformer"
     ranks = {name.removesuffix(".lora_A.weight"): len(value) for name, value in state.items() if ".lora_A." in name}
-    config = {key: value for key, value in lora_config(ranks).to_dict().items() if key in KEPT}
     with tempfile.TemporaryDirectory() as folder:
         type(pipe).save_lora_weights(
-            folder, **{f"{part}_lora_layers": state, f"{part}_lora_adapter_metadata": config},
-        )  # fmt: skip
+            folder, **{f"{part}_lora_layers": state, f"{part}_lora_adapter_metadata": config_of(ranks)}
+        )
         tensors, text = read_safetensors(next(Path(folder).glob("*.safetensors")))
-    written = json.loads(text[CONFIG])
-    written[f"{part}.target_modules"] = sorted(written[f"{part}.target_modules"])  # a set, in any order
     samples = base.samples.numpy().astype("<f4").tobytes()
-    reserved = {"format": FORMAT, "version": VERSION, "structure": base.structure, CONFIG: written,
+    reserved = {"format": FORMAT, "version": VERSION, "structure": base.structure, CONFIG: json.loads(text[CONFIG]),
                 "fingerprint": base64.b64encode(samples).decode()}  # fmt: skip
     write_safetensors(path, tensors, metadata_to_text(path, about, **reserved))
 
@@ -124,10 +116,12 @@ class Adapter:
             what = f" (see {listed(odd)})" if odd else ""
             raise SalunError(f"{path} is damaged: its factors do not fit together{what}.")
         part, factors = parts.pop(), {name: (pair["A"], pair["B"]) for name, pair in sorted(pairs.items())}
-        if not _alpha_is_rank(metadata.pop(CONFIG, None), part, factors):
+        config, base = metadata.pop(CONFIG, None), _fingerprint(path, metadata)
+        metadata = {key: value for key, value in metadata.items() if key not in RESERVED}
+        adapter = cls(part, factors, base, metadata)
+        if config != adapter.as_peft()[1]:  # others go by it
             raise SalunError(f"{path} is damaged: its {CONFIG} is not that of its factors, with alpha = rank.")
-        base = _fingerprint(path, metadata)
-        return cls(part, factors, base, {key: value for key, value in metadata.items() if key not in RESERVED})
+        return adapter
 
     def digest(self) -> str:
         """SHA-256 (hex) of what it does, whatever file it came from: names, shapes and factors."""
@@ -142,8 +136,8 @@ class Adapter:
         state = {}
         for name, (down, up) in self.factors.items():
             state |= {f"{self.part}.{name}.lora_A.weight": down, f"{self.part}.{name}.lora_B.weight": up}
-        config = lora_config({name: len(down) for name, (down, _) in self.factors.items()}).to_dict()
-        return state, {f"{self.part}.{key}": value for key, value in config.items() if key in KEPT}
+        config = config_of({name: len(down) for name, (down, _) in self.factors.items()})
+        return state, {f"{self.part}.{key}": value for key, value in config.items()}
 
 
 def _is_pair(pair: dict[str, torch.Tensor]) -> bool:
@@ -152,20 +146,6 @@ def _is_pair(pair: dict[str, torch.Tensor]) -> bool:
         return False
     down, up = pair["A"], pair["B"]
     return down.ndim in (2, 4) and len(down) > 0 and up.shape[1:] == (len(down), *(1,) * (down.ndim - 2))
-
-
-def _alpha_is_rank(config, part: str, factors: dict) -> bool:
-    """Whether diffusers, which goes by ``config``, does with the ``factors`` what this file's format says."""
-    if not isinstance(config, dict):
-        return False
-    ranks = {name: len(down) for name, (down, _) in factors.items()}
-    most, pattern = config.get(f"{part}.r"), config.get(f"{part}.rank_pattern") or {}
-    return (
-        sorted(config.get(f"{part}.target_modules") or []) == sorted(ranks)
-        and config.get(f"{part}.lora_alpha") == most
-        and (config.get(f"{part}.alpha_pattern") or {}) == pattern
-        and ranks == {name: pattern.get(f"^{name}$", most) for name in ranks}
-    )
 
 
 def _fingerprint(path, metadata: dict) -> Fingerprint:

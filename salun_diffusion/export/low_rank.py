@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..erasures.adapter import lora_config, save_adapter
+from ..erasures.adapter import config_of, save_adapter
 from ..erasures.locate import ADAPTER_NAME
 from ..erasures.lora import check_adaptable
 from ..errors import SalunError
@@ -25,7 +25,7 @@ RANK = 32
 def write(request):
     """Write the adapter's folder, or its file alone if the output is named '….safetensors'."""
     check_adaptable(request.pipe, "--format lora")
-    from peft import get_peft_model_state_dict
+    from peft import LoraConfig, get_peft_model_state_dict
 
     delta, network, options = request.delta, denoiser(request.pipe), request.options
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
@@ -39,7 +39,7 @@ def write(request):
         factors[name] = torch.linalg.svd(delta.dense(f"{name}.weight").flatten(1), full_matrices=False)
     rank = options.rank or (RANK if options.error is None else _smallest_rank(factors, options.error))
     ranks = {name: min(rank, len(values)) for name, (_, values, _) in factors.items()}
-    network.add_adapter(lora_config(ranks), "export")
+    network.add_adapter(LoraConfig(**config_of(ranks)), "export")
     for name, (left, values, right) in factors.items():
         layer, r, root = network.get_submodule(name), ranks[name], values[: ranks[name]].sqrt()
         down, up = layer.lora_A["export"].weight, layer.lora_B["export"].weight

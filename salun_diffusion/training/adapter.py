@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import cast_training_params
 from torch import nn
 
-from ..erasures.adapter import lora_config, save_adapter
+from ..erasures.adapter import config_of, save_adapter
 from ..erasures.fingerprint import Fingerprint
 
 NAME = "default"  # of the adapter while it is trained: peft's own
@@ -33,14 +33,14 @@ class AdapterChange:
     """
 
     def __init__(self, pipe, network: nn.Module, ranks: dict[str, int], seed: int):
-        from peft import get_peft_model_state_dict
+        from peft import LoraConfig, get_peft_model_state_dict
 
         self.pipe, self.network, self.ranks, self.masks = pipe, network, ranks, {}
         network.requires_grad_(False)
         before = torch.get_rng_state()
         torch.default_generator.manual_seed(seed)
         try:
-            network.add_adapter(lora_config(ranks), NAME)
+            network.add_adapter(LoraConfig(init_lora_weights="gaussian", **config_of(ranks)), NAME)
         finally:
             torch.set_rng_state(before)
         cast_training_params(network, torch.float32)
