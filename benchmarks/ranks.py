@@ -1,10 +1,10 @@
 """Low-rank adapters by rank, trained and converted, on the demo model: ``python -m benchmarks.ranks``.
 
 One concept is erased by SalUn as the demo model has it by default: as a masked delta, and as an adapter of each rank,
-on the layers that saliency chooses, and of some ranks on all alike. The masked delta is converted to an adapter of each rank too
-(``python -m salun_diffusion export --format lora``). All are measured together. What ``--output_dir`` holds already is
-not made again. ``docs/results/ranks.json`` and the table of docs/export.md are written in the end (``--write_only``:
-from the committed JSON alone).
+on the layers that saliency chooses, and of some ranks on all alike. The masked delta is converted to an adapter of each
+rank too (``python -m salun_diffusion export --format lora``). All are measured together. What ``--output_dir`` holds
+already is not made again. ``docs/results/ranks.json`` and the table of docs/export.md are written in the end
+(``--write_only``: from the committed JSON alone).
 """
 
 import shutil
