@@ -14,6 +14,7 @@ from torch import nn
 
 from ..erasures.adapter import config_of, save_adapter
 from ..erasures.fingerprint import Fingerprint
+from ..errors import SalunError
 
 NAME = "default"  # of the adapter while it is trained: peft's own
 
@@ -90,9 +91,16 @@ class AdapterChange:
 
     @torch.no_grad()
     def snap(self, dtype: torch.dtype) -> None:
-        """Round the factors to the dtype they will be saved in."""
-        for value in self.values.values():
+        """Round the factors to the dtype they will be saved in.
+
+        Raises:
+            SalunError: one overflows there.
+        """
+        for name, value in self.values.items():
             value.copy_(value.to(dtype).float())
+            if not value.isfinite().all():
+                name_of = str(dtype).removeprefix("torch.")
+                raise SalunError(f"The adapter's {name} overflows in {name_of}: give --save_dtype bf16 or fp32.")
 
     def save(self, path, base: Fingerprint, about: dict, dtype: torch.dtype) -> None:
         """Write the adapter as a file; ``about`` is what its metadata say."""
