@@ -72,12 +72,12 @@ def results(options: RanksConfig) -> dict:
         row["as_anchor"] = round(100 * model["drawn_as"].get(anchor, 0) / sum(model["drawn_as"].values()), 1)
         if model["erasure"]:
             row |= {key: model["erasure"][key] for key in ("bytes", "seconds", "weights")}
+        if model["name"] != MASKED:
             row |= {f"{kind}_off": off(folder / "pictures", model["name"], kind) for kind in ("forget", "retain")}
         models.append(row | ({"missing": missing[model["name"]]} if model["name"] in missing else {}))
-    about = {key: found[key] for key in ("concept", "protocol", "versions")}
-    return about | {
-        "anchor": anchor,
-        "images": list(counts[1::2]), "models": models,
+    return {
+        "concept": options.concept, "protocol": found["protocol"], "versions": found["versions"],
+        "anchor": anchor, "images": list(counts[1::2]), "models": models,
         "settings": {f"trained-{rank}": read_json(folder / f"trained-{rank}" / "config.json")["settings"]
                      for rank in ranks},
     }  # fmt: skip
@@ -120,7 +120,7 @@ def table(found: dict) -> str:
     for model in found["models"]:
         how, _, rank = model["name"].partition("-")
         title = (KINDS | {"base": "Base model", MASKED: "Masked delta"})[how]
-        apart = f"{model['forget_off']:.1f} / {model['retain_off']:.1f}" if "bytes" in model and rank else "–"
+        apart = f"{model['forget_off']:.1f} / {model['retain_off']:.1f}" if how != MASKED else "–"
         missing = f"{100 * model['missing']:.0f}" if "missing" in model else "–"
         size = f"{model['bytes'] / 1000:.0f}" if "bytes" in model else "–"
         shares = [shown(model[key]) for key in ("ua", "ira", "cra")]
