@@ -1,7 +1,7 @@
 """Low-rank adapters by rank, trained and converted, on the demo model: ``python -m benchmarks.ranks``.
 
 One concept is erased by SalUn as the demo model has it by default: as a masked delta, and as an adapter of each rank,
-on the layers that saliency chooses, and of some ranks on all alike. The masked delta is converted to an adapter of each
+on the layers that saliency chooses, and of one rank on all alike. The masked delta is converted to an adapter of each
 rank too (``python -m salun_diffusion export --format lora``). All are measured together. What ``--output_dir`` holds
 already is not made again. ``docs/results/ranks.json`` and the table of docs/export.md are written in the end
 (``--write_only``: from the committed JSON alone).
@@ -25,7 +25,7 @@ from .methods_page import DOCS, shown
 RESULTS = DOCS / "results" / "ranks.json"
 MASKED = "masked"
 RANKS = (4, 8, 16, 32, 64)
-UNIFORM = (4, 8)  # of as many weights as 8 and 16 on the layers that saliency chooses
+UNIFORM = (4,)  # half as many weights again as 8 on the layers that saliency chooses
 KINDS = {"trained": "Trained", "uniform": "Trained, all layers alike", "converted": "Converted"}
 
 

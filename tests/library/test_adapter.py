@@ -8,8 +8,9 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from shell import QUICK, here, run
+from shell import QUICK, ROOT, here, run
 
+from benchmarks import ranks
 from eval.subjects import introduce
 from salun_diffusion import (
     SalunError,
@@ -350,3 +351,8 @@ def test_bf16_trains_factors_in_fp32(tiny_folder, tmp_path):
     fine = [f for pair in factors.values() for f in pair]
     assert all(f.dtype == torch.float32 and f.isfinite().all() for f in fine)
     assert any(not torch.equal(f, f.bfloat16().float()) for f in fine)
+
+
+def test_the_table_of_ranks_is_made_of_the_committed_results():
+    found = json.loads(ranks.RESULTS.read_text(encoding="utf-8"))
+    assert ranks.table(found) in (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
