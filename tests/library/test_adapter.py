@@ -166,7 +166,7 @@ def test_it_is_refused_where_it_does_not_belong(adapter, pipe, tiny_folder, tmp_
     unload_erasure(pipe)
     with pytest.raises(SalunError, match=r"shape \(8, 16\) there and has a weight of shape \(8, 32\) here"):
         load_erasure(tiny.build_xl(tmp_path / "xl"), tmp_path)
-    half = DiffusionPipeline.from_pretrained(tiny_folder, torch_dtype=torch.bfloat16)
+    half = DiffusionPipeline.from_pretrained(tiny_folder, dtype=torch.bfloat16)
     load_erasure(half, adapter)  # the same model, rounded
     assert list_erasures(half)[0]["intact"]
     load_erasure(pipe, adapter)
