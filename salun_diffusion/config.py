@@ -96,10 +96,10 @@ class EraseConfig:
         "the parameters' names; the method's, cross-attention+resnets for salun",
     )
     threshold: str = option("global", "take the density of all scores together, or of each layer", THRESHOLDS)
-    saliency_guidance: float = option(
-        8.5,
+    saliency_guidance: float | None = option(
+        None,
         "guidance scale of the prediction in the saliency loss, as everywhere in diffusers (the paper's code counts "
-        "from the conditional prediction: its 7.5 is this 8.5); 1 is the plain denoising loss",
+        "from the conditional prediction: its 7.5 is this 8.5); 1 is the plain denoising loss; the preset's, or 8.5",
     )
     alpha: float | None = option(None, "weight of the retain loss; the preset's, or the method's, or 1")
     retain_target: str | None = option(
@@ -107,6 +107,11 @@ class EraseConfig:
         "what retain predictions are compared with: the noise (published), or what the base model predicts, which "
         "varies less and costs a forward pass a step; the preset's, or noise",
         RETAIN_TARGETS,
+    )
+    condition_dropout: float | None = option(
+        None,
+        "share of a step's pictures whose prompt or class is left out, the same ones for every prediction of the step: "
+        "it keeps what guidance starts from; the preset's, or none",
     )
     learning_rate: float | None = option(
         None, "Adam's learning rate; the preset's, or the method's, or 1e-5; four times that for an adapter"
@@ -212,7 +217,7 @@ class EraseConfig:
             "alpha": 1.0, "retain_target": "noise", "learning_rate": 1e-5, "lr_scheduler": "constant",
             "max_train_steps": 500, "train_batch_size": 8, "num_forget_images": 400, "num_retain_images": 800,
             "num_inference_steps": 50, "guidance_scale": 7.5, "sample_batch_size": 8,
-            "mask": method.mask, "scope": method.scope,
+            "saliency_guidance": 8.5, "condition_dropout": None, "mask": method.mask, "scope": method.scope,
         }  # fmt: skip
         self.sources = dict.fromkeys([item.name for item in fields(self)], "default")
         self.sources |= dict.fromkeys(("mask", "scope"), "method") | {"anchor": "preset"}
@@ -378,6 +383,8 @@ class EraseConfig:
                 f"{len(self.concept)} concepts and {len(self.forget_data)} --forget_data were given: give each concept "
                 "its own pictures, or none any."
             )
+        if self.condition_dropout is not None and not 0 <= self.condition_dropout < 1:
+            raise SalunError(f"--condition_dropout is {self.condition_dropout}: give a share of at least 0, below 1.")
         for name, floor in (("learning_rate", 0), ("alpha", 0), ("saliency_guidance", 0), ("guidance_scale", 0)):
             value = getattr(self, name)
             if value is not None and not floor <= value < float("inf"):

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from .concepts.concept import Concept, find_concepts, shared_rows
+from .concepts.templates import Vocabulary
 from .config import EraseConfig
 from .data.sets import ImageSet, contact_sheet, image_set
 from .data.sources import Source
@@ -26,7 +27,7 @@ from .masks.scope import check_reused, scoped_parameters
 from .methods import find_method
 from .models import load_model, model_of
 from .models.base import Model
-from .models.load import resolve
+from .models.load import described_in, resolve
 from .process import Callback, accelerator_for, reporting_to
 from .run import DTYPES, Run, RunFolder, borrowed, check_is_base
 from .training.adapter import AdapterChange
@@ -75,8 +76,8 @@ def erase(base, concept: str | list[str] | None = None, *, callback: Callback | 
 
 def _erase(config: EraseConfig, pipe) -> Run:
     # What to forget, in which model, by which method.
-    folder, commit = _resolved(config, pipe)
-    concepts = find_concepts(config.concept, folder, config.anchor, config.concept_type)
+    known, commit = _resolved(config, pipe)
+    concepts = find_concepts(config.concept, known, config.anchor, config.concept_type)
     preset = config.one_preset({concept.value: concept.settings for concept in concepts})
     config.fill(preset, ", ".join(concept.name for concept in concepts))
     config.anchor = [concept.anchor for concept in concepts]
@@ -97,6 +98,7 @@ def _erase(config: EraseConfig, pipe) -> Run:
         say(config.table())
         with _model(config, pipe, commit) as model, ExitStack() as undo:
             model.need(method.needs, f"--method {config.method}")
+            _check_guided(model, config)
             model.pipe.to(accelerator.device)
             run = RunFolder(config, concepts, commit, fingerprint(model.network.named_parameters()))
             parameters = scoped_parameters(model.network, config.scope)
@@ -180,13 +182,16 @@ def _erase(config: EraseConfig, pipe) -> Run:
             return Run(run.path, run.file, config, seconds)
 
 
-def _resolved(config: EraseConfig, pipe) -> tuple[Path | None, str | None]:
-    """The base model's local folder, if it has one, and its commit on the hub, if it comes from there."""
+def _resolved(config: EraseConfig, pipe) -> tuple[Path | Vocabulary | None, str | None]:
+    """Where the base model says which concepts it knows, its local folder or its own vocabulary, if it does; and its
+    commit on the hub, if it comes from there.
+    """
     if pipe is not None:
-        folder = Path(config.pretrained_model_name_or_path)
-        return folder if folder.is_dir() else None, None
+        folder, own = Path(config.pretrained_model_name_or_path), model_of(pipe).vocabulary
+        # the classes as this very pipeline calls them: DiT's forgets some names, of two classes with one
+        return folder if folder.is_dir() and (own is None or (folder / "concepts.json").exists()) else own, None
     where, commit = resolve(config.pretrained_model_name_or_path, config.revision)
-    return Path(where) if commit is None else None, commit
+    return described_in(where, commit), commit
 
 
 @contextmanager
@@ -205,6 +210,14 @@ def _model(config: EraseConfig, pipe, commit: str | None) -> Iterator[Model]:
         )
     with borrowed(model):
         yield model
+
+
+def _check_guided(model: Model, config: EraseConfig) -> None:
+    """Pass if the model can be guided, where the run would guide it."""
+    for name, most in (("guidance_scale", 1), ("saliency_guidance", 1), ("condition_dropout", 0)):
+        value = getattr(config, name)
+        if name not in config.unused and value is not None and value > most:
+            model.check_guided(f"--{name} {value:g}")
 
 
 def _check_counts(config: EraseConfig, concepts: list[Concept], processes: int) -> None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from salun_diffusion.concepts.concept import Concept, Row, find_concepts
 from salun_diffusion.errors import SalunError
 from salun_diffusion.models import load_model
-from salun_diffusion.models.load import resolve
+from salun_diffusion.models.load import described_in, resolve
 from salun_diffusion.process import spread_threads
 from salun_diffusion.run import DTYPES
 
@@ -52,7 +52,9 @@ class Labelled:
         where, self.commit = resolve(self.base, asked.revision)
         folder = Path(where) if self.commit is None else None
         names = [asked.concept] if isinstance(asked.concept, str) else asked.concept
-        self.concepts: list[Concept] = find_concepts(names, folder, asked.anchor, asked.concept_type)
+        self.concepts: list[Concept] = find_concepts(
+            names, described_in(where, self.commit), asked.anchor, asked.concept_type
+        )
         self.label = ", ".join(concept.label for concept in self.concepts)
         slots = {concept.slot for concept in self.concepts}
         self.slot = slots.pop() if len(slots) == 1 else MIXED

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..errors import SalunError
 from ..files import read_json
+from .classes import of_folder
 from .templates import Vocabulary, placeholders, slot_of
 
 PRESETS = Path(__file__).parent / "presets"
@@ -134,13 +135,16 @@ class Concept:
         return rows
 
 
-def find_concept(name: str, base: Path | None = None, anchor: str | None = None, type: str | None = None) -> Concept:
+def find_concept(
+    name: str, base: Path | Vocabulary | None = None, anchor: str | None = None, type: str | None = None
+) -> Concept:
     """Look ``name`` up in the base model's own vocabulary, or else in the presets, or else take it as the user's words.
 
     Args:
         name: "nudity", "airplane", "ink style", "Van Gogh", any words, or the path of a concept's JSON file. Words with
             commas between them are one concept of several names.
-        base: the base model's local folder, if it is one.
+        base: the base model's local folder, if it has one, or its vocabulary. A class-conditional model's words are its
+            classes, where its folder has no concepts.json.
         anchor: what to draw instead; the next word of the slot by default, and the empty prompt for "".
         type: one of ``TYPES``: whose templates and anchors the user's own words take; a preset of another kind, or one
             of nearly that name, is then not meant.
@@ -156,7 +160,7 @@ def find_concept(name: str, base: Path | None = None, anchor: str | None = None,
         return _read_concept(name, anchor)
     for kind, text in (("concept", name), ("anchor", anchor or "")):
         _check_words(kind, text)
-    own = base / "concepts.json" if base and (base / "concepts.json").exists() else None
+    own = _own_vocabulary(base)
     known = _known(own, type)
     if name.lower() in known:
         names = [name]
@@ -165,7 +169,7 @@ def find_concept(name: str, base: Path | None = None, anchor: str | None = None,
     for word in names:
         close = difflib.get_close_matches(word.lower(), known, 1, 0.6 if own else 0.85)
         if word.lower() not in known and (own or close and type is None):
-            raise _unknown("concept", word, Vocabulary.read(own) if own else None, close)
+            raise _unknown("concept", word, own, close)
     if names[0].lower() in known:
         vocabulary, slot, value, synonyms = _listed(names, known)
         if own and anchor and anchor.lower() not in vocabulary.names():
@@ -184,13 +188,20 @@ def find_concept(name: str, base: Path | None = None, anchor: str | None = None,
     return Concept(name, slot, value, anchor, vocabulary, synonyms=synonyms)
 
 
-def _known(own: Path | None, type: str | None) -> dict[str, tuple[Vocabulary, str, str]]:
-    """What may be typed → its vocabulary, slot and word: of the base model's file if there is one, or of the presets,
+def _own_vocabulary(base: Path | Vocabulary | None) -> Vocabulary | None:
+    """The words that the base model itself knows, if it says which."""
+    if base is None or isinstance(base, Vocabulary):
+        return base
+    return Vocabulary.read(base / "concepts.json") if (base / "concepts.json").exists() else of_folder(base)
+
+
+def _known(own: Vocabulary | None, type: str | None) -> dict[str, tuple[Vocabulary, str, str]]:
+    """What may be typed → its vocabulary, slot and word: of the base model's own if it has one, or of the presets,
     those of the kind ``type`` alone if it is given.
     """
-    paths = [own] if own else [path for path in sorted(PRESETS.glob("*.json")) if not path.stem.startswith(EVERYDAY)]
+    presets = [path for path in sorted(PRESETS.glob("*.json")) if not path.stem.startswith(EVERYDAY)]
     known: dict[str, tuple[Vocabulary, str, str]] = {}
-    for vocabulary in map(Vocabulary.read, paths):
+    for vocabulary in [own] if own else map(Vocabulary.read, presets):
         for key, (slot, word) in vocabulary.names().items():
             if own or type in (None, slot):
                 known.setdefault(key, (vocabulary, slot, word))
@@ -270,7 +281,7 @@ def _read_concept(path: str, anchor: str | None) -> Concept:
 
 def find_concepts(
     names: list[str],
-    base: Path | None = None,
+    base: Path | Vocabulary | None = None,
     anchors: list[str] | None = None,
     types: list[str] | None = None,
 ) -> list[Concept]:
@@ -278,7 +289,7 @@ def find_concepts(
 
     Args:
         names: as for :func:`find_concept`.
-        base: the base model's local folder, if it is one.
+        base: as for :func:`find_concept`.
         anchors: one for each, or one for all.
         types: one for each, or one for all.
 
@@ -327,7 +338,7 @@ def _unknown(kind: str, name: str, vocabulary: Vocabulary | None, close: list[st
     words = sorted(vocabulary.names()) if vocabulary else []
     close = close or difflib.get_close_matches(name.lower(), words, 1, 0.5)
     hint = f" Did you mean '{close[0]}'?" if close else ""
-    listed = (
-        f" This base model knows: {', '.join(w for s in vocabulary.slots.values() for w in s)}." if vocabulary else ""
-    )
-    return SalunError(f"Unknown {kind} '{name}'.{hint}{listed}")
+    known = [word for slot in vocabulary.slots.values() for word in slot] if vocabulary else []
+    more = f" and {len(known) - 100:,} more" if len(known) > 100 else ""
+    told = f" This base model knows: {', '.join(known[:100])}{more}." if known else ""
+    return SalunError(f"Unknown {kind} '{name}'.{hint}{told}")

@@ -79,10 +79,7 @@ def image_set(
     """
     count = config.num_retain_images if kind == "retain" else config.num_forget_images
     if kind == "name":
-        parts = [
-            [Row(name, concept.anchor, {}, 0) for name in (concept.names if concept.synonyms else [concept.name])]
-            for concept in concepts
-        ]
+        parts = [[Row(name, concept.anchor, {}, 0) for name in _bare_names(concept, model)] for concept in concepts]
         return _assembled(model, parts, torch.zeros(sum(map(len, parts)), *model.sample_shape))
     if not sources:
         wanted = "retain" if kind == "retain" else "forget"
@@ -99,6 +96,13 @@ def image_set(
         parts.append(concept.forget_rows(len(prompts), config.seed, "training"))
         shards += found
     return _assembled(model, parts, _stored(shards, sum(parts, []), kind, accelerator))
+
+
+def _bare_names(concept: Concept, model: Model) -> tuple[str, ...]:
+    """What a set of names is of: the concept as the user wrote it, or each of its names; for a model that reads no
+    text, the name that it knows the class by.
+    """
+    return concept.names if concept.synonyms or "text" not in model.capabilities else (concept.name,)
 
 
 def drawn_set(

@@ -151,10 +151,12 @@ class Source:
             )
         erased = {name.lower() for concept in concepts for name in (concept.name, *concept.names)}
         names = named(erased)
-        vocabulary = concepts[0].vocabulary
+        vocabulary, slot = concepts[0].vocabulary, concepts[0].slot
+        bare = [template["prompt"] for template in vocabulary.templates] == [f"{{{slot}}}"]  # classes, by name alone
+        labelled = {"prompt": "{label}"} if bare else LABELLED
         for number, row in enumerate(self.rows):
             label = self.labels[row["label"]] if self.labels else ""
-            told = row[self.caption] or "" if self.caption else vocabulary.fill(LABELLED, {"label": label})[0]
+            told = row[self.caption] or "" if self.caption else vocabulary.fill(labelled, {"label": label})[0]
             if label.lower() not in erased and not names.search(told):
                 yield self._picture(number, row, told)
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 FAMILIES = {
     "text_unet": "salun_diffusion.models.text_unet.TextUNet",  # Stable Diffusion 1.x, 2.x, XL
+    "label_unet": "salun_diffusion.models.labels.LabelUNet",  # class-conditional U-Nets on pixels
+    "dit": "salun_diffusion.models.labels.DiT",  # DiT, class-conditional on latents
 }
 
 
@@ -29,7 +31,7 @@ def model_of(pipe) -> "Model":
             return family(pipe)
     raise SalunError(
         f"{type(pipe).__name__} is of no known family of base models ({', '.join(FAMILIES)}): give a Stable Diffusion "
-        "1.x, 2.x or XL pipeline."
+        "1.x, 2.x or XL pipeline, a DiTPipeline, or a class-conditional UNet2DModel."
     )
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..concepts.concept import Row
+    from ..concepts.templates import Vocabulary
 
 Condition = dict[str, torch.Tensor]
 
@@ -43,6 +44,7 @@ class Model:
     """
 
     capabilities: frozenset[str] = frozenset()
+    vocabulary: "Vocabulary | None" = None  # of a family whose conditions are names from a list
 
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe, self.network = pipe, denoiser(pipe)
@@ -71,6 +73,16 @@ class Model:
                     f"{by} needs a base model that {CAPABILITIES[name]} ({name}), which {type(self.pipe).__name__} "
                     f"does not (it has: {able}): choose another method or model."
                 )
+
+    def check_guided(self, by: str) -> None:
+        """Pass if there is an unconditional side, :attr:`empty`, to guide from.
+
+        Args:
+            by: who needs it, for the message, such as "--guidance_scale 3".
+
+        Raises:
+            SalunError: there is none.
+        """
 
     @property
     def device(self) -> torch.device:

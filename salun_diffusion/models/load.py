@@ -86,19 +86,52 @@ def load_pipeline(
     from diffusers import DiffusionPipeline
 
     where, commit = resolve(name, revision)
+    kind: type[DiffusionPipeline] = DiffusionPipeline
     if Path(where).is_file():
         return from_single_file(Path(where), dtype, variant)
     index = _index(where, commit)
     options = {"safety_checker": None} if "safety_checker" in index else {}
     dtypes = {"vae": torch.float32, "default": dtype or torch.float32}
     options |= complete_modules(where, commit, index, dtypes, variant, options)
+    if _is_pixel_unet(index):  # of such a folder diffusers makes a pipeline that knows no classes
+        from .class_pipeline import ClassConditionalPipeline as kind
     try:
-        return DiffusionPipeline.from_pretrained(
+        pipe = kind.from_pretrained(
             where, revision=commit, variant=variant, dtype=dtypes, use_safetensors=True, **options
         )
     except Exception as error:  # each part's library has kinds of its own for a file that is damaged or not there
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise SalunError(f"{name} could not be loaded: {reason}{_instead(where, variant)}.") from None
+    if index["_class_name"] == "DiTPipeline" and index.get("id2label"):
+        pipe.register_to_config(id2label=index["id2label"])  # which that class forgets, and does not save
+    return pipe
+
+
+def described_in(where: str, commit: str | None) -> Path | None:
+    """The folder of the files that say which concepts a base model knows: a local model's own; for a class-conditional
+    one on the hub, that of its configs in the cache; None for any other.
+    """
+    if commit is None:
+        return Path(where)
+    index, parts = _index(where, commit), []
+    if index["_class_name"] == "DiTPipeline":
+        parts = ["transformer"]
+    elif _is_pixel_unet(index):
+        parts = ["unet"]
+    if not parts:
+        return None
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(where, f"{parts[0]}/config.json", revision=commit)).parents[1]
+    except Exception as error:  # as in resolve
+        raise SalunError(f"{where} could not be fetched from the hub ({type(error).__name__}): try again.") from None
+
+
+def _is_pixel_unet(index: dict) -> bool:
+    """Whether a model_index.json's pipeline is an unconditional or class-conditional U-Net and a scheduler alone."""
+    parts = {name: value for name, value in index.items() if isinstance(value, list)}
+    return parts.keys() == {"unet", "scheduler"} and parts["unet"][1] == "UNet2DModel"
 
 
 def _instead(where: str, variant: str | None) -> str:

@@ -1,9 +1,10 @@
-"""Draw many prompts with a pipeline, each from its own seed."""
+"""Draw many prompts with a pipeline, each from its own seed; or, without a pipeline that takes prompts, denoise."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import DiffusionPipeline
 
     from ..concepts.concept import Row
@@ -57,3 +58,50 @@ def sample(
         (own if bar is None else bar).update(len(part))
     own.close()
     return images
+
+
+def denoise(
+    predict,
+    scheduler: Any,
+    noise: "torch.Tensor",
+    condition: "dict[str, torch.Tensor]",
+    empty: "dict[str, torch.Tensor] | None",
+    *,
+    guidance_scale: float,
+    num_inference_steps: int,
+    generators: "list[torch.Generator | None]",
+) -> "torch.Tensor":
+    """Samples from ``noise``, of its shape and dtype ``(batch, channels, height, width)``, for models whose pipeline
+    takes no prompts.
+
+    Args:
+        predict: ``predict(noisy, timesteps, condition)``, the network's prediction.
+        scheduler: any of diffusers'; its timesteps are set.
+        noise: standard normal.
+        condition: of the batch, where the network is.
+        empty: the unconditional side, of the batch too; unused without guidance.
+        guidance_scale: as diffusers counts it; at 1 or below there is none.
+        num_inference_steps: denoising steps.
+        generators: of each picture, for schedulers that add noise.
+    """
+    import inspect
+
+    import torch
+
+    scheduler.set_timesteps(num_inference_steps)
+    takes = inspect.signature(scheduler.step).parameters
+    # one generator for several pictures is drawn from in turn; None is the global one
+    own = generators if len({id(one) for one in generators}) == len(generators) else generators[0]
+    more = {"generator": own} if "generator" in takes and own is not None else {}
+    guided = guidance_scale > 1
+    both = {key: torch.cat([value, empty[key]]) for key, value in condition.items()} if guided else condition
+    x = noise.float() * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, t).to(noise.dtype)
+        batch = scaled.repeat(2, 1, 1, 1) if guided else scaled
+        predicted = predict(batch, t.to(x.device).expand(len(batch)), both).float()
+        if guided:
+            conditional, unconditional = predicted.chunk(2)
+            predicted = unconditional + guidance_scale * (conditional - unconditional)
+        x = scheduler.step(predicted, t, x, **more).prev_sample
+    return x.to(noise.dtype)

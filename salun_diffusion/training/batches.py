@@ -27,6 +27,7 @@ class Batches:
         size: pictures of each set at once; it may shrink while memory is short.
         num_inference_steps: of the model's sampler, for methods that denoise themselves.
         data_dir: where :meth:`cached` keeps files.
+        condition_dropout: share of a step's pictures whose condition, and the anchor's, is left out.
     """
 
     def __init__(
@@ -38,9 +39,11 @@ class Batches:
         size: int,
         num_inference_steps: int,
         data_dir: str,
+        condition_dropout: float = 0.0,
     ):
         self.accelerator, self.model, self.sets, self.seed, self.size = accelerator, model, sets, seed, size
         self.num_inference_steps, self.data_dir = num_inference_steps, data_dir
+        self.condition_dropout = condition_dropout
 
     @property
     def retain(self) -> ImageSet | None:
@@ -51,14 +54,29 @@ class Batches:
         return cached_tensors(self.data_dir, kind, settings, make, self.accelerator)
 
     def noised(
-        self, images: ImageSet, index: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, step: int = 0
+        self,
+        images: ImageSet,
+        index: torch.Tensor,
+        noise: torch.Tensor,
+        t: torch.Tensor,
+        step: int = 0,
+        dropped: torch.Tensor | None = None,
     ) -> Batch:
-        """The pictures ``index`` of a set with ``noise`` at timesteps ``t``."""
+        """The pictures ``index`` of a set with ``noise`` at timesteps ``t``; those ``dropped``, bool ``(batch,)``, have
+        the empty condition, in place of their own and of the anchor's alike: a step compares the two.
+        """
         device, dtype = self.accelerator.device, self.model.dtype
         clean = images.latents[index]
 
         def condition(which: torch.Tensor) -> Condition:
-            return {key: self.model.moved(value[which[index]]) for key, value in images.condition.items()}
+            found = {key: self.model.moved(value[which[index]]) for key, value in images.condition.items()}
+            if dropped is None or not dropped.any():
+                return found
+            empty, where = self.model.repeated(self.model.empty, len(index)), dropped.to(device)
+            return {
+                key: torch.where(where.view(-1, *[1] * (value.dim() - 1)), empty[key], value)
+                for key, value in found.items()
+            }
 
         return Batch(
             noisy=self.model.noise(clean, noise, t).to(device, dtype),
@@ -81,5 +99,10 @@ class Batches:
         """This process's share of the global batch ``index``, in parts that fit."""
         noise, t = self.draw(images, len(index), name, step)
         share = torch.arange(len(index)).chunk(self.accelerator.num_processes)[self.accelerator.process_index]
+        dropped = torch.zeros(len(index), dtype=torch.bool)
+        if self.condition_dropout and images is not self.sets.get("name"):
+            key = random.Random(repr((self.seed, "dropped", name, step))).getrandbits(63)
+            generator = torch.Generator().manual_seed(key)
+            dropped = torch.rand(len(index), generator=generator) < self.condition_dropout
         for rows in share.split(self.size):
-            yield self.noised(images, index[rows], noise[rows], t[rows], step)
+            yield self.noised(images, index[rows], noise[rows], t[rows], step, dropped[rows])

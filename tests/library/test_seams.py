@@ -153,8 +153,8 @@ def digits(tmp_path_factory):
 
 def test_a_family_in_one_file_goes_through_erase_load_eval_and_compare(digits, tmp_path):
     registry = ("salun_diffusion/models/__init__.py", "FAMILIES = {")
-    line = '"labels": "salun_diffusion.models.labels.Labels",'
-    where = clone(tmp_path, "salun_diffusion/models/labels.py", FAMILY, registry, line)
+    line = '"toy_labels": "salun_diffusion.models.toy_labels.Labels",'
+    where = clone(tmp_path, "salun_diffusion/models/toy_labels.py", FAMILY, registry, line)
     words = ["--pretrained_model_name_or_path", digits, "--concept", "three", "--scope", "all"]
     small = "--num_forget_images 4 --num_retain_images 6 --max_train_steps 3 --train_batch_size 2".split()
     run(
