@@ -10,6 +10,7 @@ METHODS = {
     "forget_me_not": "forget_me_not.ForgetMeNot",
     "gradient_ascent": "gradient_ascent.GradientAscent",
     "random_label": "salun.RandomLabel",
+    "finetune": "finetune.FineTune",
     "concept_ablation": "concept_ablation.ConceptAblation",
     "uce": "uce.UCE",
     "rece": "rece.RECE",

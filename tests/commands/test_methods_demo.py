@@ -10,6 +10,8 @@ from salun_diffusion import erase
 from salun_diffusion.command_line import parse
 from salun_diffusion.methods import METHODS, find_method
 
+FORGETS = [name for name in METHODS if name != "finetune"]  # which is never shown the concept, and hopes
+
 
 def erased(folder, method, *concepts):
     """The run folder of a short erasure in ``folder``, with the demo model's own settings."""
@@ -38,10 +40,10 @@ def unlearned(folder, concept, runs):
 def found(tmp_path_factory):
     """UA by method, each of which erased the airplane, and the base model's."""
     folder = tmp_path_factory.mktemp("demo")
-    return unlearned(folder, "airplane", [erased(folder, method, "airplane") for method in METHODS])
+    return unlearned(folder, "airplane", [erased(folder, method, "airplane") for method in FORGETS])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FORGETS)
 def test_the_concept_is_drawn_less_often_on_the_demo_model(method, found):
     """More often forgotten than the 95% interval of the base model allows."""
     assert found[method]["percent"] > found["base"]["high"]

@@ -123,11 +123,16 @@ def plain_selective_amnesia(net, base, forget, retain, trainer):
     return plain_denoising(net, forget) + ewc * elastic + trainer.config.alpha * plain_denoising(net, retain)
 
 
+def plain_finetune(net, base, forget, retain, trainer):
+    return trainer.config.alpha * plain_denoising(net, retain)
+
+
 PLAIN = {
     "salun": plain_salun,
     "random_label": plain_salun,
     "gradient_ascent": plain_gradient_ascent,
     "concept_ablation": plain_concept_ablation,
+    "finetune": plain_finetune,
     "esd": plain_esd,
     "salun_esd": plain_esd,
     "forget_me_not": plain_forget_me_not,
