@@ -82,7 +82,7 @@ class Bench:
         wanted = [digit] * self.config.forget_pictures
         wanted += [one for one in range(len(names)) if one != digit for _ in range(self.config.kept_pictures)]
         rows = [Row(names[one], None, {}, 50_000 + i) for i, one in enumerate(wanted)]
-        how = {"num_inference_steps": 25, "guidance_scale": 3.0, "batch_size": 125, "output_type": "latent"}
+        how = {"num_inference_steps": 25, "guidance_scale": 1.5, "batch_size": 125, "output_type": "latent"}
         return torch.stack(model.draw(rows, **how)), torch.tensor(wanted)
 
     def measured(self, model, digit: int, retrain=None) -> tuple[dict, object]:

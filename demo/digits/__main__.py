@@ -73,7 +73,7 @@ def train(config: DigitsConfig) -> None:
 
     model, seen = load_model(str(output)), seen.float()
     rows = [Row(name, None, {}, 1000 * config.pictures + i) for name in NAMES for i in range(config.pictures)]
-    how = {"num_inference_steps": 25, "guidance_scale": 3.0, "batch_size": 100, "output_type": "latent"}
+    how = {"num_inference_steps": 25, "guidance_scale": 1.5, "batch_size": 100, "output_type": "latent"}
     drawn = torch.stack(model.draw(rows, progress="drawing", **how))
     with torch.no_grad():
         named = seen(judge.prepared(drawn.clamp(-1, 1))).logits.argmax(1).view(len(NAMES), -1)

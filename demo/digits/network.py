@@ -8,7 +8,10 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from ..training import Checkpoint, loop, warm_cosine
 from .data import NAMES, digits
 
-SCHEDULE = {"beta_schedule": "squaredcos_cap_v2", "clip_sample": False}
+SCHEDULE = {
+    "beta_schedule": "squaredcos_cap_v2",
+    "clip_sample": True,
+}  # pixels: unclipped, a fifth of the digits come out wrong
 NULL = len(NAMES)
 BATCH, DROPPED, EMA = 64, 0.1, 0.998
 
