@@ -13,6 +13,7 @@ MEASURES = (  # in the order of tables
     "accuracy",
     "composition",
     "relearn",
+    "probe",
     "i2p",
     "nudity",
     "clip_score",
