@@ -5,8 +5,8 @@
 the pictures), and to each model ``learns`` (what), ``curve`` (a list, for each step ``step``, ``accuracy``: the share
 of the prompts for what is learned whose picture shows it, and ``ira``, ``cra``, ``retained``, ``drawn_as`` as
 ``accuracy`` has them), ``half`` and ``most``: steps until that accuracy is half and 90% of ``base_accuracy``, which is
-the base model's before any training; null where it is not reached. Beside the base model and the erasures there are
-controls: "ERASURE-benign", "control" and "retrained". A line of ``samples.jsonl`` has ``step``.
+the base model's before any training; null where it is not reached, or where that is 0. Beside the base model and the
+erasures there are controls: "ERASURE-benign", "control" and "retrained". A line of ``samples.jsonl`` has ``step``.
 """
 
 from dataclasses import dataclass
@@ -188,7 +188,7 @@ def summary(curve: list[dict], ceiling: float) -> dict:
     from ..relearning.curves import crossing
 
     points = [(point["step"], point["accuracy"]["percent"]) for point in curve]
-    found = {name: crossing(points, level * ceiling) for name, level in LEVELS.items()}
+    found = {name: crossing(points, level * ceiling) if ceiling else None for name, level in LEVELS.items()}
     return {"base_accuracy": ceiling} | {
         name: None if steps is None else round(steps, 1) for name, steps in found.items()
     }
@@ -197,9 +197,13 @@ def summary(curve: list[dict], ceiling: float) -> dict:
 def scores(model: dict) -> dict:
     """Column → score of a model of the results."""
     last = model["curve"][-1]
-    return {f"relearn_{name}": _steps(model, name) for name in LEVELS} | {
-        f"relearned:{last['step']} steps": last["accuracy"]
-    }
+    steps = {f"relearn_{name}": _steps(model, name) for name in LEVELS} if model["base_accuracy"] else {}
+    return steps | {f"relearned:{last['step']} steps": last["accuracy"]}
+
+
+def is_subject(model: dict, value: str) -> bool:
+    """Whether a model of the results is the base or an erasure that learns the concept ``value``, and no control."""
+    return model["learns"] == value and (model["role"] == "base" or model["erasure"] is not None)
 
 
 def _steps(model: dict, level: str) -> float | str:
@@ -215,7 +219,8 @@ def table(results: dict) -> str:
         cells = [f"{share['percent']:.0f} ({share['low']:.0f}-{share['high']:.0f})" for share in shares]
         kept = next(iter(model["curve"][-1]["retained"].values()), None)
         lines.append([
-            model["name"], model["learns"], *cells, *(str(_steps(model, level)) for level in LEVELS),
+            model["name"], model["learns"], *cells,
+            *(str(_steps(model, level)) if model["base_accuracy"] else "-" for level in LEVELS),
             f"{kept['percent']:.0f} ({kept['low']:.0f}-{kept['high']:.0f})" if kept else "-",
         ])  # fmt: skip
     return aligned(lines) + (

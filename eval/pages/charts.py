@@ -133,21 +133,22 @@ def losses(lines: list[dict]) -> str:
         return _svg(figure, "losses")
 
 
-def relearning(models: list[dict], titles: list[str]) -> str:
+def relearning(models: list[dict], titles: list[str], dashed: list[bool]) -> str:
     """Curves by optimizer steps, with their 95% bands: what is learned again, and what is kept of everything else.
 
     Args:
-        models: as ``relearn`` has them; controls are dashed.
+        models: as ``relearn`` has them.
         titles: what each is called.
+        dashed: which of them are controls.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.4), sharey=True, layout="constrained")
         shares = (lambda point: point["accuracy"], lambda point: next(iter(point["retained"].values()), None))
         heads = ("shows what is learned, %", "everything else is drawn right, %")
         for axis, share, head in zip(axes, shares, heads, strict=True):
-            for number, (model, title) in enumerate(zip(models, titles, strict=True)):
+            for number, (model, title, control) in enumerate(zip(models, titles, dashed, strict=True)):
                 points = [(point["step"], found) for point in model["curve"] if (found := share(point))]
-                steps, style = [step for step, _ in points], "--" if model["role"] == "control" else "-"
+                steps, style = [step for step, _ in points], "--" if control else "-"
                 values = {key: [found[key] for _, found in points] for key in ("percent", "low", "high")}
                 colour = LINES[number % len(LINES)]
                 axis.plot(

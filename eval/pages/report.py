@@ -123,19 +123,20 @@ def _relearning(folder: Path, metrics: dict) -> dict | None:
 
     if (found := _beside(folder, relearn.FORMAT, metrics)) is None:
         return None
-    named = [model for model in found["models"] if model["role"] != "control"]
+    main, value, slot = found["models"][1], found["concept"]["value"], found["concept"]["slot"]
+    named = [model for model in found["models"] if relearn.is_subject(model, value)]
     titles = iter(name_models(named))
     titles = [next(titles) if model in named else f"{model['name']}: {model['learns']}" for model in found["models"]]
-    main, value, slot = found["models"][1], found["concept"]["value"], found["concept"]["slot"]
     samples = read_samples(folder, found)[main["name"]]
     by_step = [[line for line in samples if line["step"] == point["step"]] for point in main["curve"]]
     first, rows = by_step[0], []
     for i in spread([i for i, line in enumerate(first) if line["set"] == "forget"], first, RELEARNED):
         cells = [as_data(picture(folder, lines[i])) | verdict(lines[i], value, slot, True) for lines in by_step]
         rows.append({"prompt": first[i]["prompt"], "seed": first[i]["seed"], "cells": cells})
+    chart = charts.relearning(found["models"], titles, [model not in named for model in found["models"]])
     return {
-        "chart": Markup(charts.relearning(found["models"], titles)), "protocol": found["protocol"], "rows": rows,
-        "steps": [f"step {point['step']}" for point in main["curve"]], "title": titles[1],
+        "chart": Markup(chart), "protocol": found["protocol"], "rows": rows, "title": titles[1],
+        "steps": [f"step {point['step']}" for point in main["curve"]],
         "table": [(title, model, relearn.scores(model)) for title, model in zip(titles, found["models"], strict=True)],
     }  # fmt: skip
 
