@@ -26,11 +26,10 @@ from salun_diffusion.run import DTYPES
 from .. import options, results, subjects
 from ..drawing.pictures import Drawn, Request, draw
 from .classifier import Judge
-from .metrics import MIXED, asked
+from .metrics import MIXED, NOTHING, asked
 from .zero_shot import ZeroShotJudge, whole
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
-NOTHING = "nothing"  # what a wholly black picture shows
 Rows = list[tuple[str, Row]]  # the kind of each prompt, and the prompt
 
 
