@@ -65,8 +65,11 @@ def draw(
     batch_size: int,
     title: str,
     black: bool = False,
+    trained: dict | None = None,
 ) -> Drawn:
     """Draw ``requests`` into ``folder``, as PNG files; with ``black``, a wholly black picture is one like any other.
+
+    ``trained`` says, for the pictures' keys, what else than base model and erasures has made the weights.
 
     Raises:
         SalunError: two requests of one name, or a picture that is not finite, or wholly black without ``black``.
@@ -75,9 +78,9 @@ def draw(
     if twice:
         raise SalunError(f"Two prompts are called {twice[0]}: give each its own name.")
     make_folder(folder)
-    state, key = PartialState(), _model_key(model, num_inference_steps)
+    state, key = PartialState(), _model_key(model, num_inference_steps, trained)
     mine = requests[state.process_index :: state.num_processes]
-    missing = [request for request in mine if key_in(_path(folder, request)) != _key(key, request)]
+    missing = undrawn(model, mine, folder, num_inference_steps, trained)
     # alone on a CPU, a picture passes through other matrix routines than in company; over many steps their rounding
     # can grow to several levels of 255, so it is given company
     size_drawn = max(batch_size, 2) if model.pipe.device.type == "cpu" else batch_size
@@ -109,6 +112,14 @@ def draw(
     return Drawn(paths, [_key(key, request) for request in requests], count, time.perf_counter() - begin)
 
 
+def undrawn(
+    model: Model, requests: list[Request], folder: Path, num_inference_steps: int, trained: dict | None = None
+) -> list[Request]:
+    """Those of ``requests`` whose picture is not in ``folder``, as :func:`draw` would draw it."""
+    key = _model_key(model, num_inference_steps, trained)
+    return [request for request in requests if key_in(_path(folder, request)) != _key(key, request)]
+
+
 def to_picture(pixels: np.ndarray, name: str, black: bool = False) -> Image.Image:
     """Float pixels ``(height, width, 3)`` in 0…1 → an RGB picture.
 
@@ -132,8 +143,8 @@ def _path(folder: Path, request: Request) -> Path:
     return folder / f"{request.name}.png"
 
 
-def _model_key(model: Model, num_inference_steps: int) -> dict:
-    return {
+def _model_key(model: Model, num_inference_steps: int, trained: dict | None) -> dict:
+    return ({"trained": trained} if trained else {}) | {
         "model": identity(model),
         **sampler(model.pipe),
         "num_inference_steps": num_inference_steps,

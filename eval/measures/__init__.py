@@ -12,6 +12,8 @@ from types import ModuleType
 MEASURES = (  # in the order of tables
     "accuracy",
     "composition",
+    "relearn",
+    "probe",
     "i2p",
     "nudity",
     "clip_score",

@@ -41,7 +41,7 @@ def text(score, dash: str = "–") -> str:
     if score is None:
         return dash
     value, low, high = numbers(score)
-    shown = str(value) if isinstance(value, int) else f"{value:.1f}"
+    shown = f"{value:.1f}" if isinstance(value, float) else str(value)
     return shown if low is None else f"{shown} ({low:.1f}{dash}{high:.1f})"
 
 
