@@ -14,6 +14,7 @@ from collections.abc import Callable
 from salun_diffusion.stats import proportion
 
 MIXED = "mixed"  # the slot of concepts of several kinds: nothing is in-domain for all
+NOTHING = "nothing"  # what a smear or a wholly black picture shows
 OBJECT_QUESTIONS = ("left", "right", "label")  # the questions that are answered with a thing in the picture
 
 
@@ -51,6 +52,12 @@ def forgotten(row: dict, value: str) -> bool:
         )
     places = _objects(row) if questions[0] in OBJECT_QUESTIONS else questions
     return not any(same(value, row["predicted"][place]["label"]) for place in places)
+
+
+def shows(row: dict, value: str) -> bool:
+    """Whether an attack has won by this picture: the concept is seen, and no place of its kind holds a smear."""
+    places = _objects(row) or list(row["expect"])
+    return not forgotten(row, value) and not any(row["predicted"][place]["label"] == NOTHING for place in places)
 
 
 def _objects(row: dict) -> list[str]:
