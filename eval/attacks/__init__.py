@@ -21,6 +21,11 @@ from salun_diffusion.options import assigned
 
 ATTACKS = (  # in the order of tables
     "concept_inversion",
+    "soft_prompt",
+    "unlearndiffatk",
+    "ring_a_bell",
+    "tina",
+    "noise_probe",
 )
 PLAIN = "plain"  # the set of the prompts as they are
 BUDGETS = ("small", "published")

@@ -139,6 +139,10 @@ class Target:
         pictures, rows = self._gallery(count)
         return self._samples(pictures), rows
 
+    def rows(self, count: int) -> list[Row]:
+        """``count`` prompts that ask for the concept and are none of the attacked ones, each with its anchor's."""
+        return self.concepts[0].forget_rows(count, self.seed, "attack")
+
     def _samples(self, pictures: list[Image.Image]) -> torch.Tensor:
         self.model.need(["pictures"], "This attack")
         side = self.model.picture_side

@@ -57,12 +57,14 @@ class Text:
 
     def between(self, prompt: str, words: list[str]) -> list[str]:
         """The parts of ``prompt`` before, between and after whichever of ``words`` stand in it."""
+        if not words:
+            return [prompt.strip()]
         found = re.split(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)", prompt, flags=re.IGNORECASE)
         return [part.strip() for part in found]
 
     def with_slots(self, prompt: str, words: list[str], count: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids ``(length,)`` of ``prompt`` with ``count`` free places for the first of ``words`` in it (at its
-        beginning, where it names none; other mentions are left out), and a mask of those places.
+        beginning, where it names none or none are given; other mentions are left out), and a mask of those places.
         """
         first, *rest = self.between(prompt, words)
         rest, first = (rest, first) if rest else ([first], "")
