@@ -22,7 +22,7 @@ ABOUT = About(
     "corrected by AdamW, and drawn again from the noise under the empty prompt without guidance",
     access="white box, without text",
 )
-SMALL = {"steps": 20, "iterations": 5, "learning_rate": 5e-3}
+SMALL = {"steps": 20, "iterations": 5, "learning_rate": 0.02}
 
 
 @dataclass
