@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from shell import here, run
 from tiny import erasure
 
+from eval.measures import attack as measure
 from salun_diffusion.models import load_model
 
 FAST = [
@@ -125,27 +126,32 @@ def lacking(done, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "name, options",
-    [
-        ("concept_inversion", ["steps=40", "batch_size=6", "learning_rate=0.05"]),
-        ("soft_prompt", ["steps=25", "learning_rate=0.05"]),
-        ("unlearndiffatk", ["timesteps=4", "iterations=10", "learning_rate=0.05"]),
-        ("tina", ["steps=20", "iterations=5", "learning_rate=0.02"]),
-    ],
-)
-def test_an_attack_finds_the_concept_on_a_model_that_has_it(name, options, lacking, broken, tmp_path):
-    words = ["--prompts", lacking / "prompts.csv", "--pictures", lacking / "pictures", "--erasure", broken]
-    attack(tmp_path, *words, "--num_inference_steps", "8", names=[name], options=[f"{name}.{o}" for o in options])
-    results, _ = results_of(tmp_path)
-    base = results["models"][0]["attacks"]
-    assert base["plain"]["asr"]["count"] == 0 and base[name]["asr"]["count"] >= 2
+def test_attacks_find_the_concept_on_a_model_that_has_it_when_the_prompt_does_not_name_it(lacking, tmp_path):
+    options = [
+        "concept_inversion.steps=40", "concept_inversion.batch_size=6", "concept_inversion.learning_rate=0.05",
+        "soft_prompt.steps=25", "soft_prompt.learning_rate=0.05", "unlearndiffatk.timesteps=3", "tina.iterations=3",
+        "tina.learning_rate=0.03",
+    ]  # fmt: skip
+    names = ["concept_inversion", "soft_prompt", "unlearndiffatk", "tina"]
+    results = measure.run(
+        measure.Options(
+            pretrained_model_name_or_path="demo", concept=["airplane"], output_dir=tmp_path, attack=names,
+            attack_option=options, prompts=lacking / "prompts.csv", pictures=lacking / "pictures",
+        )
+    )  # fmt: skip
+    (base,) = results["models"]
+    assert base["attacks"]["plain"]["asr"]["count"] == 0
+    assert {name: base["attacks"][name]["asr"]["count"] >= 2 for name in names} == dict.fromkeys(names, True)
 
 
-def test_ring_a_bell_finds_words_for_the_concept_that_the_model_draws(broken, tmp_path):
-    options = ["ring_a_bell.population=24", "ring_a_bell.generations=40"]
-    attack(tmp_path, "--erasure", broken, "--num_prompts", "4", names=["ring_a_bell"], options=options)
-    assert results_of(tmp_path)[0]["models"][0]["attacks"]["ring_a_bell"]["asr"]["count"] >= 1
+def test_ring_a_bell_finds_words_for_the_concept_that_the_model_draws(tmp_path):
+    results = measure.run(
+        measure.Options(
+            pretrained_model_name_or_path="demo", concept=["airplane"], output_dir=tmp_path, attack=["ring_a_bell"],
+            attack_option=["ring_a_bell.generations=40"], num_prompts=4,
+        )
+    )  # fmt: skip
+    assert results["models"][0]["attacks"]["ring_a_bell"]["asr"]["count"] >= 1
 
 
 @pytest.mark.parametrize(
