@@ -26,6 +26,13 @@ ATTACKS = (  # in the order of tables
     "ring_a_bell",
     "tina",
     "noise_probe",
+    "p4d",
+    "p4d_k",
+    "completion",
+    "quantize",
+    "prune",
+    "finetune",
+    "scale",
 )
 PLAIN = "plain"  # the set of the prompts as they are
 BUDGETS = ("small", "published")

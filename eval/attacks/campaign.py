@@ -130,7 +130,8 @@ class Campaign:
                 shows({"expect": case.row.expect, "prompt": case.prompt, **answer}, labelled.label)
                 for case, answer in zip(cases, self._judged(cases, found), strict=True)
             ],
-            labelled.how["num_inference_steps"], self.asked.seed, module.ABOUT.sees_base,
+            labelled.how["num_inference_steps"], labelled.how["guidance_scale"], self.asked.seed,
+            module.ABOUT.sees_base,
         )  # fmt: skip
         settings = {
             "model": identity(labelled.model), **sampler(labelled.model.pipe), "dtype": str(labelled.model.dtype),

@@ -66,14 +66,10 @@ def probed(target: Target, cases: Sequence[Case], eta: float, scale: float, step
     def noise() -> torch.Tensor:
         return torch.stack([torch.randn(model.sample_shape, generator=own) for own in random]).to(model.device)
 
-    prompts = model.encode([case.prompt for case in cases])
-    empty = model.repeated(model.empty, len(cases))
-    both = {key: torch.cat([empty[key], model.moved(prompts[key])]) for key in prompts}
-    guidance = torch.tensor([case.guidance_scale for case in cases], device=model.device)[:, None, None, None]
+    guided = target.guided(cases)
     noisy = noise()
     for time, now, before in steps_of(model, steps):
-        free, told = target.epsilon(model.moved(torch.cat([noisy, noisy])), time, both).float().chunk(2)
-        epsilon = free + guidance * (told - free)
+        epsilon = guided(noisy, time)
         sigma = ((1 - before) / (1 - now)).sqrt() * (1 - now / before).sqrt()
         clean = (noisy - (1 - now).sqrt() * epsilon) / now.sqrt()
         direction = (1 - before - eta * sigma**2).abs().sqrt()

@@ -31,7 +31,7 @@ class Case:
     name: str
     row: Row
     guidance_scale: float
-    picture: Image.Image
+    picture: Image.Image | None
 
     @property
     def prompt(self) -> str:
@@ -81,6 +81,7 @@ class Target:
         concepts: what was erased.
         seed: the run's own.
         num_inference_steps: of every picture that is drawn.
+        guidance_scale: of pictures that are no case's.
 
     Args:
         gallery: gives pictures of the concept that are none of the prompts' own, with a prompt for each; called when an
@@ -96,11 +97,12 @@ class Target:
         gallery: Callable[[int], tuple[list[Image.Image], list[Row]]],
         sees: Callable[[Sequence[Case], list[Image.Image]], list[bool]],
         num_inference_steps: int,
+        guidance_scale: float,
         seed: int,
         may_see_base: bool = False,
     ):
         self.model, self.concepts, self.seed = model, concepts, seed
-        self.num_inference_steps, self.sees = num_inference_steps, sees
+        self.num_inference_steps, self.guidance_scale, self.sees = num_inference_steps, guidance_scale, sees
         self._gallery, self._may_see_base = gallery, may_see_base
         for part in model.pipe.components.values():
             if isinstance(part, torch.nn.Module):
@@ -132,18 +134,18 @@ class Target:
 
     def clean(self, cases: Sequence[Case]) -> torch.Tensor:
         """The samples ``(n, channels, height, width)`` of the cases' own pictures, fp32, on the CPU."""
-        return self._samples([case.picture for case in cases])
+        return self._encoded([case.picture for case in cases])
 
     def gallery(self, count: int) -> tuple[torch.Tensor, list[Row]]:
         """``count`` pictures of the concept as samples, and the row of each, whose prompt asks for it."""
         pictures, rows = self._gallery(count)
-        return self._samples(pictures), rows
+        return self._encoded(pictures), rows
 
     def rows(self, count: int) -> list[Row]:
         """``count`` prompts that ask for the concept and are none of the attacked ones, each with its anchor's."""
         return self.concepts[0].forget_rows(count, self.seed, "attack")
 
-    def _samples(self, pictures: list[Image.Image]) -> torch.Tensor:
+    def _encoded(self, pictures: list[Image.Image]) -> torch.Tensor:
         self.model.need(["pictures"], "This attack")
         side = self.model.picture_side
         return self.model.encode_pictures([picture.resize((side, side)) for picture in pictures]).float().cpu()
@@ -174,6 +176,20 @@ class Target:
         alpha = self.model.schedule.alphas_cumprod[timestep].to(noisy.device)
         return alpha.sqrt() * predicted + (1 - alpha).sqrt() * noisy
 
+    def guided(self, cases: Sequence[Case]) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        """The noise that the network sees in samples of ``cases`` at a timestep, by prompt and guidance, fp32."""
+        prompts, empty = self.model.encode([case.prompt for case in cases]), self.model.empty
+        empty = self.model.repeated(empty, len(cases))
+        both = {key: torch.cat([empty[key], self.model.moved(prompts[key])]) for key in prompts}
+        scale = torch.tensor([case.guidance_scale for case in cases], device=self.model.device)[:, None, None, None]
+
+        def epsilon(noisy: torch.Tensor, timestep: int) -> torch.Tensor:
+            pair = self.model.moved(torch.cat([noisy, noisy]))
+            free, told = self.epsilon(pair, timestep, both).float().chunk(2)
+            return free + scale * (told - free)
+
+        return epsilon
+
     def progress(self, count: int, title: str) -> Iterable[int]:
         """``range(count)`` with a bar in the main process, for what is learned once."""
         return tqdm(range(count), desc=title, unit="step", disable=not PartialState().is_main_process)
@@ -184,9 +200,12 @@ class Target:
         return 2 * self.num_inference_steps
 
     @torch.no_grad()
-    def draw(self, cases: Sequence[Case], condition: Condition) -> list[Image.Image]:
-        """A picture for each case, from its own seed and guidance, by ``condition`` ``(n, …)``."""
-        pictures: dict[int, Image.Image] = {}
+    def samples(self, cases: Sequence[Case], condition: Condition | None = None) -> torch.Tensor:
+        """What the model draws for each case, from its own seed and guidance, by ``condition`` ``(n, …)`` or by its
+        prompt: samples ``(n, channels, height, width)``, fp32, on the CPU.
+        """
+        condition = condition or self.model.encode([case.prompt for case in cases])
+        found: dict[int, torch.Tensor] = {}
         order = sorted(range(len(cases)), key=lambda i: cases[i].guidance_scale)
         for guidance, group in groupby(order, lambda i: cases[i].guidance_scale):
             places = list(group)
@@ -195,12 +214,16 @@ class Target:
             told = {name: own[key] for key, name in ARGUMENTS.items() if key in own}
             told |= {f"negative_{name}": empty[key] for key, name in ARGUMENTS.items() if key in own}
             self.model.pipe.set_progress_bar_config(disable=True)
-            samples = self.model.pipe(
+            drawn = self.model.pipe(
                 generator=[torch.Generator("cpu").manual_seed(cases[i].row.seed) for i in places],
                 num_inference_steps=self.num_inference_steps, guidance_scale=guidance, output_type="latent", **told,
             ).images  # fmt: skip
-            pictures |= dict(zip(places, self.pictures(samples), strict=True))
-        return [pictures[i] for i in range(len(cases))]
+            found |= dict(zip(places, drawn.float().cpu(), strict=True))
+        return torch.stack([found[i] for i in range(len(cases))])
+
+    def draw(self, cases: Sequence[Case], condition: Condition) -> list[Image.Image]:
+        """:meth:`samples` as pictures."""
+        return self.pictures(self.samples(cases, condition))
 
     def draw_prompts(self, cases: Sequence[Case], prompts: list[str]) -> list[Image.Image]:
         """A picture for each case by a prompt of its own."""

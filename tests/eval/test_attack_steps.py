@@ -1,18 +1,38 @@
 """Each attack's loss and update beside a plain twin: one prompt at a time, written as the paper says it."""
 
+import copy as copy_module
 import random
+import tempfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import build
+from tiny import bits, build, erasure, same
 
-from eval.attacks import ATTACKS, concept_inversion, find_attack, noise_probe, ring_a_bell, soft_prompt, tina
+from eval.attacks import (
+    ATTACKS,
+    completion,
+    concept_inversion,
+    find_attack,
+    finetune,
+    noise_probe,
+    p4d,
+    p4d_k,
+    prune,
+    quantize,
+    ring_a_bell,
+    soft_prompt,
+    tina,
+)
 from eval.attacks import unlearndiffatk as uda
 from eval.attacks.ddim import steps_of
 from eval.attacks.target import Case, Learned, Target
 from salun_diffusion.concepts.concept import Concept, Row
 from salun_diffusion.concepts.templates import Vocabulary
+from salun_diffusion.errors import SalunError
+from salun_diffusion.loader import load_erasure, unload_erasure
 from salun_diffusion.models import model_of
 
 STEPS = 3  # of every drawing
@@ -31,7 +51,11 @@ def target(model):
     concept = Concept("airplane", "object", "airplane", "cat", vocabulary)
     pictures = [noise(i) for i in range(5)]
     rows = concept.forget_rows(5, 0)
-    return Target(model, [concept], lambda n: (pictures[:n], rows[:n]), lambda cases, _: [False] * len(cases), STEPS, 7)
+
+    def gallery(count):
+        return pictures[:count], rows[:count]
+
+    return Target(model, [concept], gallery, lambda cases, _: [False] * len(cases), STEPS, 4.0, 7)
 
 
 def noise(seed):
@@ -45,14 +69,14 @@ def cases_of(*prompts):
 CASES = cases_of("a picture of an airplane", "an airplane on red background", "two airplanes")
 
 
-def plain_loss(target, clean, noise, t, hidden):
+def plain_loss(target, clean, noise, t, hidden, network=None):
     """``‖truth − prediction‖²`` of one sample (C, H, W), from the schedule alone."""
     alpha = target.model.schedule.alphas_cumprod[t]
     noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
     truth = noise
     if target.model.schedule.config.prediction_type == "v_prediction":
         truth = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
-    predicted = target.model.network(noisy[None], t, encoder_hidden_states=hidden).sample[0]
+    predicted = (network or target.model.network)(noisy[None], t, encoder_hidden_states=hidden).sample[0]
     return ((predicted - truth) ** 2).mean()
 
 
@@ -244,6 +268,120 @@ def test_the_noise_probe_at_eta_1_is_diffusers_own_ddim_and_adds_noise_beyond(ta
     found = noise_probe.probed(target, CASES, 1.0, 1.0, 4)
     assert torch.allclose(found[0], z[0], atol=1e-3)
     assert not torch.allclose(noise_probe.probed(target, CASES, 1.7, 1.0, 4)[0], z[0], atol=0.1)
+
+
+def test_rounding_and_pruning_of_a_matrix_entry_by_entry():
+    weight = torch.randn(5, 3, 2, generator=torch.Generator().manual_seed(2))
+    found = quantize.rounded(weight, "int8")
+    for row, whole in zip(found.flatten(1), weight.flatten(1), strict=True):
+        scale = max(abs(value) for value in whole.tolist()) / 127
+        assert row.tolist() == pytest.approx([round(value / scale) * scale for value in whole.tolist()], abs=1e-6)
+    assert torch.equal(quantize.rounded(weight, "fp16"), weight.half().float())
+    assert not quantize.rounded(torch.zeros(2, 3), "int4").any()
+    gone = sorted(weight.flatten().abs().tolist())[9]
+    assert torch.equal(prune.pruned(weight, 1 / 3), torch.where(weight.abs() <= gone, 0.0, weight))
+
+
+def test_finetuning_steps_as_a_plain_loop(target):
+    options = finetune.Options(steps=2, learning_rate=0.01, batch_size=2, others=3)
+    before = bits(target.model.pipe)
+    learned = finetune.learn(target, options)
+    assert same(before, bits(target.model.pipe))
+    rows, own = target.concepts[0].retain_rows(3, 7, "attack"), target.generator(None, "finetune")
+    clean = target.samples([Case("", row, 4.0, None) for row in rows])
+    copy = copied(target.model)
+    weights = [weight for weight in copy.network.parameters() if weight.dim() > 1]
+    for weight in weights:
+        weight.requires_grad_(True)
+    optimizer = torch.optim.Adam(weights, lr=0.01)
+    for _ in range(2):
+        chosen, times = torch.randint(3, (2,), generator=own), torch.randint(1000, (2,), generator=own)
+        noises, losses = torch.randn(2, *clean.shape[1:], generator=own), []
+        for i, t, eps in zip(chosen.tolist(), times.tolist(), noises, strict=True):
+            hidden = copy.encode([rows[i].prompt])["encoder_hidden_states"]
+            losses.append(plain_loss(target, clean[i], eps, t, hidden, copy.network))
+        optimizer.zero_grad()
+        (sum(losses) / 2).backward()
+        optimizer.step()
+    for name, weight in copy.network.named_parameters():
+        if weight.dim() > 1:
+            assert torch.allclose(learned.tensors[name], weight.detach(), atol=3e-3), name
+
+
+def copied(model):
+    """A model with a network of its own, of the same weights."""
+    pipe = type(model.pipe)(**{**model.pipe.components, "unet": copy_module.deepcopy(model.network)})
+    return model_of(pipe)
+
+
+@pytest.mark.parametrize("module", [p4d, p4d_k])
+def test_p4d_follows_what_the_base_model_says_of_the_prompt(module, target):
+    target = copy_module.copy(target)
+    target._may_see_base = True
+    model = target.model
+    plain = copied(model)
+    delta = erasure(model.network, size=0.3)
+    load_erasure(model.pipe, saved(delta))
+    try:
+        options = module.Options(steps=4, check_every=2, **({"tokens": 3} if module is p4d else {}))
+        found = module.attack(target, CASES, options, Learned())
+        table = target.text.table
+        directions = table / table.norm(dim=1, keepdim=True)
+        for case, outcome in zip(CASES, found, strict=True):
+            clean, own = target.clean([case])[0], target.generator(case, "p4d")
+            ids, free = module.slots(target, case, options)
+            picked = torch.randint(len(table), (77,), generator=own)
+            moving = table[picked].clone().requires_grad_()
+            optimizer = torch.optim.AdamW([moving], lr=0.1, weight_decay=0.1)
+            prompt = plain.encode([case.prompt])["encoder_hidden_states"]
+            for _ in range(4):
+                t, eps = int(torch.randint(1000, (1,), generator=own)), torch.randn(clean.shape, generator=own)
+                alpha = model.schedule.alphas_cumprod[t]
+                noisy = (alpha.sqrt() * clean + (1 - alpha).sqrt() * eps)[None]
+                with torch.no_grad():
+                    wanted = plain.network(noisy, t, encoder_hidden_states=prompt).sample
+                    near = (moving / moving.norm(dim=1, keepdim=True) @ directions.T).argmax(1)
+                put = torch.where(free[:, None], table[near] + moving - moving.detach(), table[ids])
+                hidden = plain_text(target, "a", lambda e: put)  # noqa: B023
+                loss = ((model.network(noisy, t, encoder_hidden_states=hidden).sample - wanted) ** 2).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            near = (moving / moving.norm(dim=1, keepdim=True) @ directions.T).argmax(1)
+            assert outcome.text == target.text.words(torch.where(free, near, ids))
+            assert (outcome.steps, outcome.backward, outcome.forward) == (4, 4, 8 + 2 * 2 * STEPS)
+    finally:
+        unload_erasure(model.pipe)
+    target._may_see_base = False
+    with pytest.raises(SalunError, match="its file does not say"), target.base():
+        pass
+
+
+def saved(delta, folder=[]):  # noqa: B006
+    """The file of an erasure, in one folder for the whole module."""
+    folder = folder or folder.append(tempfile.mkdtemp()) or folder
+    path = Path(folder[0]) / "erasure.safetensors"
+    delta.save(path)
+    return path
+
+
+def test_completion_draws_on_from_the_noised_picture(target):
+    options = completion.Options(steps=4, kept="0.5")
+    found = completion.attack(target, CASES, options, Learned())
+    case, steps = CASES[1], steps_of(target.model, 4)[2:]
+    own = target.generator(case, "completion")
+    clean, alpha = target.clean([case])[0], steps[0][1]
+    z = (alpha.sqrt() * clean + (1 - alpha).sqrt() * torch.randn(clean.shape, generator=own))[None]
+    hidden = target.model.encode(["", case.prompt])["encoder_hidden_states"]
+    for t, now, before in steps:
+        with torch.no_grad():
+            free, told = target.model.network(torch.cat([z, z]), t, encoder_hidden_states=hidden).sample.chunk(2)
+        eps = free + case.guidance_scale * (told - free)
+        if target.model.schedule.config.prediction_type == "v_prediction":
+            eps = now.sqrt() * eps + (1 - now).sqrt() * z
+        z = before.sqrt() * (z - (1 - now).sqrt() * eps) / now.sqrt() + (1 - before).sqrt() * eps
+    (picture,) = target.pictures(z)
+    assert np.abs(np.asarray(picture, int) - np.asarray(found[1].picture, int)).max() <= 2
 
 
 @pytest.mark.parametrize("name", ATTACKS)
