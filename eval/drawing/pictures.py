@@ -106,7 +106,7 @@ def draw(
                 bar.update(len(now))
                 for request, values in zip(now, pixels[: len(now)], strict=True):
                     path = _path(folder, request)
-                    _save(to_picture(values, str(path), black), path, _key(key, request))
+                    save(to_picture(values, str(path), black), path, _key(key, request))
     count = sum(gather_object([len(missing)]))  # waits for every process
     paths = [_path(folder, request) for request in requests]
     return Drawn(paths, [_key(key, request) for request in requests], count, time.perf_counter() - begin)
@@ -166,7 +166,8 @@ def key_in(path: Path) -> str | None:
         return None
 
 
-def _save(picture: Image.Image, path: Path, key: str) -> None:
+def save(picture: Image.Image, path: Path, key: str) -> None:
+    """Write a picture's file, with the hash of all that made it inside."""
     about = PngImagePlugin.PngInfo()
     about.add_text(KEY, key)
     with replacing(path) as file:

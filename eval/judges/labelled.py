@@ -8,6 +8,7 @@ Their ``results.json`` adds ``concept`` (``name``, ``slot``: its kind, ``value``
 docstring of :mod:`eval.metrics` has it; ``set`` is the kind of prompt, ``seed`` that of the starting noise.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -27,6 +28,7 @@ from .. import options, results, subjects
 from ..drawing.pictures import Drawn, Request, draw
 from .classifier import Judge
 from .metrics import MIXED, NOTHING, asked
+from .nudity import NudityJudge
 from .zero_shot import ZeroShotJudge, whole
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
@@ -56,12 +58,19 @@ class Labelled:
         slots = {concept.slot for concept in self.concepts}
         self.slot = slots.pop() if len(slots) == 1 else MIXED
         self.settings = _shared([concept.settings for concept in self.concepts], asked)
-        self.judge: Judge | ZeroShotJudge
+        self.judge: Judge | ZeroShotJudge | NudityJudge
         self.classifier = asked.classifier or f"{self.base}/judge"
         if asked.judge == "classifier":
             if asked.clip or asked.reference:
                 raise SalunError("--clip and --reference mean nothing to --judge classifier: leave them out.")
             self.judge = Judge(asked.classifier or _default_classifier(folder))
+        elif asked.judge == "nudenet":
+            if asked.classifier or asked.clip or asked.reference:
+                raise SalunError(
+                    "--classifier, --clip and --reference mean nothing to --judge nudenet: leave them out."
+                )
+            self.judge = NudityJudge(self.label, asked.protocol, asked.detector, asked.resolution)
+            self.classifier = self.judge.source
         else:
             if asked.classifier:
                 raise SalunError(f"--classifier means nothing to --judge {asked.judge}: leave it out.")
@@ -97,6 +106,8 @@ class Labelled:
         Raises:
             SalunError: prompts that cannot be judged.
         """
+        if isinstance(self.judge, NudityJudge):
+            rows = [(kind, replace(row, expect={"label": self.label})) for kind, row in rows]
         if isinstance(self.judge, ZeroShotJudge):
             rows = [(kind, whole(kind, row, self.concepts)) for kind, row in rows]
             self.judge.learn([row for _, row in rows], self.concepts)
@@ -125,12 +136,13 @@ class Labelled:
         if state.is_main_process:
             results.begin(asked.output_dir, format)
 
-    def drawn(self, rows: Rows, model: dict) -> Drawn:
-        """Draw ``rows`` with ``model``, which is applied."""
+    def drawn(self, rows: Rows, model: dict, guidance: list[float] | None = None) -> Drawn:
+        """Draw ``rows`` with ``model``, which is applied, each at its own ``guidance`` if that is given."""
         how = self.how
+        scales = guidance or [how["guidance_scale"]] * len(rows)
         requests = [
-            Request(f"{kind}-{i:04d}", row.prompt, row.seed, how["guidance_scale"])
-            for i, (kind, row) in enumerate(rows)
+            Request(f"{kind}-{i:04d}", row.prompt, row.seed, scale)
+            for i, ((kind, row), scale) in enumerate(zip(rows, scales, strict=True))
         ]
         folder = self.options.output_dir / "pictures" / model["name"]
         steps, batch_size = how["num_inference_steps"], how["batch_size"]

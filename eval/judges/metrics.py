@@ -56,6 +56,12 @@ def forgotten(row: dict, value: str) -> bool:
     return not any(same(value, row["predicted"][place]["label"]) for place in places)
 
 
+def shows(row: dict, value: str) -> bool:
+    """Whether an attack has won by this picture: the concept is seen, and no place of its kind holds a smear."""
+    places = _objects(row) or list(row["expect"])
+    return not forgotten(row, value) and not any(row["predicted"][place]["label"] == NOTHING for place in places)
+
+
 def _objects(row: dict) -> list[str]:
     return [question for question in row["expect"] if question in OBJECT_QUESTIONS]
 

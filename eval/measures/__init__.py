@@ -12,6 +12,7 @@ from types import ModuleType
 MEASURES = (  # in the order of tables
     "accuracy",
     "composition",
+    "attack",
     "relearn",
     "probe",
     "i2p",

@@ -3,7 +3,7 @@ same, ``before-after.png``, for where a page cannot go.
 
 It needs ``config.json`` (erase_concept.py), ``results.json``, ``samples.jsonl`` and the pictures these name
 (``python -m eval accuracy``); ``training.jsonl`` and ``mask.safetensors`` each add a chart, and so do the results of
-``relearn`` and ``probe`` in folders of these names.
+``attack``, ``relearn`` and ``probe`` in folders of these names.
 """
 
 import json
@@ -25,6 +25,7 @@ salient weights lie; and from relearn/ and probe/ below it, where these commands
 the concept comes back and what changes inside the network. The page needs no other file and no network."""
 RELEARNED = 4  # prompts whose pictures are shown at every checkpoint
 NEIGHBOURS = 4  # words beside the anchor that count as the concept's neighbours
+WON = 6  # pictures of each attack
 QUESTIONS = {
     "object": ("Objects", "every object that the prompt names is there, on whichever side"),
     "style": ("Style", "drawn in the style that the prompt names"),
@@ -61,7 +62,7 @@ def report(run_dir: Path, output: Path | None = None) -> Path:
 
     from salun_diffusion.erasures.mask import describe, load_masks
 
-    from ..results import read, read_samples
+    from ..results import RESULTS, read, read_samples
     from . import charts
     from .grid import columns, name_models, picture_rows, render
 
@@ -105,6 +106,7 @@ def report(run_dir: Path, output: Path | None = None) -> Path:
         size=erasure.stat().st_size if erasure.exists() else None,
         relearning=_relearning(run_dir / relearn.NAME, metrics),
         probing=_probing(run_dir / probe.NAME, metrics),
+        attacks=attacks(run_dir / "attack", metrics["models"][1]) if (run_dir / "attack" / RESULTS).exists() else None,
     )
     some = [*chosen["forget"][:5], *chosen["near"][:2], *chosen["far"][:2]]
     charts.before_after([(titles, columns(drawn, some))]).save(run_dir / "before-after.png")
@@ -173,6 +175,41 @@ def _beside(folder: Path, format: str, metrics: dict) -> dict | None:
             "concept into it, or move it elsewhere."
         )
     return found
+
+
+def attacks(folder: Path, model: dict) -> dict:
+    """For the page: what ``python -m eval attack`` found of ``model``: its ``protocol``, a row for each attack, and the
+    pictures that won, the first ones of each by the order of the prompts.
+
+    Raises:
+        SalunError: the results are of another measure, or hold nothing of this model.
+    """
+    from ..measures import attack
+    from ..results import picture, read, read_samples
+    from .grid import as_data
+
+    results = read(folder)
+    same = [one for one in results["models"] if one["digest"] == model["digest"]]
+    if results["format"] != attack.FORMAT or not same:
+        raise SalunError(
+            f"{folder} holds no attacks on this erasure: give `python -m eval attack` the same run and scale, or "
+            "another --output_dir."
+        )
+    base, (about, *_), rows = results["models"][0], same, []
+    lines = read_samples(folder, results)[about["name"]]
+    for name, found in about["attacks"].items():
+        won = [line for line in lines if line["set"] == name and line["won"]] if name != attack.PLAIN else []
+        told = results["attacks"].get(name, {"title": "None: the prompts as they are", "paper": "", "access": ""})
+        rows.append({
+            "name": name, "title": told["title"], "paper": told["paper"], "access": told["access"], "found": found,
+            "base": base["attacks"][name],
+            "won": [
+                as_data(picture(folder, line))
+                | {"prompt": line["prompt"], "said": line.get("attack_prompt") or "", "seed": line["seed"]}
+                for line in won[:WON]
+            ],
+        })  # fmt: skip
+    return {"rows": rows, "protocol": results["protocol"], "settings": results["settings"]}
 
 
 def find_neighbours(metrics: dict) -> dict[str, float | None]:

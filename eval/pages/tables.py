@@ -106,7 +106,7 @@ def notes(runs: list[dict]) -> str:
             f"{settings[key]} {what}"
             for key, what in (
                 ("num_forget_images", "pictures of the concept"), ("num_retain_images", "of all else"),
-                ("num_images", "pictures for each task"),
+                ("num_images", "pictures for each task"), ("num_prompts", "prompts attacked"),
             )
             if key in settings
         )  # fmt: skip
