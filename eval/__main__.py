@@ -3,6 +3,7 @@ r"""Is the concept gone, and is everything else still there?
     python -m eval accuracy --pretrained_model_name_or_path demo --concept airplane \
         --erasure runs/airplane runs/airplane/no-mask --output_dir runs/airplane
     python -m eval report runs/airplane
+    python -m eval audit --erasure runs/airplane
     python -m eval i2p --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4 --erasure runs/nudity \
         --output_dir runs/nudity/i2p
     python -m eval compare runs/airplane runs/cat --output_dir runs/compared
@@ -19,6 +20,7 @@ import os
 from salun_diffusion.files import locked
 from salun_diffusion.options import add_options, finish, options_from
 
+from . import audit
 from .drawing import command as draw
 from .measures import measures
 from .pages import columns, compare, report
@@ -28,7 +30,7 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m eval", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    modules = {module.NAME: module for module in (*measures(), draw, compare, report, columns)}
+    modules = {module.NAME: module for module in (*measures(), audit, draw, compare, report, columns)}
     parsers = {
         name: commands.add_parser(
             name, help=module.SUMMARY, description=module.DESCRIPTION, formatter_class=raw, allow_abbrev=False

@@ -56,7 +56,7 @@ class Erasures(Models):
 
 
 @dataclass
-class Labelled(Erasures, Output):
+class Judged(Erasures):
     """How labelled prompts of a concept are drawn and judged."""
 
     concept: list[str] = option(
@@ -102,6 +102,11 @@ class Labelled(Erasures, Output):
         None, "a folder with a folder of pictures for each answer, named by it", metavar="FOLDER"
     )
     seed: int = option(0, "fixes the prompts and every starting noise", metavar="N")
+
+
+@dataclass
+class Labelled(Judged, Output):
+    """The same, and where the results go."""
 
 
 @dataclass

@@ -13,7 +13,6 @@ from pathlib import Path
 from salun_diffusion.errors import SalunError
 from salun_diffusion.options import option
 
-from ..measures import probe, relearn
 from ..measures.accuracy import FORMAT
 
 NAME = "report"
@@ -23,9 +22,7 @@ Read what a run folder holds (config.json, results.json, samples.jsonl, pictures
 if they are there) and write report.html: pictures before and after, scores with intervals, the loss curve, where the
 salient weights lie; and from relearn/ and probe/ below it, where these commands were given that --output_dir, how fast
 the concept comes back and what changes inside the network. The page needs no other file and no network."""
-RELEARNED = 4  # prompts whose pictures are shown at every checkpoint
 NEIGHBOURS = 4  # words beside the anchor that count as the concept's neighbours
-WON = 6  # pictures of each attack
 QUESTIONS = {
     "object": ("Objects", "every object that the prompt names is there, on whichever side"),
     "style": ("Style", "drawn in the style that the prompt names"),
@@ -62,9 +59,10 @@ def report(run_dir: Path, output: Path | None = None) -> Path:
 
     from salun_diffusion.erasures.mask import describe, load_masks
 
-    from ..results import RESULTS, read, read_samples
+    from ..results import read, read_samples
     from . import charts
     from .grid import columns, name_models, picture_rows, render
+    from .sections import sections
 
     config = _json(run_dir / "config.json", "erase_concept.py")
     metrics = read(run_dir)
@@ -104,9 +102,7 @@ def report(run_dir: Path, output: Path | None = None) -> Path:
         if mask.exists() and metrics["models"][1]["erasure"]["density"] != 1
         else None,
         size=erasure.stat().st_size if erasure.exists() else None,
-        relearning=_relearning(run_dir / relearn.NAME, metrics),
-        probing=_probing(run_dir / probe.NAME, metrics),
-        attacks=attacks(run_dir / "attack", metrics["models"][1]) if (run_dir / "attack" / RESULTS).exists() else None,
+        **sections(run_dir, metrics),
     )
     some = [*chosen["forget"][:5], *chosen["near"][:2], *chosen["far"][:2]]
     charts.before_after([(titles, columns(drawn, some))]).save(run_dir / "before-after.png")
@@ -114,102 +110,6 @@ def report(run_dir: Path, output: Path | None = None) -> Path:
     output.write_text(page, encoding="utf-8")
     print(f"{output} ({output.stat().st_size / 1e6:.1f} MB)")
     return output
-
-
-def _relearning(folder: Path, metrics: dict) -> dict | None:
-    """What the page says of ``relearn``'s results, if there are any: the chart, and pictures of the first erasure."""
-    from markupsafe import Markup
-
-    from ..results import picture, read_samples
-    from . import charts
-    from .grid import as_data, name_models, spread, verdict
-
-    if (found := _beside(folder, relearn.FORMAT, metrics)) is None:
-        return None
-    main, value, slot = found["models"][1], found["concept"]["value"], found["concept"]["slot"]
-    named = [model for model in found["models"] if relearn.is_subject(model, value)]
-    titles = iter(name_models(named))
-    titles = [next(titles) if model in named else f"{model['name']}: {model['learns']}" for model in found["models"]]
-    samples = read_samples(folder, found)[main["name"]]
-    by_step = [[line for line in samples if line["step"] == point["step"]] for point in main["curve"]]
-    first, rows = by_step[0], []
-    for i in spread([i for i, line in enumerate(first) if line["set"] == "forget"], first, RELEARNED):
-        cells = [as_data(picture(folder, lines[i])) | verdict(lines[i], value, slot, True) for lines in by_step]
-        rows.append({"prompt": first[i]["prompt"], "seed": first[i]["seed"], "cells": cells})
-    chart = charts.relearning(found["models"], titles, [model not in named for model in found["models"]])
-    return {
-        "chart": Markup(chart), "protocol": found["protocol"], "rows": rows, "title": titles[1],
-        "steps": [f"step {point['step']}" for point in main["curve"]],
-        "table": [(title, model, relearn.scores(model)) for title, model in zip(titles, found["models"], strict=True)],
-    }  # fmt: skip
-
-
-def _probing(folder: Path, metrics: dict) -> dict | None:
-    """What the page says of ``probe``'s results, if there are any."""
-    from markupsafe import Markup
-
-    from . import charts
-    from .grid import name_models
-
-    if (found := _beside(folder, probe.FORMAT, metrics)) is None:
-        return None
-    titles = name_models(found["models"])[1:]
-    chart = charts.activations(found["layers"], found["models"][1:], titles)
-    return {"chart": Markup(chart), "protocol": found["protocol"]}
-
-
-def _beside(folder: Path, format: str, metrics: dict) -> dict | None:
-    """The results in ``folder``, or None if there are none.
-
-    Raises:
-        SalunError: those of another command, or about another concept.
-    """
-    from ..results import RESULTS, read
-
-    if not (folder / RESULTS).exists():
-        return None
-    found = read(folder)
-    if found["format"] != format or found.get("concept", {}).get("value") != metrics["concept"]["value"]:
-        raise SalunError(
-            f"{folder} holds other results than '{format}' about '{metrics['concept']['value']}': measure this run's "
-            "concept into it, or move it elsewhere."
-        )
-    return found
-
-
-def attacks(folder: Path, model: dict) -> dict:
-    """For the page: what ``python -m eval attack`` found of ``model``: its ``protocol``, a row for each attack, and the
-    pictures that won, the first ones of each by the order of the prompts.
-
-    Raises:
-        SalunError: the results are of another measure, or hold nothing of this model.
-    """
-    from ..measures import attack
-    from ..results import picture, read, read_samples
-    from .grid import as_data
-
-    results = read(folder)
-    same = [one for one in results["models"] if one["digest"] == model["digest"]]
-    if results["format"] != attack.FORMAT or not same:
-        raise SalunError(
-            f"{folder} holds no attacks on this erasure: give `python -m eval attack` the same run and scale, or "
-            "another --output_dir."
-        )
-    base, (about, *_), rows = results["models"][0], same, []
-    lines = read_samples(folder, results)[about["name"]]
-    for name, found in about["attacks"].items():
-        won = [line for line in lines if line["set"] == name and line["won"]] if name != attack.PLAIN else []
-        told = results["attacks"].get(name, {"title": "None: the prompts as they are", "paper": "", "access": ""})
-        rows.append({
-            "name": name, "title": told["title"], "paper": told["paper"], "access": told["access"], "found": found,
-            "base": base["attacks"][name],
-            "won": [
-                as_data(picture(folder, line))
-                | {"prompt": line["prompt"], "said": line.get("attack_prompt") or "", "seed": line["seed"]}
-                for line in won[:WON]
-            ],
-        })  # fmt: skip
-    return {"rows": rows, "protocol": results["protocol"], "settings": results["settings"]}
 
 
 def find_neighbours(metrics: dict) -> dict[str, float | None]:
