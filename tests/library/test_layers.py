@@ -15,7 +15,19 @@ LIBRARY = [
     "errors", "files", "tensors", "stats", "colours", "tables", "options", "process", "concepts", "models", "erasures",
     "loader", "masks", "methods", "config", "data", "training", "run", "erasing", "command_line", "export", "__main__",
 ]  # fmt: skip
-EVAL = ["options", "results", "subjects", "drawing", "judges", "attacks", "relearning", "measures", "pages", "audit", "__main__"]
+EVAL = [
+    "options",
+    "results",
+    "subjects",
+    "drawing",
+    "judges",
+    "attacks",
+    "relearning",
+    "measures",
+    "pages",
+    "audit",
+    "__main__",
+]
 ORDERS = {"salun_diffusion": LIBRARY, "eval": EVAL}
 ROOMS = ["eval", "classification", "demo", "pipelines", "benchmarks"]
 
