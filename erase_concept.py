@@ -4,7 +4,9 @@
     accelerate launch erase_concept.py --pretrained_model_name_or_path demo --concept airplane
 
 The run folder gets erasure.safetensors (load it with salun_diffusion.load_erasure), mask.safetensors, config.json,
-training.jsonl and pictures of what it was trained on. The same seed gives the same bits on the same machine.
+training.jsonl and pictures of what it was trained on. With --adapter lora it gets pytorch_lora_weights.safetensors
+in place of the first two, which pipe.load_lora_weights opens too. The same seed gives the same bits on the same
+machine.
 """
 
 import os

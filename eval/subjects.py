@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from salun_diffusion import list_erasures, load_erasure, unload_erasure
+from salun_diffusion.erasures.locate import ADAPTER_NAME, FILE_NAME
 from salun_diffusion.errors import SalunError
 from salun_diffusion.files import read_json
 from salun_diffusion.loader import identity, idle_erasures
@@ -105,7 +106,9 @@ def _name(source: str) -> str:
     if len(_parts(source)) > 1:
         return "+".join(map(_name, _parts(source)))
     path = Path(source)
-    return (path.parent if path.name == "erasure.safetensors" else path).absolute().name.removesuffix(".safetensors")
+    return (
+        (path.parent if path.name in (FILE_NAME, ADAPTER_NAME) else path).absolute().name.removesuffix(".safetensors")
+    )
 
 
 def _cost(source: Path) -> dict:
@@ -113,9 +116,10 @@ def _cost(source: Path) -> dict:
     file.
     """
     folder = source.parent if source.suffix == ".safetensors" else source
-    file = source if source.suffix == ".safetensors" else folder / "erasure.safetensors"
+    files = [source] if source.suffix == ".safetensors" else [folder / FILE_NAME, folder / ADAPTER_NAME]
+    file = next((file for file in files if file.is_file()), None)
     try:
         seconds = read_json(folder / "config.json").get("seconds")
     except (OSError, ValueError, AttributeError):  # a file alone, or one on the hub: it tells nothing, and need not
         seconds = None
-    return {"seconds": seconds, "bytes": file.stat().st_size if file.is_file() else None}
+    return {"seconds": seconds, "bytes": file.stat().st_size if file else None}

@@ -22,8 +22,14 @@ FREE = (  # what may differ between a run and its checkpoint
     "output_dir", "data_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "report_to",
     "validation_steps",
 )  # fmt: skip
-SOURCES = ("command line", "the call", "config file", "accelerate launch", "preset", "method", "default")
+SOURCES = ("command line", "the call", "config file", "accelerate launch", "preset", "method", "adapter", "default")
+WHOLE_LAYERS = ("density", "threshold")  # settings that choose single weights: of no use to an adapter
 LONGEST = 120  # bytes of the concept in the run folder's name
+ADAPTERS = ("lora",)
+RANK = 16
+# Times the learning rate where it was not given: Adam moves a layer's output less through two thin factors than through
+# all of its weights. On the demo model 4 to 10 times as much ends on the same losses, once as much on twice them.
+ADAPTER_RATE = 4
 LR_SCHEDULERS = ("constant", "linear", "cosine")
 
 
@@ -75,6 +81,13 @@ class EraseConfig:
         "which weights of the scope may change: those that saliency finds, all (none), or those of a mask.safetensors "
         "file; the method's, saliency for salun and salun_esd and none for others",
     )
+    adapter: str | None = option(
+        None,
+        "train a low-rank adapter (peft) on the scope's layers in place of single weights: pipe.load_lora_weights "
+        "opens the run folder. Saliency then chooses layers and their ranks; --mask none takes all",
+        ADAPTERS,
+    )
+    rank: int | None = option(None, "rank of an adapter's layer of mean saliency; 16 unless given (docs/export.md)")
     density: float = option(0.5, "share of the scoped weights that saliency lets change, between 0 and 1")
     scope: str | None = option(
         None,
@@ -95,7 +108,9 @@ class EraseConfig:
         "varies less and costs a forward pass a step; the preset's, or noise",
         RETAIN_TARGETS,
     )
-    learning_rate: float | None = option(None, "Adam's learning rate; the preset's, or the method's, or 1e-5")
+    learning_rate: float | None = option(
+        None, "Adam's learning rate; the preset's, or the method's, or 1e-5; four times that for an adapter"
+    )
     lr_scheduler: str | None = option(
         None, "how the learning rate falls to 0, if it does; the preset's, or constant", LR_SCHEDULERS
     )
@@ -219,17 +234,25 @@ class EraseConfig:
         mask = self.mask or filled["mask"]
         if method.closed_form and mask != "none":
             raise SalunError(f"--mask {mask}: --method {self.method} solves for whole matrices; only none goes.")
-        self.unused = method.unused(mask)
+        self.unused = [*method.unused(mask), *self._check_adapter(method, mask)]
         if self.validation_steps:  # those pictures are drawn whatever the method trains on
             self.unused = [name for name in self.unused if name not in NEEDS_DRAWING]
         for setting in self.unused:
             if setting in given and getattr(self, setting) is not None:
                 without = " without --mask saliency" if setting in NEEDS_SALIENCY else ""
+                if self.adapter and setting in WHOLE_LAYERS:
+                    raise SalunError(
+                        f"--{setting} means nothing to --adapter {self.adapter}, which moves whole layers: leave it "
+                        "out, and say by --rank how much may change."
+                    )
                 raise SalunError(f"--{setting} means nothing to --method {self.method}{without}: leave it out.")
         options += [(text, given.get("method_option", "")) for text in self.method_option or []]
         self.method_option = [text for text, _ in options]  # the last one of a name counts
         self.option_sources = {text.partition("=")[0]: (text, source) for text, source in options}
         method.parse(self.method_option)
+        if self.adapter:
+            filled["learning_rate"] *= ADAPTER_RATE
+            self.sources["learning_rate"] = "adapter"
         for setting, value in filled.items():
             if getattr(self, setting) is None and setting not in method.ignores:
                 setattr(self, setting, value)
@@ -240,10 +263,33 @@ class EraseConfig:
             if not slug or len(slug.encode()) > LONGEST:  # a file system's limit is 255 bytes
                 slug = slug.encode()[:LONGEST].decode(errors="ignore").rpartition("-")[0] or "concept"
                 slug += "-" + key_of(name, 8)
-            self.output_dir = "runs/" + slug + method_too
+            self.output_dir = "runs/" + slug + method_too + (f"-{self.adapter}" if self.adapter else "")
         self.check()
         self.filled = True
         return self
+
+    def _check_adapter(self, method: type, mask: str) -> tuple[str, ...]:
+        """Put the rank in where an adapter is trained; the settings that it has no use for.
+
+        Raises:
+            SalunError: an adapter that cannot be trained so, or a rank without one.
+        """
+        if not self.adapter:
+            if self.rank is not None:
+                raise SalunError("--rank means nothing without --adapter lora: leave it out.")
+            return ()
+        if method.closed_form:
+            raise SalunError(
+                f"--adapter {self.adapter}: --method {self.method} trains nothing, but solves for whole matrices: "
+                "leave --adapter out; python -m salun_diffusion export RUN --format lora makes a LoRA of its erasure."
+            )
+        if mask not in ("saliency", "none"):
+            raise SalunError(
+                f"--mask {mask}: an adapter moves whole layers, and a mask file says which single weights may change: "
+                "give --mask saliency, or none for all layers of the scope."
+            )
+        self.rank = RANK if self.rank is None else self.rank
+        return WHOLE_LAYERS
 
     def _heed_accelerate(self, given: dict[str, str]) -> None:
         """Take the precision that `accelerate launch --mixed_precision` leaves in the environment."""
@@ -313,6 +359,7 @@ class EraseConfig:
                 f"--density is {self.density}: give a share of the weights between 0 and 1, or --mask none for all."
             )
         for name in (
+            "rank",
             "max_train_steps",
             "train_batch_size",
             "gradient_accumulation_steps",

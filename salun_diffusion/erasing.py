@@ -16,10 +16,11 @@ from .config import EraseConfig
 from .data.sets import ImageSet, contact_sheet, image_set
 from .data.sources import Source
 from .erasures.fingerprint import fingerprint
-from .erasures.locate import FILE_NAME
+from .erasures.lora import check_adaptable
 from .erasures.mask import load_masks, union
 from .errors import SalunError
 from .files import key_of, locked, sha256
+from .masks.ranks import adaptable_layers, salient_ranks, uniform_ranks
 from .masks.saliency import select
 from .masks.scope import check_reused, scoped_parameters
 from .methods import find_method
@@ -28,6 +29,7 @@ from .models.base import Model
 from .models.load import resolve
 from .process import Callback, accelerator_for, reporting_to
 from .run import DTYPES, Run, RunFolder, borrowed, check_is_base
+from .training.adapter import AdapterChange
 from .training.change import MaskedChange
 from .training.checkpoints import Checkpoints, threads_of
 from .training.trainer import Trainer
@@ -36,8 +38,8 @@ ONE_AT_A_TIME = threading.Lock()  # threads of one process would share accelerat
 
 
 def erase(base, concept: str | list[str] | None = None, *, callback: Callback | None = None, **options) -> Run:
-    """Make a base model forget ``concept`` and save the change as a masked delta (SalUn, ICLR 2024, or any other method
-    of ``METHODS``).
+    """Make a base model forget ``concept`` and save the change as a masked delta, or as a low-rank adapter (SalUn,
+    ICLR 2024, or any other method of ``METHODS``).
 
     Args:
         base: a diffusers folder, a hub id, "demo", or a loaded pipeline, which comes back as it was: load the result
@@ -98,6 +100,9 @@ def _erase(config: EraseConfig, pipe) -> Run:
             model.pipe.to(accelerator.device)
             run = RunFolder(config, concepts, commit, fingerprint(model.network.named_parameters()))
             parameters = scoped_parameters(model.network, config.scope)
+            if config.adapter:
+                check_adaptable(model.pipe, f"--adapter {config.adapter}")
+                adaptable_layers(model.network, parameters)  # a scope without any is refused before pictures are drawn
             if reused is not None:
                 check_reused(reused, parameters, config.mask)
             undo.enter_context(locked(run.path, wanted=is_main))
@@ -129,21 +134,32 @@ def _erase(config: EraseConfig, pipe) -> Run:
                 trainer = Trainer(accelerator, model, sets, config)
                 undo.callback(trainer.method.close)
                 model.move_others("cpu")
-            if resumed:
-                mask = resumed.whole_mask(parameters if reused is None else reused)
-            elif reused is not None:
-                mask = reused
-            elif config.mask == "none":
-                mask = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
+            by_concept = torch.arange(len(sets["forget"])).split(sets["forget"].shares) if "forget" in sets else ()
+            scores = (trainer.saliency(parameters, rows) for rows in by_concept)  # none is made before it is asked for
+            if config.adapter:
+                layers = adaptable_layers(model.network, parameters)
+                if resumed:
+                    ranks = resumed.ranks()
+                elif config.mask == "none":
+                    ranks = uniform_ranks(layers, config.rank)
+                else:
+                    ranks = salient_ranks(layers, scores, config.rank)
+                say(_adapted(parameters, layers, ranks))
+                change = AdapterChange(model.pipe, model.network, ranks, config.seed)
             else:
-                concept_rows = torch.arange(len(sets["forget"])).split(sets["forget"].shares)
-                scores = (trainer.saliency(parameters, rows) for rows in concept_rows)
-                mask = union([select(score, config.density, config.threshold) for score in scores])
-            kept, total = run.save_mask(mask, write=is_main)
-            say(f"{kept:,} of the {total:,} weights in scope may change ({kept / total:.1%}).")
+                if resumed:
+                    mask = resumed.whole_mask(parameters if reused is None else reused)
+                elif reused is not None:
+                    mask = reused
+                elif config.mask == "none":
+                    mask = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
+                else:
+                    mask = union([select(score, config.density, config.threshold) for score in scores])
+                kept, total = run.save_mask(mask, write=is_main)
+                say(f"{kept:,} of the {total:,} weights in scope may change ({kept / total:.1%}).")
+                change = MaskedChange(parameters, mask)
 
             # Train or solve those, keep the rest.
-            change = MaskedChange(parameters, mask)
             if pipe is not None:
                 undo.callback(change.restore)
             undo.callback(change.close)
@@ -158,11 +174,10 @@ def _erase(config: EraseConfig, pipe) -> Run:
             accelerator.end_training()
 
             # Save what changed.
-            file = run.path / FILE_NAME
             if is_main:
-                run.save(change, mask, method.has_anchor, seconds, threads_of(resumed))
-                say(f'Saved {file}: load it with salun_diffusion.load_erasure(pipe, "{run.path}").')
-            return Run(run.path, file, config, seconds)
+                run.save(change, method.has_anchor, seconds, threads_of(resumed))
+                say(f'Saved {run.file}: load it with salun_diffusion.load_erasure(pipe, "{run.path}").')
+            return Run(run.path, run.file, config, seconds)
 
 
 def _resolved(config: EraseConfig, pipe) -> tuple[Path | None, str | None]:
@@ -232,6 +247,16 @@ def _sets(model: Model, method, concepts, sources, config: EraseConfig, accelera
         made = f", from {', '.join(source.text for source in given)}" if given else ", drawn by the base model"
         accelerator.print(f"The {kind} set: {len(sets[kind])} pictures{made}.")
     return sets
+
+
+def _adapted(parameters: dict, layers: dict, ranks: dict[str, int]) -> str:
+    """What the adapter is put onto, and what it leaves out, for people."""
+    least, most = min(ranks.values()), max(ranks.values())
+    rank = f"of rank {most}" if least == most else f"of rank {least} to {most}"
+    count = sum(rank * (len(layers[name]) + layers[name].flatten(1).shape[1]) for name, rank in ranks.items())
+    text = f"An adapter {rank} on {len(ranks)} of the {len(layers)} layers in scope: {count:,} weights to train."
+    rest = len(parameters) - len(layers)
+    return text + (f" It cannot hold the {rest} biases and norms in scope." if rest else "")
 
 
 def _prompts(concepts: list[Concept], config: EraseConfig) -> tuple[list[tuple[str, str]], list[str]]:

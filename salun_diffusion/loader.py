@@ -29,7 +29,8 @@ def load_erasure(pipe, source, *, scale: float = 1.0, name=None, revision=None, 
 
     Args:
         pipe: the diffusers pipeline.
-        source: an erasure's file, a run folder that holds ``erasure.safetensors``, or a hub id "owner/name".
+        source: an erasure's file, a run folder that holds ``erasure.safetensors`` or, as an adapter,
+            ``pytorch_lora_weights.safetensors``, or a hub id "owner/name".
         scale: a finite number: 1 applies the erasure as trained, 0.5 half of it.
         name: what to call it in :func:`unload_erasure` and :func:`list_erasures`; by default the concept that it
             erases.
@@ -66,8 +67,7 @@ def load_erasure(pipe, source, *, scale: float = 1.0, name=None, revision=None, 
                     f"{path} was made for another base model: this one is already erased by it, as {mark['name']!r}, "
                     "fused or saved with its weights; load the base model itself to apply it at another scale."
                 )
-        alike = tuple(one for one in applied if type(one.erasure) is type(erasure))
-        erasure.check_fit(pipe, path, check_base, alike)
+        erasure.check_fit(pipe, path, check_base, applied)
         _change(pipe, (*applied, Applied(name, scale, erasure, digest, str(source), commit)))
     return name
 
@@ -115,6 +115,9 @@ def fuse_erasure(pipe) -> None:
                 f"Something else has written over what the erasures {listed(lost)} wrote, or the pipeline draws with "
                 "other weights: undo that first (unfuse_qkv_projections()), or load the pipeline anew."
             )
+        applied = _applied(pipe)
+        for kind in dict.fromkeys(type(one.erasure) for one in applied):
+            kind.fuse(pipe, tuple(one for one in applied if type(one.erasure) is kind))
         delattr(denoiser(pipe), STATE)
 
 

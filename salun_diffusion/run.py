@@ -13,10 +13,9 @@ import torch
 
 from .concepts.concept import Concept
 from .config import EraseConfig
-from .erasures.delta import Delta
 from .erasures.fingerprint import Fingerprint
 from .erasures.live import own_parameters
-from .erasures.locate import FILE_NAME
+from .erasures.locate import ADAPTER_NAME, FILE_NAME
 from .erasures.mask import describe, save_masks
 from .errors import SalunError
 from .files import listed, make_folder, write_json, writing
@@ -32,7 +31,7 @@ class Run:
 
     Attributes:
         path: the run folder; :func:`salun_diffusion.load_erasure` takes it.
-        file: the masked delta in it.
+        file: the masked delta, or the adapter, in it.
         config: every resolved setting.
         seconds: wall time of mask and training or solution; None for a run that was resumed.
     """
@@ -43,7 +42,7 @@ class Run:
     seconds: float | None
 
 
-FINISHED = (FILE_NAME, "config.json")
+FINISHED = (FILE_NAME, ADAPTER_NAME, "config.json")
 MADE = ("mask.safetensors", "training.jsonl", "forget.png", "retain.png", "anchor.png", "validation")
 
 
@@ -55,13 +54,14 @@ class RunFolder:
 
     def __init__(self, config: EraseConfig, concepts: list[Concept], commit: str | None, base: Fingerprint):
         self.path, self.config, self.base = Path(config.output_dir), config, base
+        self.file = self.path / (ADAPTER_NAME if config.adapter else FILE_NAME)
         self.about = {
             "concept": ", ".join(concept.name for concept in concepts),
             "method": config.method,
             "scope": config.scope,
             "base_model": config.pretrained_model_name_or_path,
             "base_revision": commit,
-        }
+        } | ({"rank": config.rank} if config.adapter else {})
 
     def make_way(self, resumed: bool) -> bool:
         """Set a finished run's files aside, or delete what an unfinished one has left. A run that goes on keeps what is
@@ -98,9 +98,7 @@ class RunFolder:
             save_masks(self.path / "mask.safetensors", mask, self.about)
         return kept, total
 
-    def save(
-        self, change, mask: dict[str, torch.Tensor], has_anchor: bool, seconds: float | None, threads: list[int]
-    ) -> None:
+    def save(self, change, has_anchor: bool, seconds: float | None, threads: list[int]) -> None:
         """Write the erasure and config.json; ``threads`` are the processor's, in turn, of a run in parts."""
         import diffusers
         import transformers
@@ -112,9 +110,7 @@ class RunFolder:
         }
         about = self.about | {"anchor": ", ".join(self.config.anchor) if has_anchor else None}
         about |= {"settings": self.config.as_dict(), "versions": versions}
-        values = {name: value.detach().cpu() for name, value in change.values.items()}
-        delta = Delta({name: mask[name] for name in values}, values, self.base, about)
-        delta.save(self.path / FILE_NAME, DTYPES[self.config.save_dtype])
+        change.save(self.file, self.base, about, DTYPES[self.config.save_dtype])
         about |= {"base_fingerprint": self.base.digest(), "seconds": seconds, "threads": threads}
         write_json(self.path / "config.json", about)
         shutil.rmtree(self.path / "previous", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a pipeline can wear, whatever it is made of: masked weights today, low-rank adapters or guards that change no
+"""What a pipeline can wear, whatever it is made of: masked weights, low-rank adapters, or guards that change no
 weight tomorrow. A new kind is a subclass of :class:`Erasure` in a file of its own and a line in ``KINDS``.
 """
 
@@ -38,7 +38,7 @@ class Erasure:
             pipe: the diffusers pipeline.
             path: its file, for messages.
             check_base: refuse another base model than it was made for, even if it would fit.
-            applied: the erasures of this kind that the pipeline wears already.
+            applied: the erasures, of any kind, that the pipeline wears already.
 
         Raises:
             SalunError: it does not.
@@ -54,6 +54,15 @@ class Erasure:
             SalunError: it cannot be done.
         """
         raise NotImplementedError
+
+    @classmethod
+    def fuse(cls, pipe, applied: "tuple[Applied, ...]") -> None:
+        """Make ``applied``, all of this kind that ``pipe`` wears and intact, a part of the model for good. Where they
+        are that already, there is nothing to do.
+
+        Raises:
+            SalunError: it cannot be done; the pipeline is as before.
+        """
 
     @classmethod
     def intact(cls, pipe, one: "Applied", applied: "tuple[Applied, ...]") -> bool | None:

@@ -9,13 +9,15 @@ from ..errors import SalunError
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "erasure.safetensors"
+ADAPTER_NAME = "pytorch_lora_weights.safetensors"  # where pipe.load_lora_weights(FOLDER) looks
 
 
 def locate(source, revision=None) -> tuple[Path, str | None]:
     """The file that ``source`` means, and the commit if it came from the hub.
 
     Args:
-        source: a file, a run folder that holds ``erasure.safetensors``, or a hub id "owner/name".
+        source: a file, a folder that holds ``erasure.safetensors`` or ``pytorch_lora_weights.safetensors`` (the first
+            where there are both), or a hub id "owner/name".
         revision: branch, tag or commit, for a hub id.
 
     Raises:
@@ -29,8 +31,9 @@ def locate(source, revision=None) -> tuple[Path, str | None]:
             f"{source!r:.100} can be no path ({error!s:.100}): give a file, a run folder or a hub id."
         ) from None
     if path.is_dir():
-        path = path / FILE_NAME
-        if not path.exists():
+        found = [path / name for name in (FILE_NAME, ADAPTER_NAME) if (path / name).exists()]
+        path = found[0] if found else path / FILE_NAME
+        if not found:
             raise SalunError(f"{path.parent} holds no {FILE_NAME}; give a finished run's folder, or a file.")
     if path.exists():
         if revision is not None:
@@ -45,11 +48,14 @@ def locate(source, revision=None) -> tuple[Path, str | None]:
 
 def _download(hub_id: str, revision) -> tuple[Path, str]:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RemoteEntryNotFoundError
 
     logger.warning("%s is no local file or folder: asking the hub for it.", hub_id)
     try:
-        path = Path(hf_hub_download(hub_id, FILE_NAME, revision=revision))
+        try:
+            path = Path(hf_hub_download(hub_id, FILE_NAME, revision=revision))
+        except RemoteEntryNotFoundError:
+            path = Path(hf_hub_download(hub_id, ADAPTER_NAME, revision=revision))
     except (OSError, EntryNotFoundError, HFValidationError) as error:  # OSError: no network, no such id, no access
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SalunError(

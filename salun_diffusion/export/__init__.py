@@ -127,7 +127,7 @@ def run(options: ExportConfig, say=print) -> Exported:
         raise SalunError(f"{output} exists: name another --output, or remove it.")
     erasure = load(locate(options.erasure)[0])
     if not isinstance(erasure, MaskedWeights):
-        raise SalunError(f"{options.erasure} changes no weights, so there is nothing to write in another format.")
+        raise SalunError(f"{options.erasure} is no masked delta, and other erasures are written in no other format.")
     base = options.base or erasure.metadata.get("base_model")
     if not base:
         raise SalunError(f"{options.erasure} does not say which base model it is for: give it with --base.")

@@ -2,7 +2,7 @@
 
 A delta W of a layer becomes B·A with rank r, the best one in the sum of squares (Eckart and Young). A convolution's
 delta is taken as a matrix of its output channels by all else. What a low-rank adapter cannot hold (norms, biases) is
-left out and named.
+left out and named. The factors have the delta's own number format.
 """
 
 import os
@@ -12,20 +12,21 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..erasures.adapter import config_of, save_adapter
+from ..erasures.locate import ADAPTER_NAME
+from ..erasures.lora import check_adaptable
 from ..errors import SalunError
 from ..models.load import denoiser
 
 RANK = 32
-FILE = "pytorch_lora_weights.safetensors"  # where load_lora_weights looks first
 
 
 @torch.no_grad()
 def write(request):
     """Write the adapter's folder, or its file alone if the output is named '….safetensors'."""
-    try:
-        from peft import LoraConfig, get_peft_model_state_dict
-    except ImportError:
-        raise SalunError("--format lora needs peft: pip install 'salun-diffusion[export]'.") from None
+    check_adaptable(request.pipe, "--format lora")
+    from peft import LoraConfig, get_peft_model_state_dict
+
     delta, network, options = request.delta, denoiser(request.pipe), request.options
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
     layers = {name: layer for name, layer in network.named_modules()
@@ -38,20 +39,16 @@ def write(request):
         factors[name] = torch.linalg.svd(delta.dense(f"{name}.weight").flatten(1), full_matrices=False)
     rank = options.rank or (RANK if options.error is None else _smallest_rank(factors, options.error))
     ranks = {name: min(rank, len(values)) for name, (_, values, _) in factors.items()}
-    config = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=list(layers),
-        rank_pattern={f"^{name}$": r for name, r in ranks.items() if r != rank},
-        alpha_pattern={f"^{name}$": r for name, r in ranks.items() if r != rank},
-    )  # fmt: skip
-    network.add_adapter(config, "export")
+    network.add_adapter(LoraConfig(**config_of(ranks)), "export")
     for name, (left, values, right) in factors.items():
         layer, r, root = network.get_submodule(name), ranks[name], values[: ranks[name]].sqrt()
         down, up = layer.lora_A["export"].weight, layer.lora_B["export"].weight
         down.copy_((root[:, None] * right[:r]).view(down.shape))
         up.copy_((left[:, :r] * root).view(up.shape))
-    state = get_peft_model_state_dict(network, adapter_name="export")
+    dtype = next(iter(delta.values.values())).dtype
+    state = {name: value.to(dtype) for name, value in get_peft_model_state_dict(network, adapter_name="export").items()}
     network.unload_lora()
-    _save(request, state, config)
+    _save(request, state, rank)
     return rank, left_out
 
 
@@ -65,24 +62,27 @@ def _smallest_rank(factors: dict, error: float) -> int:
     return max(map(len, squares))
 
 
-def _save(request, state: dict, config) -> None:
+def _save(request, state: dict, rank: int) -> None:
     from diffusers.utils import convert_state_dict_to_kohya
 
+    delta = request.delta
     output = request.output
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as temporary:
         folder = Path(temporary, "adapter")
+        folder.mkdir()
         if request.options.names == "kohya":
             from safetensors.torch import save_file
 
-            folder.mkdir()
             plain = convert_state_dict_to_kohya({f"unet.{key}": value for key, value in state.items()})
-            save_file({key: value.contiguous() for key, value in plain.items()}, folder / FILE, request.metadata)
-        else:
-            type(request.pipe).save_lora_weights(
-                folder, unet_lora_layers=state, unet_lora_adapter_metadata=config.to_dict()
+            save_file(
+                {key: value.contiguous() for key, value in plain.items()}, folder / ADAPTER_NAME, request.metadata
             )
-        os.replace(folder / FILE if output.suffix == ".safetensors" else folder, output)
+        else:
+            about = {key: value for key, value in delta.metadata.items() if key not in ("density", "settings")}
+            about |= {"rank": rank, "converted_from": delta.digest()}
+            save_adapter(folder / ADAPTER_NAME, request.pipe, state, delta.fingerprint, about)
+        os.replace(folder / ADAPTER_NAME if output.suffix == ".safetensors" else folder, output)
 
 
 def read_back(request, pipe) -> None:

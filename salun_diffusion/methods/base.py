@@ -42,15 +42,18 @@ class Batch:
 
 
 class Change(Protocol):
-    """What a method may do with the change that is trained (:class:`salun_diffusion.training.change.MaskedChange`)."""
+    """What a method may do with the change that is trained (``MaskedChange`` or ``AdapterChange`` of
+    :mod:`salun_diffusion.training`).
+    """
 
-    values: dict[str, torch.nn.Parameter]  # by parameter, the change of its masked weights, fp32, packed row-major
+    def deltas(self) -> dict[str, torch.Tensor]:
+        """By parameter, the change of the weights that may move, fp32, with a gradient: packed row-major, or whole."""
 
     def at_base(self) -> AbstractContextManager:
         """Within it, the network has the base model's weights."""
 
     def packed(self, name: str, dense: torch.Tensor) -> torch.Tensor:
-        """What ``dense``, of the parameter's shape, holds for the weights that may move."""
+        """What ``dense``, of the parameter's shape, holds for the weights that may move, as :meth:`deltas` has them."""
 
 
 class Batches(Protocol):

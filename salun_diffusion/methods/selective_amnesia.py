@@ -43,11 +43,11 @@ class SelectiveAmnesia(GradientMethod):
 
     def begin(self, change):
         super().begin(change)
-        self.packed = {name: change.packed(name, self.fisher[name]) for name in change.values}
+        self.packed = {name: change.packed(name, self.fisher[name]) for name in change.deltas()}
 
     def losses(self, forget, retain):
         erased, kept = self.predict_both(forget, retain)
-        elastic = sum((self.packed[name] * value.square()).sum() for name, value in self.change.values.items())
+        elastic = sum((self.packed[name] * delta.square()).sum() for name, delta in self.change.deltas().items())
         return denoising(erased, forget.target) + self.options.ewc * elastic, denoising(kept, retain.target)
 
 

@@ -12,7 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..erasures.delta import CHUNK
+from ..erasures.delta import CHUNK, Delta
+from ..erasures.fingerprint import Fingerprint
 from ..erasures.mask import pack, places
 
 
@@ -71,6 +72,10 @@ class MaskedChange:
             part = dense.index_select(0, where)
             packed.copy_(part) if first else packed.add_(part)
         parameter.grad = None
+
+    def deltas(self) -> dict[str, torch.Tensor]:
+        """By parameter, how far its masked weights are from the base model's, fp32, packed row-major."""
+        return dict(self.values)
 
     def packed(self, name: str, dense: torch.Tensor) -> torch.Tensor:
         """What ``dense``, of the parameter's shape, holds for the weights that may move."""
@@ -131,6 +136,11 @@ class MaskedChange:
         for value in self.values.values():
             value.data = value.data.to(dtype).float()
         self.write()
+
+    def save(self, path, base: Fingerprint, about: dict, dtype: torch.dtype) -> None:
+        """Write the change as a masked delta; ``about`` is what its metadata say."""
+        values = {name: value.detach().cpu() for name, value in self.values.items()}
+        Delta(self.masks, values, base, about).save(path, dtype)
 
     def close(self) -> None:
         """Stop packing gradients."""

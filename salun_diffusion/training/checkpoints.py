@@ -1,6 +1,7 @@
 """Checkpoints of a training: whole or absent, checked before they are used, and only for the settings that made them.
 
-``checkpoint-STEP/`` holds ``state.safetensors`` (what the optimizer trains, and its moments), ``mask.safetensors``,
+``checkpoint-STEP/`` holds ``state.safetensors`` (what the optimizer trains, and its moments), ``mask.safetensors``
+(where single weights are trained),
 ``training.jsonl`` (the log up to that step) and ``manifest.json``, which is written last and has the size and SHA-256
 of the others. The folder is made under another name, synced to the disk and renamed: one that has its name is complete,
 unless the disk has damaged it since.
@@ -38,6 +39,12 @@ class Checkpoint:
     def whole_mask(self, shaped: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The mask of all that ``shaped`` names: the checkpoint has those alone of which some weight may change."""
         return {name: self.masks.get(name, torch.zeros(of.shape, dtype=torch.bool)) for name, of in shaped.items()}
+
+    def ranks(self) -> dict[str, int]:
+        """Those of an adapter's layers, by name."""
+        start, end = "value.", ".lora_A.weight"
+        return {name.removeprefix(start).removesuffix(end): len(value) for name, value in self.tensors.items()
+                if name.startswith(start) and name.endswith(end)}  # fmt: skip
 
     def told(self, steps: int) -> str:
         """What a user should know who goes on from here to ``steps``."""
@@ -94,7 +101,8 @@ class Checkpoints:
         try:
             making.mkdir(parents=True)
             write_safetensors(making / "state.safetensors", tensors, {"format": FORMAT})
-            save_masks(making / "mask.safetensors", masks, about)
+            if masks:  # an adapter has none
+                save_masks(making / "mask.safetensors", masks, about)
             with replacing(making / "training.jsonl") as copy:
                 copy.write(log.read_bytes())
             files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in making.iterdir()}
@@ -159,7 +167,7 @@ class Checkpoints:
                 "start anew."
             )
         tensors, _ = read_safetensors(path / "state.safetensors")
-        masks, _ = load_masks(path / "mask.safetensors")
+        masks = load_masks(path / "mask.safetensors")[0] if "mask.safetensors" in manifest["files"] else {}
         log = (path / "training.jsonl").read_text()
         return Checkpoint(path, manifest["step"], tensors, masks, log, manifest["state"], passed_over)
 

@@ -10,9 +10,11 @@ import re
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from shell import run
 from test_delta import random_delta
 
+from salun_diffusion.erasures.adapter import Adapter, save_adapter
 from salun_diffusion.erasures.delta import Delta
 from salun_diffusion.erasures.mask import load_masks, save_masks
 from salun_diffusion.errors import SalunError
@@ -65,20 +67,30 @@ def raw_fault(path, load):
         return f"accepted: version {metadata['version'][:20]}, or a name twice"
     if any(re.search(r"\b(NaN|Infinity)\b", metadata.get(key, "")) for key in ("density", "settings", "shapes")):
         return "accepted: NaN or Infinity as JSON"
-    if load == Delta.load and not re.fullmatch("[0-9a-f]{64}", metadata["structure"]):
+    if load != load_masks and not re.fullmatch("[0-9a-f]{64}", metadata["structure"]):
         return f"accepted: structure {metadata['structure'][:70]}"
     return None
 
 
-@pytest.mark.parametrize("kind", ["delta", "mask"])
-def test_every_mutation_is_refused_in_a_sentence_or_sound(kind, tmp_path):
+@pytest.mark.parametrize("kind", ["delta", "mask", "adapter"])
+def test_every_mutation_is_refused_in_a_sentence_or_sound(kind, tiny_folder, tmp_path):
     path, dice = tmp_path / "file.safetensors", random.Random(14)
     _, delta = random_delta([(3, 5), (0,), (2, 2, 2)], settings={"steps": 3}, density=0.5)
     if kind == "delta":
         delta.save(path)
-    else:
+    elif kind == "mask":
         save_masks(path, delta.masks, {"settings": {"steps": 3}, "density": 0.5})
-    load = Delta.load if kind == "delta" else load_masks
+    else:
+        factors = {"a.lora_A.weight": torch.ones(2, 5), "a.lora_B.weight": torch.ones(3, 2)}
+        factors |= {"b.lora_A.weight": torch.ones(1, 2, 3, 3), "b.lora_B.weight": torch.ones(2, 1, 1, 1)}
+        save_adapter(
+            path,
+            DiffusionPipeline.from_pretrained(tiny_folder),
+            factors,
+            delta.fingerprint,
+            {"settings": {"steps": 3}, "rank": 2},
+        )
+    load = {"delta": Delta.load, "mask": load_masks, "adapter": Adapter.load}[kind]
     raw, faults = path.read_bytes(), []
     for number in range(COUNT // 2):
         path.write_bytes(mutated(raw, dice))
