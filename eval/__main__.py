@@ -44,11 +44,11 @@ def main() -> None:
     module = modules[command]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice on optional packages helps nobody here
     stopped = "Stopped before it was done: no scores were written. The same command goes on where it can."
-    finish(lambda: _run(module, options_from(given, module.Options)), parsers[command], stopped)
+    finish(lambda: run_alone(module, options_from(given, module.Options)), parsers[command], stopped)
 
 
-def _run(module, options) -> None:
-    """The command, alone in its folder; of several processes the first one sees to that."""
+def run_alone(module, options) -> None:
+    """A command, alone in its folder; of several processes the first one sees to that."""
     folder = getattr(options, "output_dir", None)
     with locked(folder, wanted=folder is not None and os.environ.get("RANK", "0") == "0"):
         module.run(options)

@@ -83,6 +83,27 @@ def run(options: Options) -> dict:
     return about | found
 
 
+def check(config) -> None:
+    """Whether the run that an ``EraseConfig`` will make can be audited without another word, before the long work.
+
+    Raises:
+        SalunError: several concepts, or a base model that brings no judge.
+    """
+    from salun_diffusion.models.load import resolve
+
+    if len(config.concept) > 1:
+        raise SalunError(
+            f"--audit is for one concept, not {', '.join(config.concept)}: erase them without it, and audit one at a "
+            "time by `python -m eval audit --erasure RUN --concept NAME`."
+        )
+    where, _ = resolve(config.pretrained_model_name_or_path, config.revision)
+    if not (Path(where) / "judge").is_dir():
+        raise SalunError(
+            f"--audit needs a judge, and {config.pretrained_model_name_or_path} brings none: erase without it, then "
+            "give `python -m eval audit --erasure RUN` a --classifier or --judge clip."
+        )
+
+
 def _completed(options: Options, folder: Path) -> Options:
     """What was not given, from the run's config.json.
 

@@ -384,8 +384,9 @@ class EraseConfig:
                 raise SalunError(f"--{name} is {value}: give a number of at least {floor}.")
 
     def as_dict(self, resumable: bool = False) -> dict:
-        """Every setting; with ``resumable``, those alone that a run must share with the checkpoint it goes on from."""
-        return {name: value for name, value in asdict(self).items() if not (resumable and name in FREE)}
+        """Every setting of an erasure; with ``resumable``, those alone that a run must share with its checkpoint."""
+        names = [item.name for item in fields(EraseConfig) if not (resumable and item.name in FREE)]
+        return {name: value for name, value in asdict(self).items() if name in names}
 
 
 def check_method(name: str) -> str:

@@ -16,7 +16,8 @@ def share(count, n):
 
 def accuracy(shown=0, lost=3, gained=3, right=190, nothing=0, n=96):
     main = {
-        "ua": share(n - shown, n), "retained": {"object": share(right, 192)}, "flipped": {"lost": lost, "gained": gained},
+        "ua": share(n - shown, n), "retained": {"object": share(right, 192)},
+        "flipped": {"lost": lost, "gained": gained},
         "instead": {"anchor": share(90, 96), "nothing": share(nothing, 96)},
     }  # fmt: skip
     base = {"ua": share(2, n), "retained": {"object": share(190, 192)}}
@@ -109,10 +110,17 @@ def test_the_command_measures_everything_and_writes_one_page(tmp_path, monkeypat
     assert "Won by" in page or "Noise" in page
 
 
-def test_what_cannot_be_audited(tmp_path):
+def test_what_cannot_be_audited(tmp_path, tiny_folder):
     (tmp_path / "two").mkdir()
     config = {"base_model": "demo", "settings": {"concept": ["airplane", "cat"]}}
     (tmp_path / "two" / "config.json").write_text(json.dumps(config))
+    for words, sentence in (
+        (("demo", "--concept", "cat", "--concept", "owl"), "--audit is for one concept"),
+        ((tiny_folder, "--concept", "cat"), "brings none: erase without it"),
+    ):
+        script = ("python", "erase_concept.py", "--audit", "--output_dir", tmp_path / "run", "--method", "uce")
+        done = here(*script, "--pretrained_model_name_or_path", *words, check=False)
+        assert done.returncode == 1 and sentence in done.stderr, done.stderr
     for folder, sentence in (("missing", "is no finished run"), ("two", "erased airplane, cat: audit one at a time")):
         done = here("python", "-m", "eval", "audit", "--erasure", tmp_path / folder, check=False)
         assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr
