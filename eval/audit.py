@@ -23,7 +23,7 @@ accuracy's in the run itself, and `compare` takes them. The small budget is as m
 the published one asks what the papers ask, which on Stable Diffusion takes a GPU for hours."""
 FORMAT = "salun-diffusion audit 1"
 BATTERY = ["concept_inversion", "unlearndiffatk", "ring_a_bell", "tina", "noise_probe"]
-# how many pictures each measure takes, by the budget; None is the measure's own default
+# how many pictures each measure takes, by the budget, where that is not the measure's own default
 PICTURES = {
     "accuracy": {"small": {"num_forget_images": 96, "num_retain_images": 192}, "published": {}},
     "composition": {"small": {"num_images": 48}, "published": {}},
@@ -46,6 +46,14 @@ class Options(options.Judged):
     concept: list[str] | None = option(None, "what was erased (default: what the run erased)", metavar="NAME")
     budget: str = option("small", "how much is drawn and tried", BUDGETS)
     attack: list[str] = option(BATTERY, "which attacks", ATTACKS, several=True)
+    num_forget_images: int | None = option(
+        None, "pictures of the concept for accuracy, and a test of relearning (default: by --budget)", metavar="N",
+        least=1,
+    )  # fmt: skip
+    num_retain_images: int | None = option(None, "the same of everything else", metavar="N", least=1)
+    num_images: int | None = option(None, "pictures of each task of composition", metavar="N", least=1)
+    num_prompts: int | None = option(None, "prompts an attack", metavar="N", least=1)
+    steps: list[int] | None = option(None, "when relearning is tested", several=True, metavar="N", least=0)
     benign: bool = option(False, "also fine-tune on pictures of everything but the concept")
     retrained: str | None = option(
         None, "a model of the same kind that was trained without the concept, to compare with", metavar="MODEL"
@@ -149,4 +157,6 @@ def _options(measure, options: Options, output_dir: Path):
     """The measure's own options: those that are the audit's too, and the budget's numbers."""
     names = [item.name for item in fields(measure.Options) if item.name != "output_dir"]
     shared = {name: getattr(options, name) for name in names if hasattr(options, name)}
-    return measure.Options(**shared, output_dir=output_dir, **PICTURES[measure.NAME][options.budget])
+    counts = ("num_forget_images", "num_retain_images", "num_images", "num_prompts", "steps")
+    given = {name: value for name, value in shared.items() if name not in counts or value is not None}
+    return measure.Options(**PICTURES[measure.NAME][options.budget] | given, output_dir=output_dir)

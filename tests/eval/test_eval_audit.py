@@ -5,7 +5,6 @@ import json
 import pytest
 from shell import here
 
-from eval import audit
 from eval.pages.verdict import judge
 from salun_diffusion.stats import wilson
 
@@ -89,17 +88,14 @@ def test_the_findings_say_what_was_counted():
     assert weak["mark"] == "open" and "TINA found little in the unedited model too" in weak["says"]
 
 
-def test_the_command_measures_everything_and_writes_one_page(tmp_path, monkeypatch):
-    few = {
-        "accuracy": {"num_forget_images": 6, "num_retain_images": 6}, "composition": {"num_images": 2},
-        "attack": {"num_prompts": 2}, "relearn": {"steps": [0, 1], "num_forget_images": 2, "num_retain_images": 2},
-        "probe": {},
-    }  # fmt: skip
-    monkeypatch.setattr(audit, "PICTURES", {name: {"small": options} for name, options in few.items()})
+FEW = "--num_forget_images 4 --num_retain_images 4 --num_images 2 --num_prompts 2 --steps 1".split()
+
+
+def test_the_command_measures_everything_and_writes_one_page(tmp_path):
     run = tmp_path / "run"
     here("python", "erase_concept.py", "--pretrained_model_name_or_path", "demo", "--concept", "airplane", "--method",
          "uce", "--output_dir", run)  # fmt: skip
-    done = here("python", "-m", "eval", "audit", "--erasure", run, "--attack", "noise_probe")
+    done = here("python", "-m", "eval", "audit", "--erasure", run, "--attack", "noise_probe", *FEW)
     found = json.loads((run / "audit.json").read_text())
     assert found["measures"] == ["accuracy", "composition", "attack", "relearn", "probe"]
     assert {path.parent.name for path in run.glob("*/results.json")} == {"composition", "attack", "relearn", "probe"}
