@@ -200,6 +200,10 @@ def test_the_report_has_curves_and_pictures_on_the_way(measured, base, tmp_path)
     ):  # fmt: skip
         assert text in page, text
     told = json.loads((folder / "relearn" / "results.json").read_text())
+    for model in told["models"]:
+        model["base_accuracy"] = 0.0  # a judge that never sees the concept
+    (folder / "relearn" / "results.json").write_text(json.dumps(told))
+    assert report.report(folder).read_text().count("<td>–</td>") == 2 * len(told["models"])
     told["concept"]["value"] = "dog"
     (folder / "relearn" / "results.json").write_text(json.dumps(told))
     with pytest.raises(SalunError, match="holds other results than 'salun-diffusion relearn 1' about 'cat'"):
