@@ -122,7 +122,6 @@ def measure(base, output, *erasures, **options):  # noqa: F811
         "num_pictures": 5,
         "train_batch_size": 4,
         "steps": [1, 3],
-        "num_inference_steps": 1,
     }
     asked = {"pretrained_model_name_or_path": str(base), "concept": ["cat"], "erasure": runs} | small | options
     return relearn.run(relearn.Options(output_dir=output, **asked))
