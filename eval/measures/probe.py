@@ -202,6 +202,7 @@ def changes(
 ) -> "torch.Tensor":
     """‖after − before‖ / ‖before‖, ``(probes, blocks)``: of ``count`` noises with each prompt at each timestep."""
     import torch
+    from accelerate import PartialState
 
     from salun_diffusion.process import progress
 
@@ -210,7 +211,7 @@ def changes(
     noise, found = noise.to(after.device, after.dtype), []
     pairs = [(t, i) for t in timesteps for i in range(len(prompts))]
     with torch.no_grad(), recording(before.network) as base, recording(after.network) as now:
-        for t, i in progress(f"{title}: probing", len(pairs), "batch", True, over=pairs):
+        for t, i in progress(f"{title}: probing", len(pairs), "batch", PartialState().is_main_process, over=pairs):
             one = after.repeated({key: value[i : i + 1] for key, value in condition.items()}, count)
             times = torch.full((count,), t, device=after.device)
             for model in (before, after):

@@ -171,10 +171,12 @@ def activations(layers: list[str], models: list[dict], titles: list[str]) -> str
             layout="constrained",
         )  # fmt: skip
         for axis, model, title in zip(axes[0], models, titles, strict=True):
-            for number, (name, change) in enumerate(model["change"].items()):
+            for number, (name, colour) in enumerate((("concept", BLUE), ("neighbours", ORANGE), ("nothing", GREY))):
+                if (change := model["change"].get(name)) is None:  # a concept of a file may have no neighbours
+                    continue
                 places = [place + 0.27 * (number - 1) for place in range(len(layers))]
                 axis.barh(
-                    places, change["layers"], height=0.25, color=LINES[(1, 2, 0)[number]],
+                    places, change["layers"], height=0.25, color=colour,
                     label=name if axis is axes[0][0] else None,
                 )  # fmt: skip
             axis.set_yticks(range(len(layers)), [f"{block_of(f'{layer}.')} · {layer[-1]}" for layer in layers])

@@ -1,6 +1,7 @@
 """A curve: a model learns, and at every checkpoint it is drawn with and judged."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from salun_diffusion.files import key_of
@@ -13,8 +14,6 @@ from ..judges import metrics
 from ..judges.labelled import Labelled
 from .learner import fine_tuned, learned_set
 from .lessons import Lesson
-
-STATE = "learner.safetensors"
 
 
 def follow(
@@ -53,7 +52,7 @@ def follow(
         step for step in steps if undrawn(model, requests, place(step)[0], count, trained=place(step)[1])
     ]  # fmt: skip
     state.wait_for_everyone()  # before any of them draws
-    saved = output_dir / "learning" / name / STATE
+    saved = output_dir / "learning" / f"{name}.safetensors"
     learned = learned_set(model, lesson.squares(model.picture_side), lesson.prompts)
     with fine_tuned(model, learned, **how) as learner:
         if missing:
@@ -72,6 +71,8 @@ def follow(
             yield checkpoint(step, lines, lesson.value, labelled.slot), lines
     if state.is_main_process:
         saved.unlink(missing_ok=True)  # three times the weights, and of no more use
+        with suppress(OSError):  # there was none, or another curve's is in it
+            saved.parent.rmdir()
 
 
 def checkpoint(step: int, lines: list[dict], value: str, slot: str) -> dict:

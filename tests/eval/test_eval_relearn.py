@@ -18,7 +18,9 @@ from eval.measures import probe, relearn
 from eval.pages import compare, report
 from eval.relearning.curves import crossing
 from eval.relearning.learner import fine_tuned, learned_set
+from salun_diffusion.concepts.concept import find_concept
 from salun_diffusion.data.sets import batches
+from salun_diffusion.data.sources import Source
 from salun_diffusion.errors import SalunError
 from salun_diffusion.models import load_model
 from salun_diffusion.process import reporting_to
@@ -114,7 +116,13 @@ def test_steps_are_those_of_a_plain_loop_and_leave_no_trace(model):
 
 def measure(base, output, *erasures, **options):  # noqa: F811
     runs = [str(base / "runs" / name) for name in erasures or ("forgets",)]
-    small = {"num_forget_images": 3, "num_retain_images": 3, "num_pictures": 5, "train_batch_size": 4, "steps": [1, 3]}
+    small = {
+        "num_forget_images": 3,
+        "num_retain_images": 3,
+        "num_pictures": 5,
+        "train_batch_size": 4,
+        "steps": [1, 3],
+    }
     asked = {"pretrained_model_name_or_path": str(base), "concept": ["cat"], "erasure": runs} | small | options
     return relearn.run(relearn.Options(output_dir=output, **asked))
 
@@ -158,7 +166,7 @@ def test_curves_follow_from_the_samples(measured):
     assert drawn["base"] == drawn["retrained"], "the same weights, taught the same, draw the same"
     assert drawn["forgets"][:6] == drawn["forgets-benign"][:6] and drawn["forgets"][6:] != drawn["forgets-benign"][6:]
     assert len({model["digest"] for model in found["models"]}) == 6, "a control is no line of another model's"
-    assert not list(output.rglob("*.safetensors")), "a finished curve's state is of no more use"
+    assert not (output / "learning").exists(), "a finished curve's state is of no more use"
 
 
 def test_columns_in_a_comparison(measured, tmp_path):
@@ -191,6 +199,10 @@ def test_the_report_has_curves_and_pictures_on_the_way(measured, base, tmp_path)
     ):  # fmt: skip
         assert text in page, text
     told = json.loads((folder / "relearn" / "results.json").read_text())
+    for model in told["models"]:
+        model["base_accuracy"] = 0.0  # a judge that never sees the concept
+    (folder / "relearn" / "results.json").write_text(json.dumps(told))
+    assert report.report(folder).read_text().count("<td>–</td>") == 2 * len(told["models"])
     told["concept"]["value"] = "dog"
     (folder / "relearn" / "results.json").write_text(json.dumps(told))
     with pytest.raises(SalunError, match="holds other results than 'salun-diffusion relearn 1' about 'cat'"):
@@ -215,7 +227,7 @@ def test_a_killed_run_goes_on_and_ends_on_the_same_bits(base, tmp_path, options)
 
     with reporting_to(watch), pytest.raises(Killed):
         measure(base, tmp_path / "killed", **options)
-    assert (tmp_path / "killed" / "learning" / "forgets" / "learner.safetensors").exists()
+    assert (tmp_path / "killed" / "learning" / "forgets.safetensors").exists()
     assert not (tmp_path / "killed" / "results.json").exists()
     (tmp_path / "again").mkdir()
     taught.clear()
@@ -247,7 +259,10 @@ def folder_of(path, captions=()):
 
 
 def test_pictures_of_the_users_own_with_captions_and_a_control_of_its_own(base, tmp_path):  # noqa: F811
-    given = folder_of(tmp_path / "cats", [f"a photo of a cat {i}" for i in range(4)])
+    captions = [f"a photo of a cat {i}" for i in range(4)]
+    given, cat = folder_of(tmp_path / "cats", captions), find_concept("cat", base)
+    assert [picture.prompt for picture in Source(str(given)).forget(cat, captioned=True)] == captions
+    assert [picture.prompt for picture in Source(str(given)).forget(cat)] == [None] * 4
     other = folder_of(tmp_path / "others")
     found = measure(base, tmp_path / "out", pictures=given, control_pictures=other, control_name="dog")
     assert found["learned_from"] == {"source": str(given), "n": 4} and not (tmp_path / "out" / "learned").exists()
