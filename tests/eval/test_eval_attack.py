@@ -128,7 +128,7 @@ def lacking(done, tmp_path_factory):
 
 def test_attacks_find_the_concept_on_a_model_that_has_it_when_the_prompt_does_not_name_it(lacking, tmp_path):
     options = [
-        "concept_inversion.steps=40", "concept_inversion.batch_size=6", "concept_inversion.learning_rate=0.05",
+        "concept_inversion.steps=40", "concept_inversion.batch_size=6", "concept_inversion.learning_rate=0.01",
         "soft_prompt.steps=25", "soft_prompt.learning_rate=0.05", "unlearndiffatk.timesteps=3", "tina.iterations=3",
         "tina.learning_rate=0.03",
     ]  # fmt: skip
@@ -148,7 +148,7 @@ def test_ring_a_bell_finds_words_for_the_concept_that_the_model_draws(tmp_path):
     results = measure.run(
         measure.Options(
             pretrained_model_name_or_path="demo", concept=["airplane"], output_dir=tmp_path, attack=["ring_a_bell"],
-            attack_option=["ring_a_bell.generations=40"], num_prompts=4,
+            num_prompts=4,
         )
     )  # fmt: skip
     assert results["models"][0]["attacks"]["ring_a_bell"]["asr"]["count"] >= 1
