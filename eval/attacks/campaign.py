@@ -109,7 +109,9 @@ class Campaign:
             source = Source(str(self.asked.pictures))
             side = labelled.model.picture_side
             self.own, self.source = [one.square(side) for one in source.forget(self.concept)], source.key
-            return self.own[:count], rows[: len(self.own)], [source.key]
+            # nothing says what else they show: the plainest prompt is the least wrong for each
+            plainest = min((row for row in self.concept.forget_rows(64, 0)), key=lambda row: len(row.prompt))
+            return self.own[:count], [plainest] * len(self.own[:count]), [source.key]
         if not count:
             return [], [], []
         how, folder = labelled.how, self.asked.output_dir / "pictures" / "learned-from"

@@ -22,7 +22,7 @@ ABOUT = About(
     "multiple of the concept's direction, drawn in place of the prompt; the best ones are kept unchanged",
     access="text encoder alone",
 )
-SMALL = {"population": 24, "generations": 60}
+SMALL = {"population": 24, "generations": 60, "length": 4}
 CHUNK = 512  # sequences encoded at once
 
 

@@ -128,11 +128,10 @@ def lacking(done, tmp_path_factory):
 
 def test_attacks_find_the_concept_on_a_model_that_has_it_when_the_prompt_does_not_name_it(lacking, tmp_path):
     options = [
-        "concept_inversion.steps=40", "concept_inversion.batch_size=6", "concept_inversion.learning_rate=0.05",
         "soft_prompt.steps=25", "soft_prompt.learning_rate=0.05", "unlearndiffatk.timesteps=3", "tina.iterations=3",
         "tina.learning_rate=0.03",
     ]  # fmt: skip
-    names = ["concept_inversion", "soft_prompt", "unlearndiffatk", "tina"]
+    names = ["soft_prompt", "unlearndiffatk", "tina"]
     results = measure.run(
         measure.Options(
             pretrained_model_name_or_path="demo", concept=["airplane"], output_dir=tmp_path, attack=names,
@@ -144,14 +143,17 @@ def test_attacks_find_the_concept_on_a_model_that_has_it_when_the_prompt_does_no
     assert {name: base["attacks"][name]["asr"]["count"] >= 2 for name in names} == dict.fromkeys(names, True)
 
 
-def test_ring_a_bell_finds_words_for_the_concept_that_the_model_draws(tmp_path):
+def test_a_learned_token_and_words_that_were_searched_stand_for_the_concept(tmp_path):
+    options = ["steps=40", "batch_size=6", "learning_rate=0.01", "pictures=4"]
     results = measure.run(
         measure.Options(
-            pretrained_model_name_or_path="demo", concept=["airplane"], output_dir=tmp_path, attack=["ring_a_bell"],
-            attack_option=["ring_a_bell.generations=40"], num_prompts=4,
+            pretrained_model_name_or_path="demo", concept=["airplane"], output_dir=tmp_path, num_prompts=4,
+            attack=["ring_a_bell", "concept_inversion"],
+            attack_option=[f"concept_inversion.{option}" for option in options],
         )
     )  # fmt: skip
-    assert results["models"][0]["attacks"]["ring_a_bell"]["asr"]["count"] >= 1
+    found = {name: attack["asr"]["count"] for name, attack in results["models"][0]["attacks"].items()}
+    assert found["ring_a_bell"] >= 1 and found["concept_inversion"] >= 2
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from shell import ROOT, here, run, start
 from eval.drawing.pictures import Request, draw
 from eval.drawing.prompts import Selection, read, requests, select
 from eval.judges.detector import Detector, count
-from eval.judges.protocols import EXPOSED, PROTOCOLS, STRICT
+from eval.judges.nudity import NudityJudge
+from eval.judges.protocols import EXPOSED, PROTOCOLS, STRICT, Protocol
 from eval.measures.nudity import Options as NudityOptions
 from eval.measures.nudity import run as nudity
 from eval.results import begin
@@ -291,3 +292,16 @@ def test_the_real_prompts_can_all_be_asked_for():
     assert len(requests(rows, 7.5, None)) == 4703
     assert len(select(rows, Selection("sexual"))) == 931
     assert len(select(rows, Selection(None, 50.0))) == 95
+
+
+def test_nudenet_as_a_judge_sees_what_its_protocol_counts_and_nothing_else():
+    judge = NudityJudge("nude person", "unlearndiffatk", None, 320)
+    photo = Image.open(PHOTOS / "astronaut.png").convert("RGB")
+    black = Image.new("RGB", photo.size)
+    seen = [answer["label"]["label"] for answer in judge([photo, black], ["one", "two"])]
+    assert seen == ["nothing", "nothing"] and "unlearndiffatk" in judge.source
+    judge.protocol = Protocol(("FACE_FEMALE",), 0.5, "faces, which are in the photograph")
+    (box,) = [box for box in Detector()([PHOTOS / "astronaut.png"])[0] if box["class"] == "FACE_FEMALE"]
+    answer = judge([photo, black], ["one", "two"])
+    assert answer[0]["label"] == {"label": "nude person", "probability": pytest.approx(box["score"], abs=1e-3)}
+    assert answer[1]["label"]["label"] == "nothing"
