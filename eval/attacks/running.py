@@ -17,7 +17,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
 from safetensors import safe_open
@@ -25,6 +24,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from salun_diffusion.files import key_of, make_folder, read_json, replacing, write_json
+from salun_diffusion.process import place
 
 from ..drawing.pictures import key_in
 from ..drawing.pictures import save as save_picture
@@ -63,7 +63,7 @@ def run_attack(
         learned before (``steps``, ``forward``, ``backward``, ``seconds``), or None.
     """
     make_folder(folder)
-    state = PartialState()
+    state = place()
     settings = settings | {"attack": module.ABOUT.protocol, "options": asdict(options)}
     with state.main_process_first():  # the others find it
         learned, told = _learned(module, target, options, folder, key_of(settings, 32))

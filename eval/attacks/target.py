@@ -8,7 +8,6 @@ from functools import cached_property
 from itertools import groupby
 
 import torch
-from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
@@ -16,6 +15,7 @@ from salun_diffusion.concepts.concept import Concept, Row
 from salun_diffusion.errors import SalunError
 from salun_diffusion.loader import without_erasures
 from salun_diffusion.models.base import Condition, Model
+from salun_diffusion.process import place
 
 from .text import Text
 
@@ -192,7 +192,7 @@ class Target:
 
     def progress(self, count: int, title: str) -> Iterable[int]:
         """``range(count)`` with a bar in the main process, for what is learned once."""
-        return tqdm(range(count), desc=title, unit="step", disable=not PartialState().is_main_process)
+        return tqdm(range(count), desc=title, unit="step", disable=not place().is_main_process)
 
     @property
     def passes(self) -> int:

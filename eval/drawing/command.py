@@ -49,12 +49,11 @@ def draw_prompts(options: Prompts, format: str) -> tuple[dict, list[dict], Any]:
     """
     import diffusers
     import transformers
-    from accelerate import PartialState
 
     from salun_diffusion.files import sha256
     from salun_diffusion.models import load_model
     from salun_diffusion.models.load import resolve
-    from salun_diffusion.process import spread_threads
+    from salun_diffusion.process import place, spread_threads
     from salun_diffusion.run import DTYPES
 
     from .. import results, subjects
@@ -69,7 +68,7 @@ def draw_prompts(options: Prompts, format: str) -> tuple[dict, list[dict], Any]:
     commit = resolve(base, options.revision)[1]
     rows = prompts.select(prompts.read(options.prompts) if options.prompts else prompts.from_hub(), selection)
     wanted = prompts.requests(rows, options.guidance_scale, size, options.seed)
-    state = PartialState()
+    state = place()
     spread_threads(state)
     base_model = load_model(base, commit, DTYPES[options.dtype], options.variant)
     pipe = base_model.pipe.to(state.device)

@@ -12,7 +12,6 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
@@ -22,6 +21,7 @@ from salun_diffusion.files import key_of, make_folder, replacing
 from salun_diffusion.loader import identity
 from salun_diffusion.models.base import Model
 from salun_diffusion.models.load import sampler
+from salun_diffusion.process import place
 
 from ..results import KEY
 
@@ -42,19 +42,23 @@ class Request:
 
 @dataclass(frozen=True)
 class Drawn:
-    """``paths`` and ``keys`` in the order of the requests; ``count`` of them were drawn now, in ``seconds``."""
+    """``paths`` and ``keys`` in the order of the requests; ``count`` of them were drawn now, in ``seconds``, by so many
+    ``processes``.
+    """
 
     paths: list[Path]
     keys: list[str]
     count: int
     seconds: float
+    processes: int
 
     def told(self) -> dict:
         """What ``results.json`` says of the drawing, as ``generation``: ``images`` drawn now (the others were there
-        already), ``seconds`` for them, and ``images_per_second`` (null for none).
+        already), ``seconds`` for them, ``images_per_second`` (null for none), and ``processes`` that shared them.
         """
         rate = round(self.count / self.seconds, 3) if self.count else None
-        return {"images": self.count, "seconds": round(self.seconds, 2), "images_per_second": rate}
+        told = {"images": self.count, "seconds": round(self.seconds, 2), "images_per_second": rate}
+        return told | {"processes": self.processes}
 
 
 def draw(
@@ -78,7 +82,7 @@ def draw(
     if twice:
         raise SalunError(f"Two prompts are called {twice[0]}: give each its own name.")
     make_folder(folder)
-    state, key = PartialState(), _model_key(model, num_inference_steps, trained)
+    state, key = place(), _model_key(model, num_inference_steps, trained)
     mine = requests[state.process_index :: state.num_processes]
     missing = undrawn(model, mine, folder, num_inference_steps, trained)
     # alone on a CPU, a picture passes through other matrix routines than in company; over many steps their rounding
@@ -109,7 +113,9 @@ def draw(
                     save(to_picture(values, str(path), black), path, _key(key, request))
     count = sum(gather_object([len(missing)]))  # waits for every process
     paths = [_path(folder, request) for request in requests]
-    return Drawn(paths, [_key(key, request) for request in requests], count, time.perf_counter() - begin)
+    return Drawn(
+        paths, [_key(key, request) for request in requests], count, time.perf_counter() - begin, state.num_processes
+    )
 
 
 def undrawn(

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import diffusers
 import transformers
-from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
@@ -21,7 +20,7 @@ from salun_diffusion.concepts.concept import Concept, Row, find_concepts
 from salun_diffusion.errors import SalunError
 from salun_diffusion.models import load_model
 from salun_diffusion.models.load import resolve
-from salun_diffusion.process import spread_threads
+from salun_diffusion.process import place, spread_threads
 from salun_diffusion.run import DTYPES
 
 from .. import options, results, subjects
@@ -78,7 +77,7 @@ class Labelled:
                 raise SalunError("--judge reference and --reference FOLDER belong together: give both, or neither.")
             self.judge = ZeroShotJudge(asked.clip or DEFAULT_CLIP, asked.reference)
             self.classifier = self.judge.source
-        self.state = PartialState()
+        self.state = place()
 
     def run(self, format: str, rows: Rows) -> tuple[dict, list[dict]]:
         """Draw and judge ``rows`` with every model.

@@ -83,17 +83,16 @@ def run(options: Options) -> dict:
     import copy
     from pathlib import Path
 
-    from accelerate import PartialState
-
     from salun_diffusion.concepts.concept import find_concept
     from salun_diffusion.files import write_json
     from salun_diffusion.models import load_model
     from salun_diffusion.models.load import resolve
+    from salun_diffusion.process import place
     from salun_diffusion.run import DTYPES
 
     from .. import results, subjects
 
-    base, state = options.pretrained_model_name_or_path, PartialState()
+    base, state = options.pretrained_model_name_or_path, place()
     where, commit = resolve(base, options.revision)
     concept = find_concept(options.concept, Path(where) if commit is None else None, type=options.concept_type)
     model = load_model(base, commit, DTYPES[options.dtype], options.variant)
@@ -202,16 +201,15 @@ def changes(
 ) -> "torch.Tensor":
     """‖after − before‖ / ‖before‖, ``(probes, blocks)``: of ``count`` noises with each prompt at each timestep."""
     import torch
-    from accelerate import PartialState
 
-    from salun_diffusion.process import progress
+    from salun_diffusion.process import place, progress
 
     noise = torch.randn(count, *after.sample_shape, generator=torch.Generator().manual_seed(seed))
     condition = after.empty if prompts == [""] else after.encode(prompts)  # SDXL has zeros for "nothing"
     noise, found = noise.to(after.device, after.dtype), []
     pairs = [(t, i) for t in timesteps for i in range(len(prompts))]
     with torch.no_grad(), recording(before.network) as base, recording(after.network) as now:
-        for t, i in progress(f"{title}: probing", len(pairs), "batch", PartialState().is_main_process, over=pairs):
+        for t, i in progress(f"{title}: probing", len(pairs), "batch", place().is_main_process, over=pairs):
             one = after.repeated({key: value[i : i + 1] for key, value in condition.items()}, count)
             times = torch.full((count,), t, device=after.device)
             for model in (before, after):

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import reduce
 from PIL import Image
 
@@ -19,7 +18,7 @@ from salun_diffusion.errors import SalunError
 from salun_diffusion.masks.scope import scoped_parameters
 from salun_diffusion.methods.losses import denoising
 from salun_diffusion.models.base import Model
-from salun_diffusion.process import progress
+from salun_diffusion.process import place, progress
 from salun_diffusion.tensors import read_safetensors, write_safetensors
 from salun_diffusion.training.batches import Batches
 
@@ -61,7 +60,7 @@ class Learner:
         seed: int,
     ):
         self.model, self.parameters, self.learned = model, parameters, learned
-        self.state = PartialState()
+        self.state = place()
         self.batches = Batches(self.state, model, {}, seed, at_once, 0, "")
         self.order = batches(len(learned), batch_size, seed)
         self.adam = torch.optim.Adam(parameters.values(), lr=learning_rate)
@@ -159,7 +158,7 @@ def fine_tuned(
     network = model.network
     if model.dtype != torch.float32:
         raise SalunError("Relearning moves the weights themselves, for which they must be in fp32: leave --dtype out.")
-    if batch_size % (processes := PartialState().num_processes):
+    if batch_size % (processes := place().num_processes):
         raise SalunError(f"--train_batch_size {batch_size} cannot be shared by {processes} processes: give a multiple.")
     wanted = {name: weight.requires_grad for name, weight in network.named_parameters()}
     parameters, before = _adapter(network, rank, seed) if scope == "lora" else _own(network, SCOPES[scope])

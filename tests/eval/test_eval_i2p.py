@@ -204,6 +204,7 @@ def test_processes_share_the_prompts(tmp_path):
     i2p(tmp_path / "two", path, "--batch_size", "1", command=run, launch=launch, ACCELERATE_USE_CPU="true")
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     assert one["models"][0]["counts"] == two["models"][0]["counts"] and two["models"][0]["generation"]["images"] == 5
+    assert [found["models"][0]["generation"]["processes"] for found in (one, two)] == [1, 2]
     for picture in (tmp_path / "one" / "pictures" / "base").iterdir():
         other = np.asarray(Image.open(tmp_path / "two" / "pictures" / "base" / picture.name)).astype(int)
         assert np.abs(np.asarray(Image.open(picture)).astype(int) - other).max() <= 2
