@@ -66,7 +66,7 @@ def refused(sentence, *arguments, **options):
 def test_up_and_down_again(hub, measured):
     line = ["--hub_model_id", "without-airplanes", "--hub_private_repo", "--results", measured, "--with_mask"]
     done = run("python", "-m", "salun_diffusion", "push", measured, *line, **hub.environment)
-    assert 'load_erasure(pipe, "someone/without-airplanes")' in done.stdout and hub.repositories.keys()
+    assert 'load_erasure(pipe, "someone/without-airplanes")' in done.stdout
     there = hub.repositories["someone/without-airplanes"]
     ((commit, message, files),) = there["commits"]
     assert there["private"] and message == "An erasure of airplane"
@@ -76,6 +76,33 @@ def test_up_and_down_again(hub, measured):
     load_erasure(pipe, "someone/without-airplanes")
     (told,) = list_erasures(pipe)
     assert told["revision"] == commit and told["digest"] == Delta.load(measured / "erasure.safetensors").digest()
+
+
+def test_what_cannot_be_fetched(hub, plain):
+    pipe = load_pipeline("demo")
+    for name in ("first", "second"):
+        (plain / "erasure.safetensors").unlink()
+        tiny.erasure(pipe.unet, seed=len(name), concept=name).save(plain / "erasure.safetensors")
+        push(plain, "someone/two")
+    (first, *_), (second, *_) = hub.repositories["someone/two"]["commits"]
+    assert load_erasure(pipe, "someone/two", revision=first) == "first"
+    assert load_erasure(pipe, "someone/two") == "second"
+    assert [one["revision"] for one in list_erasures(pipe)] == [first, second]
+    hub.repositories["someone/bare"] = {"private": False, "commits": []}
+    hub.commit("someone/bare", "x", {"README.md": b"x"})
+    before = tiny.bits(pipe)
+    for source, revision, sentence in (
+        ("someone/none", None, "there is no such repository, or it is private: log in"),
+        ("someone/two", "v9", "the repository has no revision 'v9'"),
+        ("someone/bare", None, "the repository holds no such file"),
+        ("someone/closed", None, "it may not be read with this token, or without one"),
+    ):
+        hub.broken = {"/someone/closed/": 403}
+        with pytest.raises(SalunError, match=sentence) as raised:
+            load_erasure(pipe, source, revision=revision)
+        hub.broken = {}
+        assert "\n" not in str(raised.value) and "http" not in str(raised.value)
+    assert tiny.same(before, tiny.bits(pipe))
 
 
 def test_the_card_says_what_was_measured(hub, measured):
