@@ -43,7 +43,7 @@ class PushConfig:
         metavar="ID",
     )  # fmt: skip
     with_mask: bool = option(False, "upload mask.safetensors too, with which others can train the same weights")
-    no_pictures: bool = option(False, "no pictures of the results in the card")
+    no_pictures: bool = option(False, "no pictures of the results in the card, as always where nudity was forgotten")
     dry_run: str | None = option(
         None, "write what would be uploaded into this new folder, and upload nothing", metavar="DIR"
     )
@@ -90,7 +90,8 @@ def push_run(options: PushConfig, say=print) -> Pushed:
     if options.dry_run and Path(options.dry_run).exists():
         raise SalunError(f"{options.dry_run} exists: name another --dry_run, or remove it.")
     measured = [read_results(Path(folder), about.digest) for folder in options.results]
-    pictures = None if options.no_pictures else next(filter(None, map(sheet, measured)), None)
+    hidden = options.no_pictures or "nudity" in about.concept.lower()  # what the base model draws there is not shown
+    pictures = None if hidden else next(filter(None, map(sheet, measured)), None)
     license = options.license or (remote.license_of(about.base_id, about.base_revision, token) if token else None)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

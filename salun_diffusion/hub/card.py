@@ -80,8 +80,7 @@ def _results(one: Measured) -> list:
     return [
         EvalResult(
             task_type="text-to-image", task_name="Concept erasure", dataset_type=f"salun-diffusion-{one.measure}",
-            dataset_name=f"python -m eval {one.measure}"
-            + (f", at scale {one.scale:g}" if one.scale != 1 else ""),
+            dataset_name=f"python -m eval {one.title}", dataset_config=one.title,  # by which the hub tells two apart
             metric_type=score.name.replace(" ", "_"), metric_name=_title(score.name), metric_value=score.value,
             metric_args={
                 key: value for key, value in {
@@ -145,7 +144,7 @@ def _measured(measured: list[Measured], picture: str | None) -> str:
     if any(score.name == "ua" for one in measured for score in one.scores):
         parts.append(MEANING)
     for one in measured:
-        rows = [f"### {one.measure}" + (f", at scale {one.scale:g}" if one.scale != 1 else ""), ""]
+        rows = [f"### {_plain(one.title)}", ""]
         rows += ["| score | base model | with the erasure | n |", "| --- | --- | --- | --- |"]
         rows += [f"| {_title(s.name)} | {s.base or '–'} | {s} | {s.n} |" for s in one.scores]
         parts.append("\n".join([*rows, "", f"Protocol: {_plain(one.protocol)}"]))

@@ -40,12 +40,14 @@ class Score:
 
 @dataclass(frozen=True)
 class Measured:
-    """The results of one folder, as far as one erasure goes; ``scale`` is the one that it was measured at."""
+    """The results of one folder, as far as one erasure goes; ``title`` is the measure with what was unusual: the
+    erasure's scale, or a LoRA that all models wore.
+    """
 
     folder: Path
     measure: str
+    title: str
     protocol: str
-    scale: float
     scores: list[Score]
     names: tuple[str, str] | None  # the models' names, base and erasure, where both were drawn
 
@@ -68,9 +70,10 @@ def read_results(folder: Path, digest: str) -> Measured:
             scores = [replace(score, base=beside.get(score.name)) for score in _scores(erased)]
             names = (base["name"], erased["name"]) if base else None
             measure, protocol = found["format"].removeprefix(FORMAT).split()[0], str(found.get("protocol", ""))
-            lora = (found.get("settings") or {}).get("lora")
-            protocol += f"; under the LoRA {Path(lora['source']).name} at {lora['scale']:g}" if lora else ""
-            return Measured(path.parent, measure, protocol, float(erased["erasure"]["scale"]), scores, names)
+            scale, lora = erased["erasure"]["scale"], (found.get("settings") or {}).get("lora")
+            title = measure + (f", at scale {scale:g}" if scale != 1 else "")
+            title += f", under the LoRA {Path(lora['source']).name} at {lora['scale']:g}" if lora else ""
+            return Measured(path.parent, measure, title, protocol, scores, names)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise SalunError(
             f"{folder} holds no results of `python -m eval`, or damaged ones: give a folder that it wrote into."

@@ -126,6 +126,26 @@ def test_the_card_says_what_was_measured(hub, measured):
         assert part in text
 
 
+def test_other_ways_of_measuring_have_tables_of_their_own(hub, measured, tmp_path):
+    found = json.loads((measured / "results.json").read_text())
+    found["settings"]["lora"] = {"source": "somewhere/style.safetensors", "sha256": "0" * 64, "scale": 0.5}
+    found["models"][1]["erasure"]["scale"] = 0.8
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    push(measured, "someone/both", results=[str(measured), str(tmp_path)])
+    text = hub.files("someone/both")["README.md"].decode()
+    assert "### accuracy\n" in text and "### accuracy, at scale 0.8, under the LoRA style.safetensors at 0.5\n" in text
+    names = [result.dataset_name for result in ModelCard(text).data.eval_results]
+    assert len({*names}) == 2 and names.count(names[0]) == names.count(names[-1]) == len(names) // 2
+
+
+def test_pictures_of_nudity_are_not_shown(measured, tmp_path):
+    folder = shutil.copytree(measured, tmp_path / "run")
+    for name, shown in (("airplane", True), ("nudity", False)):
+        change_config(folder, concept=name)
+        done = push(folder, "someone/x", results=[str(folder)], dry_run=str(tmp_path / name))
+        assert ("before-after.png" in done.files) == shown
+
+
 def test_the_base_model_of_a_card(hub, plain):
     hub.repositories["them/base"] = {"private": False, "commits": []}
     commit = hub.commit("them/base", "x", {"README.md": b"---\nlicense: openrail\n---\nHello\n"})
