@@ -98,6 +98,7 @@ class Labelled:
             "guidance_scale": guidance,
             "batch_size": asked.batch_size or preset.get("sample_batch_size", 8),
         }
+        lora = subjects.wear(base_model, asked.lora, asked.lora_scale)
         models = subjects.introduce(base_model, self.base, asked.erasure, asked.scale)
         if state.is_main_process:
             results.begin(output_dir, format)
@@ -136,7 +137,7 @@ class Labelled:
                 "questions": {question: list(answers) for question, answers in self.judge.questions.items()},
             }
             | ({} if asked.judge == "classifier" else {"judge": asked.judge, "reference": str(asked.reference or "")}),
-            "settings": how | subjects.as_drawn(base_model) | {"seed": asked.seed},
+            "settings": how | subjects.as_drawn(base_model) | {"seed": asked.seed} | lora,
             "versions": results.VERSIONS,
             "models": models,
         }, samples  # fmt: skip
