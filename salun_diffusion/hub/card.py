@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import erasures
-from ..erasures.locate import FILE_NAME
+from ..erasures.locate import ADAPTER_NAME, FILE_NAME
 from ..errors import SalunError
 from ..files import read_json
 from .measured import Measured
@@ -31,9 +31,12 @@ def read_run(folder: Path) -> About:
     Raises:
         SalunError: it is not finished, or damaged.
     """
-    file, config = folder / FILE_NAME, folder / "config.json"
-    if not file.is_file() or not config.is_file():
-        raise SalunError(f"{folder} holds no finished run ({FILE_NAME} and config.json): give the folder of one.")
+    files, config = [folder / name for name in (FILE_NAME, ADAPTER_NAME)], folder / "config.json"
+    file = next((path for path in files if path.is_file()), None)
+    if file is None or not config.is_file():
+        raise SalunError(
+            f"{folder} holds no finished run ({FILE_NAME} or {ADAPTER_NAME}, and config.json): give the folder of one."
+        )
     erasure = erasures.load(file)
     try:
         told = read_json(config)
@@ -125,6 +128,13 @@ def _head(about: About) -> str:
 def _loading(about: About, repo_id: str) -> str:
     base = about.base_id or Path(about.config["base_model"]).name
     revision = f', revision="{about.base_revision}"' if about.base_revision else ""
+    if about.file.name == ADAPTER_NAME:
+        elsewhere = f'It is a LoRA: `pipe.load_lora_weights("{repo_id}")` opens it too, and checks no base model.'
+    else:
+        elsewhere = (
+            "For ComfyUI, A1111 and others, fetch `erasure.safetensors` and write it in their formats by `python -m "
+            "salun_diffusion export`."
+        )
     return (
         "## Load it\n\nWith the Python package salun-diffusion:\n\n```python\nfrom diffusers import DiffusionPipeline\n"
         "from salun_diffusion import load_erasure, unload_erasure\n\n"
@@ -132,8 +142,7 @@ def _loading(about: About, repo_id: str) -> str:
         f'load_erasure(pipe, "{repo_id}")  # scale=0.8 applies 80% of it\n'
         "unload_erasure(pipe)  # the base model's own bits again\n```\n\n"
         "Other fine-tunes of the same shape are refused, since it was made for and measured on this one; "
-        "`check_base=False` applies it all the same. For ComfyUI, A1111 and others, fetch `erasure.safetensors` and "
-        "write it in their formats by `python -m salun_diffusion export`."
+        f"`check_base=False` applies it all the same. {elsewhere}"
     )
 
 
