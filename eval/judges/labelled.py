@@ -131,6 +131,7 @@ class Labelled:
             "guidance_scale": guidance,
             "batch_size": asked.batch_size or preset.get("sample_batch_size", 8),
         }
+        self.lora = subjects.wear(self.model, asked.lora, asked.lora_scale)
         self.models = subjects.introduce(self.model, self.base, asked.erasure, asked.scale)
         if state.is_main_process:
             results.begin(asked.output_dir, format)
@@ -170,7 +171,7 @@ class Labelled:
                 if self.options.judge == "classifier"
                 else {"judge": self.options.judge, "reference": str(self.options.reference or "")}
             ),
-            "settings": self.how | subjects.as_drawn(self.model) | {"seed": self.options.seed},
+            "settings": self.how | subjects.as_drawn(self.model) | {"seed": self.options.seed} | self.lora,
             "versions": results.VERSIONS,
             "models": self.models,
         }  # fmt: skip

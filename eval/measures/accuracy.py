@@ -86,7 +86,7 @@ def run(options: Options) -> dict:
 
     from ..judges import metrics
     from ..judges.labelled import Labelled
-    from ..results import write
+    from ..results import under, write
 
     labelled = Labelled(options)
     concepts, rows = labelled.concepts, []
@@ -94,7 +94,7 @@ def run(options: Options) -> dict:
         parts = shared_rows(concepts, kind, number, options.seed, "evaluation")
         rows += [(kind, row) for part in parts for row in part]
     results, samples = labelled.run(FORMAT, rows)
-    results |= {"protocol": PROTOCOL}
+    results |= {"protocol": PROTOCOL + under(results["settings"])}
     results["settings"] |= {
         "num_forget_images": options.num_forget_images, "num_retain_images": options.num_retain_images,
     }  # fmt: skip

@@ -148,6 +148,8 @@ def run(options: Options) -> dict:
 
 def _check(options: Options, steps: list[int]) -> None:
     """Raise SalunError for options that do not go together."""
+    if options.lora:
+        raise SalunError("relearn trains the network itself, which --lora would sit in: leave --lora out.")
     if steps == [0]:
         raise SalunError("--steps names no step after 0: give some, such as 0 5 10 20 40.")
     if (options.control_pictures is None) != (options.control_name is None):
