@@ -60,8 +60,8 @@ BLOCK = re.compile(r"\b(attentions|transformer_blocks|single_transformer_blocks)
 class Options(options.Erasures, options.Output):
     """What is compared, on how many probes."""
 
-    concept: str = option(None, "what was erased, as given to erase_concept.py", metavar="NAME", required=True)
-    concept_type: str | None = option(
+    concept: list[str] = option(None, "what was erased, as given to erase_concept.py", metavar="NAME", required=True)
+    concept_type: list[str] | None = option(
         None, "what a word of your own names, where erase_concept.py was told", tuple(TYPES)
     )
     num_neighbours: int = option(4, "other words that count as the concept's neighbours", metavar="N", least=1)
@@ -83,7 +83,7 @@ def run(options: Options) -> dict:
     import copy
     from pathlib import Path
 
-    from salun_diffusion.concepts.concept import find_concept
+    from salun_diffusion.concepts.concept import find_concepts
     from salun_diffusion.files import write_json
     from salun_diffusion.models import load_model
     from salun_diffusion.models.load import resolve
@@ -94,7 +94,9 @@ def run(options: Options) -> dict:
 
     base, state = options.pretrained_model_name_or_path, place()
     where, commit = resolve(base, options.revision)
-    concept = find_concept(options.concept, Path(where) if commit is None else None, type=options.concept_type)
+    concept, *more = find_concepts(options.concept, Path(where) if commit is None else None, None, options.concept_type)
+    if more:
+        raise SalunError("probe takes one --concept: measure each by itself.")
     model = load_model(base, commit, DTYPES[options.dtype], options.variant)
     model.pipe.to(state.device)
     steps = model.schedule.config.num_train_timesteps
