@@ -17,7 +17,7 @@ from salun_diffusion.models import load_model
 def measure(base, output, *erasures, **options):  # noqa: F811
     runs = [str(base / "runs" / name) for name in erasures or ("forgets", "no-mask")]
     small = {"num_prompts": 2, "num_probes": 3, "num_neighbours": 2, "timesteps": [100, 900]}
-    asked = {"pretrained_model_name_or_path": str(base), "concept": "airplane", "erasure": runs} | small | options
+    asked = {"pretrained_model_name_or_path": str(base), "concept": ["airplane"], "erasure": runs} | small | options
     return probe.run(probe.Options(output_dir=output, **asked))
 
 
