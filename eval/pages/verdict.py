@@ -109,7 +109,7 @@ def _relearned(relearn: dict) -> dict:
     told = (
         "a model trained without it" if beside["name"] == "retrained" else f"the base model learning {beside['learns']}"
     )
-    says += f" For {told} it is {steps(beside)}."
+    says += f" For {told}, it is {steps(beside)}."
     if main["half"] is None:
         mark = GOOD if beside["half"] is not None else OPEN
     else:

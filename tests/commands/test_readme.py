@@ -13,6 +13,8 @@ SMALL = {  # what a README command is shortened with
     "python -m eval accuracy": "--num_forget_images 6 --num_retain_images 6 --num_inference_steps 2".split(),
     "python -m eval report": [],
     "python -m eval composition": "--num_images 3 --num_inference_steps 2".split(),
+    "python -m eval audit": "--attack noise_probe --num_forget_images 2 --num_retain_images 2 --num_images 1".split()
+    + "--num_prompts 1 --steps 1 --num_inference_steps 2".split(),
     "python -m eval compare": [],
     "python -m eval i2p": [],
     "python -m classification run": "--limit 400 --epochs 1 --seeds 0 --methods salun".split(),

@@ -81,7 +81,7 @@ def test_the_findings_say_what_was_counted():
     said = " ".join(text for _, text in marks.values())
     for text in (
         "“airplane” is seen in 40 of 96", "TINA, makes it draw “airplane” for 30 of 100 prompts", "for 90%",
-        "After 12 steps on 36 pictures", "called zarp it is 20", "left right, from 90.0%", "a smear in 31.2%",
+        "After 12 steps on 36 pictures", "called zarp, it is 20", "left right, from 90.0%", "a smear in 31.2%",
     ):  # fmt: skip
         assert text in said, text
     weak = judge(accuracy(), attack(0, 10), None, None)["findings"][1]
