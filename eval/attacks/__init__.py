@@ -24,6 +24,7 @@ ATTACKS = (  # in the order of tables
     "soft_prompt",
     "unlearndiffatk",
     "ring_a_bell",
+    "mma",
     "tina",
     "noise_probe",
     "p4d",

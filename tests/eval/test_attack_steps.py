@@ -17,6 +17,7 @@ from eval.attacks import (
     concept_inversion,
     find_attack,
     finetune,
+    mma,
     noise_probe,
     p4d,
     p4d_k,
@@ -202,6 +203,39 @@ def test_the_projection_onto_the_simplex_is_the_bisected_one():
     rows = torch.randn(50, 30, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(uda.to_simplex(rows), torch.stack([bisected(row) for row in rows]), atol=1e-5)
     assert uda.timesteps(50, 1000) == list(range(10, 1000, 20))
+
+
+def test_mma_follows_the_gradient_of_the_one_hot_rows(target):
+    """The cosine and its gradient by the plain encoder, one text at a time; the search keeps its best."""
+    text, options = target.text, mma.Options(tokens=4, steps=5, candidates=6, top=3)
+    allowed = mma.allowed_tokens(target)
+    taken = {text.tokenizer.decode([i]).strip().lower() for i in allowed.tolist()}
+    assert len(taken) > 100 and not any("airplane" in word or word in ("airplane", "plane", "air") for word in taken)
+    prompts = [case.prompt for case in CASES]
+    wanted = mma.pooled_prompts(text, prompts)
+    tokens = allowed[torch.arange(12).view(3, 4) * 5]
+    top = mma.favoured(text, tokens, wanted, allowed, 3)
+    cosines = mma.similarity(text, tokens[:, None], wanted)[:, 0]
+    for i, case in enumerate(CASES):
+        ids = text.ids([case.prompt])[0].tolist()
+        end = ids.index(text.tokenizer.eos_token_id)
+        aim = plain_text(target, case.prompt, lambda table: table)[0, end].detach()
+        assert torch.allclose(wanted[i], aim, atol=1e-5)
+        rows = torch.nn.functional.one_hot(tokens[i], len(text.table)).float().requires_grad_()
+        marks = text.table[torch.tensor([text.tokenizer.bos_token_id, text.tokenizer.eos_token_id])]
+        rest = text.table[text.tokenizer.pad_token_id].expand(77 - 6, -1)
+        own = torch.cat([marks[:1], rows @ text.table, marks[1:], rest])
+        cosine = torch.cosine_similarity(plain_text(target, "", lambda table, own=own: own)[0, 5], aim, dim=0)
+        assert torch.allclose(cosines[i], cosine, atol=1e-5)
+        (slope,) = torch.autograd.grad(cosine, rows)
+        ordered = allowed[slope[:, allowed].argsort(1, descending=True)[:, :3]]
+        assert torch.equal(top[i], ordered)
+    outcomes = mma.attack(target, CASES, options, Learned())
+    assert all(found.about["cosine"] >= -1 for found in outcomes)
+    alone = mma.attack(target, CASES[1:2], options, Learned())[0]
+    assert alone.text == outcomes[1].text, "a prompt's random numbers are its own"
+    longer = mma.attack(target, CASES[1:2], mma.Options(tokens=4, steps=20, candidates=6, top=3), Learned())[0]
+    assert longer.about["cosine"] >= alone.about["cosine"]
 
 
 def test_ring_a_bell_measures_and_searches(target):
