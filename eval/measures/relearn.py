@@ -187,7 +187,7 @@ def _told(options: Options, steps: list[int], count: int, how: dict) -> dict:
 
 def summary(curve: list[dict], ceiling: float) -> dict:
     """``base_accuracy``, and for each of ``LEVELS`` the steps until the curve reaches that share of it."""
-    from ..relearning.curves import crossing
+    from salun_diffusion.stats import crossing
 
     points = [(point["step"], point["accuracy"]["percent"]) for point in curve]
     found = {name: crossing(points, level * ceiling) if ceiling else None for name, level in LEVELS.items()}

@@ -81,17 +81,3 @@ def checkpoint(step: int, lines: list[dict], value: str, slot: str) -> dict:
     seen = proportion(not metrics.forgotten(line, value) for line in lines if line["set"] == "forget")
     kept = ("ira", "cra", "retained", "drawn_as")
     return {"step": step, "accuracy": seen} | {key: found[key] for key in kept}
-
-
-def crossing(points: list[tuple[float, float]], level: float) -> float | None:
-    """Where a curve of ``points`` (x, y) first reaches ``level``, on the straight line between its neighbours; None if
-    it never does.
-    """
-    before = None
-    for x, y in points:
-        if y >= level:
-            if before is None or y == before[1]:
-                return float(x)
-            return before[0] + (x - before[0]) * (level - before[1]) / (y - before[1])
-        before = (x, y)
-    return None

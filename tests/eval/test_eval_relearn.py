@@ -16,7 +16,6 @@ from torch.nn.utils import parametrize
 
 from eval.measures import probe, relearn
 from eval.pages import compare, report
-from eval.relearning.curves import crossing
 from eval.relearning.learner import fine_tuned, learned_set
 from salun_diffusion.concepts.concept import find_concept
 from salun_diffusion.data.sets import batches
@@ -24,6 +23,7 @@ from salun_diffusion.data.sources import Source
 from salun_diffusion.errors import SalunError
 from salun_diffusion.models import load_model
 from salun_diffusion.process import reporting_to
+from salun_diffusion.stats import crossing
 
 PROMPTS = ["a photo of an airplane", "a picture of an airplane", "a photo of an airplane", "a picture of a cat"]
 HOW = {"rank": 2, "learning_rate": 1e-2, "batch_size": 3, "at_once": 2, "seed": 5}
