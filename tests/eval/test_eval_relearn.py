@@ -187,8 +187,11 @@ def test_the_report_has_curves_and_pictures_on_the_way(measured, base, tmp_path)
     plain = report.report(folder).read_text()
     assert "Does it come back?" not in plain and "inside the network" not in plain
     shutil.copytree(output, folder / "relearn")
+    ours, theirs = (json.loads((path / "results.json").read_text()) for path in (folder, output))
+    ours["models"][1]["digest"] = theirs["models"][1]["digest"]  # as if accuracy had measured the same erasure
+    (folder / "results.json").write_text(json.dumps(ours))
     probe.run(probe.Options(
-        pretrained_model_name_or_path=str(base), erasure=[str(base / "runs" / "forgets")], concept="cat", num_probes=1,
+        pretrained_model_name_or_path=str(base), erasure=[str(base / "runs" / "forgets")], concept=["cat"], num_probes=1,
         num_prompts=1, num_neighbours=1, timesteps=[500], output_dir=folder / "probe",
     ))  # fmt: skip
     page = report.report(folder).read_text()
