@@ -102,9 +102,9 @@ def _erase(config: EraseConfig, pipe) -> Run:
             model.pipe.to(accelerator.device)
             run = RunFolder(config, concepts, commit, fingerprint(model.network.named_parameters()))
             parameters = scoped_parameters(model.network, config.scope)
-            if config.adapter:
+            if config.adapter:  # what cannot be adapted is refused before pictures are drawn
                 check_adaptable(model.pipe, f"--adapter {config.adapter}")
-                adaptable_layers(model.network, parameters)  # a scope without any is refused before pictures are drawn
+                layers = adaptable_layers(model.network, parameters)
             if reused is not None:
                 check_reused(reused, parameters, config.mask)
             undo.enter_context(locked(run.path, wanted=is_main))
@@ -139,7 +139,6 @@ def _erase(config: EraseConfig, pipe) -> Run:
             by_concept = torch.arange(len(sets["forget"])).split(sets["forget"].shares) if "forget" in sets else ()
             scores = (trainer.saliency(parameters, rows) for rows in by_concept)  # none is made before it is asked for
             if config.adapter:
-                layers = adaptable_layers(model.network, parameters)
                 if resumed:
                     ranks = resumed.ranks()
                 elif config.mask == "none":

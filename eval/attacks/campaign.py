@@ -16,7 +16,7 @@ from salun_diffusion.models.load import sampler
 from .. import subjects
 from ..drawing import prompts
 from ..drawing.pictures import Request, draw
-from ..judges.labelled import NOTHING, Labelled
+from ..judges.labelled import Labelled
 from ..judges.metrics import OBJECT_QUESTIONS, shows
 from ..results import picture
 from . import PLAIN, find_attack
@@ -163,12 +163,4 @@ class Campaign:
         return lines
 
     def _judged(self, cases: Sequence[Case], pictures: list[Image.Image]) -> list[dict]:
-        """``predicted`` of each picture, and ``black`` where it is wholly so."""
-        found = []
-        answers = self.labelled.judge(pictures, [case.name for case in cases])
-        for shown, answer in zip(pictures, answers, strict=True):
-            if shown.getbbox() is None:
-                found.append({"predicted": {q: {"label": NOTHING, "probability": 1.0} for q in answer}, "black": True})
-            else:
-                found.append({"predicted": answer})
-        return found
+        return self.labelled.seen(pictures, [case.name for case in cases])

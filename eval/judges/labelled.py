@@ -187,30 +187,33 @@ class Labelled:
         self.judge.check(pair for _, row in rows for pair in row.expect.items())
 
     def judged(self, rows: Rows, drawn: Drawn, name: str) -> list[dict]:
-        """The lines of ``samples.jsonl`` for the pictures of one model. A wholly black picture shows nothing, whatever
-        a classifier makes of it: such a line says ``black``.
-        """
+        """The lines of ``samples.jsonl`` for the pictures of one model, each with what :meth:`seen` says of it."""
         samples, output_dir, batch_size = [], self.options.output_dir, self.how["batch_size"]
         with tqdm(total=len(rows), desc=f"{name}: judging", unit="image") as bar:
             for start in range(0, len(rows), batch_size):
                 now = slice(start, start + batch_size)
                 shown = [str(path.relative_to(output_dir)) for path in drawn.paths[now]]
                 pictures = [Image.open(path).convert("RGB") for path in drawn.paths[now]]
-                answers = self.judge(pictures, shown)
-                black = [picture.getbbox() is None for picture in pictures]
-                for (kind, row), path, key, answer, is_black in zip(
-                    rows[now], shown, drawn.keys[now], answers, black, strict=True
-                ):
-                    if is_black:
-                        answer = dict.fromkeys(answer, {"label": NOTHING, "probability": 1.0})
+                answers = self.seen(pictures, shown)
+                for (kind, row), path, key, answer in zip(rows[now], shown, drawn.keys[now], answers, strict=True):
                     samples.append({
                         "model": name, "set": kind, "prompt": row.prompt, "seed": row.seed, "picture": path,
-                        "key": key, "expect": row.expect, "predicted": answer,
-                    } | ({"black": True} if is_black else {}))  # fmt: skip
+                        "key": key, "expect": row.expect,
+                    } | answer)  # fmt: skip
                 bar.update(len(rows[now]))
         if count := sum("black" in line for line in samples):
             print(f"{count} of the {len(samples)} pictures of {name} are wholly black: they count as showing nothing.")
         return samples
+
+    def seen(self, pictures: list[Image.Image], names: list[str]) -> list[dict]:
+        """What the judge says of each picture, as ``predicted``. A wholly black one shows nothing, whatever a classifier
+        makes of it, and is marked as ``black``.
+        """
+        nothing = {"label": NOTHING, "probability": 1.0}
+        return [
+            {"predicted": answer} if picture.getbbox() else {"predicted": dict.fromkeys(answer, nothing), "black": True}
+            for picture, answer in zip(pictures, self.judge(pictures, names), strict=True)
+        ]
 
 
 def _shared(presets: list[dict], asked: options.Labelled) -> dict:

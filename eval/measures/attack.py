@@ -100,13 +100,14 @@ def run(options: Options) -> dict:
     """
     from ..attacks.campaign import Campaign
     from ..judges.metrics import shows
-    from ..results import write
+    from ..results import under, write
 
     chosen = chosen_options(list(dict.fromkeys(options.attack)), options.budget, options.attack_option)
     campaign = Campaign(options, FORMAT)
     samples = campaign.run(chosen)
     results = campaign.results(chosen)
-    results |= {"protocol": PROTOCOL + "; ".join(about["protocol"] for about in results["attacks"].values())}
+    each = "; ".join(about["protocol"] for about in results["attacks"].values())
+    results |= {"protocol": PROTOCOL + each + under(results["settings"])}
     if campaign.labelled.state.is_main_process:
         for model in results["models"]:
             lines = [sample for sample in samples if sample["model"] == model["name"]]

@@ -189,7 +189,7 @@ def _adapter(network: torch.nn.Module, rank: int, seed: int) -> tuple[dict, dict
         raise SalunError("--scope lora needs peft: pip install 'salun-diffusion[export]'.") from None
     network.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=TARGETS)
         network.add_adapter(config, adapter_name="relearning")
     return {name: weight for name, weight in network.named_parameters() if weight.requires_grad}, {}

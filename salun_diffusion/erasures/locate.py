@@ -34,7 +34,9 @@ def locate(source, revision=None) -> tuple[Path, str | None]:
         found = [path / name for name in (FILE_NAME, ADAPTER_NAME) if (path / name).exists()]
         path = found[0] if found else path / FILE_NAME
         if not found:
-            raise SalunError(f"{path.parent} holds no {FILE_NAME}; give a finished run's folder, or a file.")
+            raise SalunError(
+                f"{path.parent} holds no {FILE_NAME} and no {ADAPTER_NAME}; give a finished run's folder, or a file."
+            )
     if path.exists():
         if revision is not None:
             raise SalunError(f"revision={revision!r} is for hub ids, but {path} is a local file; leave it out.")

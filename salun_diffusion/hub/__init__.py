@@ -9,8 +9,6 @@ from ..errors import SalunError
 from ..files import make_folder
 from ..options import checked, option, options_from
 from . import remote
-from .card import card, read_run
-from .measured import read_results, sheet
 
 PICTURE = "before-after.png"
 
@@ -84,6 +82,9 @@ def push(run, repo_id: str | None = None, **options) -> Pushed:
 
 def push_run(options: PushConfig, say=print) -> Pushed:
     """:func:`push` from its options; ``say`` gets what was done."""
+    from .card import card, read_run  # only now, so that --help answers at once
+    from .measured import read_results, sheet
+
     about = read_run(Path(options.run))
     wanted = remote.check_id(options.hub_model_id or Path(options.run).absolute().name)
     token = None if options.dry_run else remote.check_token(options.hub_token)

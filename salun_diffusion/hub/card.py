@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import erasures
-from ..erasures.locate import ADAPTER_NAME, FILE_NAME
+from ..erasures.locate import ADAPTER_NAME, locate
 from ..errors import SalunError
 from ..files import read_json
 from .measured import Measured
@@ -31,12 +31,10 @@ def read_run(folder: Path) -> About:
     Raises:
         SalunError: it is not finished, or damaged.
     """
-    files, config = [folder / name for name in (FILE_NAME, ADAPTER_NAME)], folder / "config.json"
-    file = next((path for path in files if path.is_file()), None)
-    if file is None or not config.is_file():
-        raise SalunError(
-            f"{folder} holds no finished run ({FILE_NAME} or {ADAPTER_NAME}, and config.json): give the folder of one."
-        )
+    config = folder / "config.json"
+    if not config.is_file():  # what a run writes last
+        raise SalunError(f"{folder} holds no finished run (no config.json): give the folder of one.")
+    file, _ = locate(folder)
     erasure = erasures.load(file)
     try:
         told = read_json(config)
@@ -116,10 +114,14 @@ def _head(about: About) -> str:
     told, concept = about.config, _plain(about.concept)
     anchor = told.get("anchor")
     instead = f", and draws “{_plain(anchor)}” in its place" if anchor else ""
+    if about.file.name == ADAPTER_NAME:
+        how = f"It is a low-rank adapter of {about.weights:,} weights beside the denoiser's own"
+    else:
+        how = f"It changes {about.weights:,} weights of the denoiser in place"
     return (
         f"# Forget: {concept}\n\n"
         f"A small file that makes {_base(about)} forget **{concept}**: with it, the model no longer draws that when a "
-        f"prompt asks for it{instead}. It changes {about.weights:,} weights of the denoiser in place "
+        f"prompt asks for it{instead}. {how} "
         f"({about.file.stat().st_size / 1e6:.2f} MB) and comes off again without a trace. Made by salun-diffusion "
         f"with the method `{told['method']}`."
     )

@@ -191,8 +191,8 @@ def test_the_report_has_curves_and_pictures_on_the_way(measured, base, tmp_path)
     ours["models"][1]["digest"] = theirs["models"][1]["digest"]  # as if accuracy had measured the same erasure
     (folder / "results.json").write_text(json.dumps(ours))
     probe.run(probe.Options(
-        pretrained_model_name_or_path=str(base), erasure=[str(base / "runs" / "forgets")], concept=["cat"], num_probes=1,
-        num_prompts=1, num_neighbours=1, timesteps=[500], output_dir=folder / "probe",
+        pretrained_model_name_or_path=str(base), erasure=[str(base / "runs" / "forgets")], concept=["cat"],
+        num_probes=1, num_prompts=1, num_neighbours=1, timesteps=[500], output_dir=folder / "probe",
     ))  # fmt: skip
     page = report.report(folder).read_text()
     assert page.count("<svg") == plain.count("<svg") + 2 and page.count("<img") == plain.count("<img") + 3 * 2
