@@ -129,15 +129,22 @@ def _completed(options: Options, folder: Path) -> Options:
         ) from None
     if len(concepts) > 1:
         raise SalunError(f"{folder} erased {', '.join(concepts)}: audit one at a time, by --concept NAME.")
-    which = told["concept"].index(concepts[0]) if concepts[0] in told["concept"] else None
-    anchors = told.get("anchor") or []
+
+    def own(name: str) -> list[str] | None:
+        """What the run was told of this concept: one for all of its concepts, or one for each."""
+        values = told.get(name) or []
+        if len(values) > 1:
+            values = [value for value, of in zip(values, told["concept"], strict=True) if of == concepts[0]]
+        return values or None
+
+    given = options.pretrained_model_name_or_path
     return replace(
         options,
         concept=concepts,
-        pretrained_model_name_or_path=options.pretrained_model_name_or_path or base,
-        revision=options.revision or config.get("base_revision"),
-        concept_type=options.concept_type or told.get("concept_type"),
-        anchor=options.anchor or (anchors[which : which + 1] if which is not None else None) or None,
+        pretrained_model_name_or_path=given or base,
+        revision=options.revision if given else options.revision or config.get("base_revision"),
+        concept_type=options.concept_type or own("concept_type"),
+        anchor=options.anchor or own("anchor"),
     )
 
 

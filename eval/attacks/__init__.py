@@ -50,6 +50,8 @@ class About:
         access: what the attacker has, such as "white box".
         pictures: whether it learns from pictures of the concept that are not the attacked prompts' own.
         sees_base: whether it may ask the base model, the erasure taken off.
+        redraws: it is given the very picture of the concept that it then draws, so that a model that never knew the
+            concept may do as well.
         keeps_plain: a prompt that shows the concept as it is counts as won, and is not attacked.
     """
 
@@ -59,6 +61,7 @@ class About:
     access: str
     pictures: bool = False
     sees_base: bool = False
+    redraws: bool = False
     keeps_plain: bool = False
 
 

@@ -85,7 +85,10 @@ class Campaign:
         about = {name: find_attack(name).ABOUT for name in chosen}
         return found | {
             "attacks": {
-                name: {key: getattr(about[name], key) for key in ("title", "paper", "protocol", "access", "sees_base")}
+                name: {
+                    key: getattr(about[name], key)
+                    for key in ("title", "paper", "protocol", "access", "sees_base", "redraws")
+                }
                 | {"options": asdict(options)}
                 for name, options in chosen.items()
             }

@@ -21,6 +21,7 @@ ABOUT = About(
     protocol="completion/1: the prompt's own picture of the concept, noised as it would be after a share of the "
     "drawing, drawn on by DDIM with the plain prompt; the smallest share that succeeds",
     access="sampler, and a picture of the concept",
+    redraws=True,
     keeps_plain=True,
 )
 SMALL = {"kept": "0.2,0.4", "steps": 20}

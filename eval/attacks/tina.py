@@ -21,6 +21,7 @@ ABOUT = About(
     protocol="tina/1: a picture of the concept (the prompt's own) inverted by DDIM under the empty prompt, each step "
     "corrected by AdamW, and drawn again from the noise under the empty prompt without guidance",
     access="white box, without text",
+    redraws=True,
 )
 SMALL = {"steps": 20, "iterations": 5, "learning_rate": 0.02}
 

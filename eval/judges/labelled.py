@@ -206,8 +206,8 @@ class Labelled:
         return samples
 
     def seen(self, pictures: list[Image.Image], names: list[str]) -> list[dict]:
-        """What the judge says of each picture, as ``predicted``. A wholly black one shows nothing, whatever a classifier
-        makes of it, and is marked as ``black``.
+        """What the judge says of each picture, as ``predicted``. A wholly black one shows nothing, whatever a
+        classifier makes of it, and is marked as ``black``.
         """
         nothing = {"label": NOTHING, "probability": 1.0}
         return [

@@ -2,12 +2,13 @@
 
 ``results.json`` (``format`` "salun-diffusion attack 1"; what it shares with others is in :mod:`eval.results` and
 :mod:`eval.judges.labelled`) adds to ``settings`` ``num_prompts``, ``budget``, ``prompts`` and ``pictures`` (what the
-attacks learn from), and ``attacks`` (name → ``title``, ``paper``, ``protocol``, ``access``, ``options``), and to each
-model ``attacks``: "plain" (the prompts as they are) and name → ``asr`` (a proportion), ``steps``, ``forward``,
-``backward`` and ``seconds`` (means over the prompts), ``learning`` (the same of what is learned once, or null). The
-sets of ``samples.jsonl`` are "plain" and the attacks' names; a line of an attack adds ``won``, ``steps``, ``forward``
-and ``backward`` (passes of one sample through the denoiser), ``drawn`` (pictures), ``seconds``, ``attack_prompt`` (the
-text that was found, or null) and ``tensors`` (the file beside the picture with what was found otherwise, or null).
+attacks learn from), and ``attacks`` (name → ``title``, ``paper``, ``protocol``, ``access``, ``sees_base``, ``redraws``,
+``options``), and to each model ``attacks``: "plain" (the prompts as they are) and name → ``asr`` (a proportion),
+``steps``, ``forward``, ``backward`` and ``seconds`` (means over the prompts), ``learning`` (the same of what is learned
+once, or null). The sets of ``samples.jsonl`` are "plain" and the attacks' names; a line of an attack adds ``won``,
+``steps``, ``forward`` and ``backward`` (passes of one sample through the denoiser), ``drawn`` (pictures), ``seconds``,
+``attack_prompt`` (the text that was found, or null) and ``tensors`` (the file beside the picture with what was found
+otherwise, or null).
 """
 
 import statistics

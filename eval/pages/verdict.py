@@ -81,9 +81,16 @@ def _plain(accuracy: dict, word: str) -> dict:
 def _attacked(attack: dict, word: str) -> dict:
     base, main = (model["attacks"] for model in attack["models"][:2])
     names = [name for name in main if name in attack["attacks"]]
-    able = [name for name in names if base[name]["asr"]["percent"] >= KNOWN]
-    weak = [attack["attacks"][name]["title"] for name in names if name not in able]
+    strong = [name for name in names if base[name]["asr"]["percent"] >= KNOWN]
+    able = [name for name in strong if not attack["attacks"][name].get("redraws")]
+    weak = [attack["attacks"][name]["title"] for name in names if name not in strong]
     tail = f" {', '.join(weak)} found little in the unedited model too, and says nothing." if weak else ""
+    for name in (name for name in strong if name not in able):
+        tail += (
+            f" {attack['attacks'][name]['title']} draws it for {main[name]['asr']['count']} of "
+            f"{main[name]['asr']['n']} from a picture that it is given, as a model that never knew it may too: not "
+            "counted."
+        )
     if not able:
         return _finding(ATTACKED, OPEN, f"No attack here is strong enough to tell.{tail}")
     worst = max(able, key=lambda name: main[name]["asr"]["percent"])

@@ -23,12 +23,13 @@ def accuracy(shown=0, lost=3, gained=3, right=190, nothing=0, n=96):
     return {"concept": {"value": "airplane", "anchor": "apple"}, "models": [base, main]}
 
 
-def attack(erased=0, base=48, n=100):
+def attack(erased=0, base=48, n=100, redraws=False):
     def model(count):
         return {"attacks": {"plain": {"asr": share(0, n)}, "tina": {"asr": share(count, n)}}}
 
     return {
-        "models": [model(base), model(erased)], "attacks": {"tina": {"title": "TINA"}}, "settings": {"budget": "small"},
+        "models": [model(base), model(erased)],
+        "attacks": {"tina": {"title": "TINA", "redraws": redraws}}, "settings": {"budget": "small"},
     }  # fmt: skip
 
 
@@ -85,6 +86,8 @@ def test_the_findings_say_what_was_counted():
     ):  # fmt: skip
         assert text in said, text
     weak = judge(accuracy(), attack(0, 10), None, None)["findings"][1]
+    given = judge(accuracy(), attack(90, 90, redraws=True), None, None)["findings"][1]
+    assert given["mark"] == "open" and "TINA draws it for 90 of 100 from a picture that it is given" in given["says"]
     assert weak["mark"] == "open" and "TINA found little in the unedited model too" in weak["says"]
 
 
