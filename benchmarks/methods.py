@@ -245,7 +245,7 @@ def run(log: Path, *words, core: int | None = None) -> dict:
         core: the one that it may use; all of them without it.
 
     Raises:
-        RuntimeError: it failed.
+        SalunError: it failed.
     """
     begun = time.perf_counter()
     pinned = [] if core is None else ["taskset", "--cpu-list", str(core)]
@@ -253,7 +253,7 @@ def run(log: Path, *words, core: int | None = None) -> dict:
         process = subprocess.Popen([*pinned, sys.executable, *map(str, words)], stdout=file, stderr=file)
         _, status, used = os.wait4(process.pid, 0)
     if status:
-        raise RuntimeError(f"{' '.join(map(str, words))} failed; {log} says why.")
+        raise SalunError(f"{' '.join(map(str, words))} failed; {log} says why.")
     return {"wall_seconds": round(time.perf_counter() - begun, 1), "peak_gib": round(used.ru_maxrss / 2**20, 2)}
 
 
