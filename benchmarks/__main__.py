@@ -45,6 +45,8 @@ def run(config: BenchmarkConfig) -> None:
             raise SalunError(f"{name} ended with {done.returncode}{killed} The results before are kept.")
         results[name] = json.loads(done.stdout.splitlines()[-1])
         print(json.dumps(results[name]), flush=True)
+        if config.tiny:
+            continue
         results[name]["measured"] = {
             "date": datetime.date.today().isoformat(),
             "torch": torch.__version__,
@@ -54,6 +56,8 @@ def run(config: BenchmarkConfig) -> None:
             results[name]["settings"] = {
                 k: getattr(config, k) for k in ("resolution", "batch_size", "dtype", "gradient_checkpointing")
             }
+    if config.tiny:
+        return
     results["about"] = {
         "processor": torch.cuda.get_device_name() if config.device == "cuda" else f"{os.cpu_count()} CPU cores",
         "python": platform.python_version(),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from salun_diffusion.options import option
 
-MEASUREMENTS = ("reference_step", "our_step", "mask", "delta", "memory", "i2p")
+MEASUREMENTS = ("reference_step", "our_step", "mask", "delta", "memory", "i2p", "attack")
 
 
 @dataclass
@@ -18,4 +18,5 @@ class BenchmarkConfig:
     dtype: str = option("fp32", "of the U-Net", ("fp32", "bf16"))
     device: str = option("cpu", "where it runs", ("cpu", "cuda"))
     gradient_checkpointing: bool = option(False, "recompute activations, in both recipes")
+    tiny: bool = option(False, "networks of a few weights, to see that everything runs; nothing is recorded")
     scores: int = option(860_000_000, "scores to select a mask from", least=1)

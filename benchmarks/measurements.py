@@ -20,8 +20,8 @@ from salun_diffusion.erasures.fingerprint import fingerprint
 from salun_diffusion.loader import load_erasure, unload_erasure
 from salun_diffusion.masks.saliency import top_density
 from salun_diffusion.masks.scope import scoped_parameters
-from salun_diffusion.methods.salun import SalUn
-from salun_diffusion.training.change import MaskedDeltas
+from salun_diffusion.models import model_of
+from salun_diffusion.training.change import MaskedChange
 from salun_diffusion.training.checkpoints import Checkpoints
 from salun_diffusion.training.trainer import Trainer
 
@@ -31,17 +31,33 @@ from .reference import Recipe, sort_mask
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SCHEDULE = DDPMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
 SCOPE = "cross-attention+resnets"
+TINY = {
+    "block_out_channels": (32, 32), "norm_num_groups": 8, "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}  # fmt: skip
 
 
 def unet(config: BenchmarkConfig) -> UNet2DConditionModel:
-    """Stable Diffusion v1.4's U-Net, 860M random weights."""
+    """Stable Diffusion v1.4's U-Net, 860M random weights, unless ``tiny``."""
     torch.manual_seed(0)
     torch.set_default_dtype(DTYPES[config.dtype])
-    made = UNet2DConditionModel(sample_size=config.resolution // 8, cross_attention_dim=768, attention_head_dim=8)
+    made = UNet2DConditionModel(sample_size=config.resolution // 8, cross_attention_dim=768, attention_head_dim=8,
+                                **(TINY if config.tiny else {}))  # fmt: skip
     torch.set_default_dtype(torch.float32)
     if config.gradient_checkpointing:
         made.enable_gradient_checkpointing()
     return made.to(config.device)
+
+
+def autoencoder(config: BenchmarkConfig) -> AutoencoderKL:
+    """Stable Diffusion v1.4's, with random weights, unless ``tiny``."""
+    return AutoencoderKL(
+        block_out_channels=(32,) * 4 if config.tiny else (128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        layers_per_block=2,
+    )
 
 
 def peak(config: BenchmarkConfig) -> float:
@@ -73,16 +89,14 @@ def median(seconds: list[float]) -> float:
 def reference_step(config: BenchmarkConfig) -> dict:
     network, device, dtype = unet(config), config.device, DTYPES[config.dtype]
     torch.manual_seed(1)
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        layers_per_block=2,
-    ).to(device, dtype)
+    vae = autoencoder(config).to(device, dtype)
     text = CLIPTextModel(
         CLIPTextConfig(
-            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=49408
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=1 if config.tiny else 12,
+            num_attention_heads=12,
+            vocab_size=49408,
         )
     ).to(device, dtype)
     masks = {name: (torch.rand(p.shape) < 0.5).to(dtype) for name, p in network.named_parameters()}
@@ -111,28 +125,24 @@ def our_step(config: BenchmarkConfig) -> dict:
         latents, text = torch.randn(count, 4, side, side), {"encoder_hidden_states": torch.randn(2 * count, 77, 768)}
         return ImageSet(latents, [str(i) for i in range(count)], index, index + count if anchored else None, text)
 
-    class Timed(Trainer):
-        def __init__(self):
-            self.accelerator, self.config = Accelerator(cpu=config.device == "cpu"), erasure
-            self.network, self.schedule = network.eval(), SCHEDULE
-            self.sets = {"forget": images(True), "retain": images(False)}
-            self.batch_size, self.method = erasure.train_batch_size, SalUn(self)
-
+    model = model_of(pipeline(network, autoencoder(config)))
+    sets = {"forget": images(True), "retain": images(False)}
     parameters = scoped_parameters(network, SCOPE)
     floor = _floor(config, network)
-    deltas = MaskedDeltas(parameters, {name: torch.rand(p.shape) < 0.5 for name, p in parameters.items()}, 1e-5)
+    change = MaskedChange(parameters, {name: torch.rand(p.shape) < 0.5 for name, p in parameters.items()})
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "training.jsonl"
-        Timed().train(deltas, log, Checkpoints(Path(folder), {}, 1))
+        trainer = Trainer(Accelerator(cpu=config.device == "cpu"), model, sets, erasure)
+        trainer.train(change, log, Checkpoints(Path(folder), {}, 1))
         stamps = [json.loads(line)["seconds"] for line in log.read_text().splitlines()]
     held = peak(config)
-    deltas.close()
+    change.close()
     floor += _floor(config, network)[1:]
     return {
         "seconds": median([b - a for a, b in zip([0, *stamps], stamps, strict=False)]),
         "floor_seconds": median(floor),
         "peak_gib": held,
-        "trained_weights": sum(value.numel() for value in deltas.values.values()),
+        "trained_weights": sum(value.numel() for value in change.values.values()),
     }
 
 
@@ -173,14 +183,19 @@ def mask(config: BenchmarkConfig) -> dict:
     }
 
 
+def pipeline(network: UNet2DConditionModel, vae: AutoencoderKL | None = None) -> StableDiffusionPipeline:
+    """One of ``network``, which is never told a prompt."""
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=None, tokenizer=None, unet=network, scheduler=SCHEDULE, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
 def delta(config: BenchmarkConfig) -> dict:
     """A delta of SD v1.4's size: its file, and the time to load it and take it off."""
     config.dtype = "fp32"
     network = unet(config)
-    pipe = StableDiffusionPipeline(
-        vae=None, text_encoder=None, tokenizer=None, unet=network,
-        scheduler=SCHEDULE, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+    pipe = pipeline(network)
     parameters = scoped_parameters(network, SCOPE)
     total = sum(p.numel() for p in parameters.values())
     found = {"scoped_weights": total, "dense_fp16_mb": 2 * total / 1e6}

@@ -4,9 +4,10 @@ benchmarks/methods.json, or another ``--comparison FILE``, says all that matters
 the settings that all methods share, and each method's grid. First each method tries its grid on the tuning concepts,
 one object and one style, which are not in the table; the trial with the highest mean of UA, IRA and CRA is its
 setting for that kind of concept. Then it has to forget the table's concepts; SalUn once more with the settings under
-"further", which took more trials than others had. Each erasure is a process of its own on a core of its own, for its
-time and peak memory. What ``--output_dir`` holds already is not made again; ``docs/results/methods.json``, and the
-table and plot of docs/methods.md, are written in the end (``--write_only``: from the committed JSON alone).
+"further", which took more trials than others had. Each is then attacked and relearned as "hidden" says, for what UA
+does not show. Each erasure is a process of its own on a core of its own, for its time and peak memory. What
+``--output_dir`` holds already is not made again; ``docs/results/methods.json``, and the tables and plot of
+docs/methods.md, are written in the end (``--write_only``: from the committed JSON alone).
 """
 
 import json
@@ -51,7 +52,7 @@ def _read(path: Path) -> dict:
     Raises:
         SalunError: the file does not say it.
     """
-    needed = ("base", "tuning", "concepts", "images", "settings", "further", "frontier", "grid")
+    needed = ("base", "tuning", "concepts", "images", "hidden", "settings", "further", "frontier", "grid")
     try:
         config = read_json(path)
         if {*needed} <= config.keys():
@@ -131,16 +132,48 @@ def measure(config: dict, chosen: dict, concept: str, kind: str, folder: Path) -
     wanted = {method: (method, own) for method, own in chosen.items()}
     wanted[methods_page.FURTHER] = ("salun", config["further"])
     results = erase_and_judge(config, wanted, concept, folder / "table" / concept, "table")
+    found = hidden(config, wanted, concept, folder / "table" / concept)
     rows = []
     for model in results["models"]:
         row = {"method": model["name"], "ua": model["ua"], "retained": model["retained"], "ira": model["ira"]}
-        row["cra"] = model["cra"]
+        row |= {"cra": model["cra"]} | found[model["name"]]
         if model["erasure"]:
             row |= json.loads((folder / "table" / concept / model["name"] / "cost.json").read_text())
             row |= {"megabytes": round(model["erasure"]["bytes"] / 1e6, 2), "seconds": model["erasure"]["seconds"]}
         rows.append(row)
     return {"concept": concept, "kind": kind, "classifier": results["classifier"]["sha256"],
-            "versions": results["versions"], "protocol": results["protocol"], "models": rows}  # fmt: skip
+            "versions": results["versions"], "protocol": results["protocol"], "hidden": found["protocols"],
+            "models": rows}  # fmt: skip
+
+
+def hidden(config: dict, wanted: dict, concept: str, folder: Path) -> dict:
+    """What the erasures in ``folder`` hide: model → ``attacks`` (attack → ASR) and ``relearned`` (step → the share that
+    shows the concept again), and under "protocols" how each was measured. What is there already is not done again.
+    """
+    names = ["base", *wanted]
+    found: dict = {name: {} for name in names} | {"protocols": []}
+    for measure, options in config["hidden"].items():
+        done, asked = folder / measure / "asked.json", {"models": {n: list(w) for n, w in wanted.items()}} | options
+        if not done.exists() or json.loads(done.read_text()) != asked:
+            settings = {"pretrained_model_name_or_path": config["base"], "concept": [concept]} | options
+            settings["erasure"] = [str(folder / name_of(name)) for name in wanted]
+            write_json(folder / f"{measure}-settings.json", settings)
+            run(folder / f"{measure}.log", "-m", "eval", measure, "--config", folder / f"{measure}-settings.json",
+                "--output_dir", folder / measure)  # fmt: skip
+            write_json(done, asked)
+        results = json.loads((folder / measure / "results.json").read_text())
+        found["protocols"].append(results["protocol"])
+        for name, model in zip(names, results["models"], strict=True):
+            if measure == "attack":
+                found[name]["attacks"] = {attack: about["asr"] for attack, about in model["attacks"].items()}
+            else:
+                found[name]["relearned"] = {str(point["step"]): point["accuracy"] for point in model["curve"]}
+    return found
+
+
+def name_of(name: str) -> str:
+    """The folder of an erasure."""
+    return name.replace(" ", "-").replace(",", "")
 
 
 def frontier(config: dict, chosen: dict, folder: Path) -> list[dict]:
@@ -160,7 +193,7 @@ def frontier(config: dict, chosen: dict, folder: Path) -> list[dict]:
 
 def erase_and_judge(config: dict, wanted: dict, concept: str, folder: Path, images: str) -> dict:
     """Erase ``concept`` once for each of ``wanted`` (name → method and its own settings), then measure all together."""
-    runs, counts = [folder / name.replace(" ", "-").replace(",", "") for name in wanted], config["images"][images]
+    runs, counts = [folder / name_of(name) for name in wanted], config["images"][images]
     erase(config, concept, *next(iter(wanted.values())), runs[0])  # first alone: it draws what the others share
     with ThreadPoolExecutor(len(CORES)) as pool, tqdm(desc=f"erasing {concept}", total=len(runs), unit="run") as bar:
         jobs = [pool.submit(erase, config, concept, *wanted[name], run) for name, run in zip(wanted, runs, strict=True)]
@@ -212,7 +245,7 @@ def run(log: Path, *words, core: int | None = None) -> dict:
         core: the one that it may use; all of them without it.
 
     Raises:
-        RuntimeError: it failed.
+        SalunError: it failed.
     """
     begun = time.perf_counter()
     pinned = [] if core is None else ["taskset", "--cpu-list", str(core)]
@@ -220,7 +253,7 @@ def run(log: Path, *words, core: int | None = None) -> dict:
         process = subprocess.Popen([*pinned, sys.executable, *map(str, words)], stdout=file, stderr=file)
         _, status, used = os.wait4(process.pid, 0)
     if status:
-        raise RuntimeError(f"{' '.join(map(str, words))} failed; {log} says why.")
+        raise SalunError(f"{' '.join(map(str, words))} failed; {log} says why.")
     return {"wall_seconds": round(time.perf_counter() - begun, 1), "peak_gib": round(used.ru_maxrss / 2**20, 2)}
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from salun_diffusion.methods import find_method
-from salun_diffusion.stats import wilson
+from salun_diffusion.stats import crossing, wilson
 from salun_diffusion.tables import markdown, put_into
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -11,12 +11,17 @@ BASE = "base"
 FURTHER = "salun_further"  # SalUn with settings from more trials than the others had
 TITLES = {BASE: "Base model", FURTHER: "SalUn, tuned further"}
 COLUMNS = ("UA", "IRA", "CRA", "background", "count", "left / right")
+ATTACKS = {
+    "concept_inversion": "learned token", "unlearndiffatk": "UnlearnDiffAtk", "ring_a_bell": "Ring-A-Bell",
+    "tina": "TINA", "noise_probe": "noise",
+}  # fmt: skip
 
 
 def write(found: dict) -> None:
     parts = [table(found, kind) + "\n\n" + _chosen(found, kind) for kind in found["concepts"]]
     put_into(DOCS / "methods.md", "methods", "\n\n".join([*parts, _protocol(found)]))
     put_into(DOCS / "methods.md", "frontier", frontier(found))
+    put_into(DOCS / "methods.md", "hidden", "\n\n".join(hidden(found, kind) for kind in found["concepts"]))
     _plot(found, DOCS / "methods.png")
 
 
@@ -70,6 +75,32 @@ def table(found: dict, kind: str) -> str:
         cells += ["" if method == BASE else format(about[key], how) for key, how in costs]
         rows.append([_title(method), *cells])
     return f"**{kind.capitalize()}s** ({names})\n\n{markdown(rows)}"
+
+
+def hidden(found: dict, kind: str) -> str:
+    """What attacks and fine-tuning bring back, as a table pooled over the kind's concepts."""
+    concepts = found["concepts"][kind]
+    methods = (BASE, *found["chosen"][kind], FURTHER)
+    models = [
+        [next(m for m in concept["models"] if m["method"] == method) for concept in concepts] for method in methods
+    ]
+    if not all("attacks" in model and "relearned" in model for mine in models for model in mine):
+        return f"**{kind.capitalize()}s**: not measured with this version of the comparison."
+    steps = [step for step in models[0][0]["relearned"] if step != "0"]
+    rows = [["", *ATTACKS.values(), *(f"relearned, {step} steps" for step in steps), "steps to half"]]
+    ceiling = pooled([model["relearned"]["0"] for model in models[0]])["percent"]
+    for method, mine in zip(methods, models, strict=True):
+        curve = {step: pooled([model["relearned"][step] for model in mine]) for step in ("0", *steps)}
+        points = [(int(step), share["percent"]) for step, share in curve.items()]
+        half = crossing(points, ceiling / 2)
+        rows.append([
+            _title(method), *(shown(pooled([model["attacks"][name] for model in mine])) for name in ATTACKS),
+            *(shown(curve[step]) for step in steps), f">{steps[-1]}" if half is None else f"{half:.0f}",
+        ])  # fmt: skip
+    names = ", ".join(concept["concept"] for concept in concepts)
+    return f"**{kind.capitalize()}s** ({names})\n\n{markdown(rows)}\n\n" + " ".join(
+        f"{protocol}." for protocol in concepts[0]["hidden"]
+    )
 
 
 def frontier(found: dict) -> str:

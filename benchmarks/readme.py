@@ -56,6 +56,9 @@ def _section(found: dict) -> str:
         rows.append(["one copy of those layers in memory", "", f"{d['copy_seconds']:.2f} s", ""])
     if "i2p" in found:
         rows += _evaluation(found["i2p"])
+    if "attack" in found:
+        a = found["attack"]
+        rows.append(_row(f"a step of an attack ({a['how']})", a["plain"], a["ours"], "s"))
     lines.append(markdown(rows))
     if "memory" in found:
         parts = next(iter(found["memory"].values()))

@@ -56,7 +56,20 @@ class Erasures(Models):
 
 
 @dataclass
-class Labelled(Erasures, Output):
+class Adapter:
+    """A LoRA that every model wears."""
+
+    lora: Path | None = option(
+        None,
+        "measure every model, the base and each erasure, under this LoRA (a .safetensors file, or a folder with one, "
+        "that diffusers' load_lora_weights reads): does it bring the concept back?",
+        metavar="PATH",
+    )
+    lora_scale: float | None = option(None, "how much of it, with --lora (default: 1)", metavar="S")
+
+
+@dataclass
+class Judged(Erasures):
     """How labelled prompts of a concept are drawn and judged."""
 
     concept: list[str] = option(
@@ -105,7 +118,12 @@ class Labelled(Erasures, Output):
 
 
 @dataclass
-class Prompts(Models, Output, Batch):
+class Labelled(Adapter, Judged, Output):
+    """The same, and where the results go."""
+
+
+@dataclass
+class Prompts(Adapter, Models, Output, Batch):
     """Which rows of a prompt file are drawn, and how."""
 
     prompts: Path | None = option(

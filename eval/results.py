@@ -38,6 +38,14 @@ VERSIONS = {
 }
 
 
+def under(settings: dict) -> str:
+    """What a protocol adds where all models wore a LoRA."""
+    if not (lora := settings.get("lora")):
+        return ""
+    name = Path(lora["source"]).name
+    return f"; every model under the LoRA {name} (sha256 {lora['sha256'][:12]}) at scale {lora['scale']:g}"
+
+
 def begin(folder: Path, format: str) -> None:
     """Make ``folder`` ready for new results: old ones of the same command go, so that none lie beside new pictures.
 

@@ -1,15 +1,22 @@
 """What is measured: a base model, and the same with erasures applied."""
 
+import math
 from collections import Counter
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+
+import torch
 
 from salun_diffusion import list_erasures, load_erasure, unload_erasure
 from salun_diffusion.erasures.locate import ADAPTER_NAME, FILE_NAME
 from salun_diffusion.errors import SalunError
-from salun_diffusion.files import read_json
+from salun_diffusion.files import key_of, read_json, sha256
 from salun_diffusion.loader import identity, idle_erasures
 from salun_diffusion.models.base import Model
+from salun_diffusion.tensors import read_safetensors
+
+LORA = "measured_under"  # its name among the pipeline's adapters
 
 
 def as_drawn(base_model: Model) -> dict:
@@ -20,6 +27,63 @@ def as_drawn(base_model: Model) -> dict:
         "device": str(base_model.device),
         "safety_checker": False,
     }
+
+
+def wear(base_model: Model, path: Path | None, scale: float | None) -> dict:
+    """Put the LoRA at ``path`` onto the base model, for all that is drawn from now on: erasures come and go beneath it.
+    What is drawn is then known by the LoRA's content and scale too.
+
+    Returns:
+        What ``settings`` says of it: ``lora`` with ``source``, ``sha256`` and ``scale``; nothing without a path.
+
+    Raises:
+        SalunError: a file that is missing, damaged or no LoRA of this model, a scale that is not finite, or no peft.
+    """
+    if path is None:
+        if scale is not None:
+            raise SalunError("--lora_scale means nothing without --lora: give both, or neither.")
+        return {}
+    scale = 1.0 if scale is None else scale
+    if not math.isfinite(scale):
+        raise SalunError(f"--lora_scale is {scale}: give a finite number.")
+    if find_spec("peft") is None:
+        raise SalunError("--lora needs peft: pip install 'salun-diffusion[export]'.")
+    file, pipe = _lora_file(path), base_model.pipe
+    tensors, _ = read_safetensors(file)  # each fault that it may have is named there
+    told = {"source": str(path), "sha256": sha256(file), "scale": scale}
+    key = key_of([identity(base_model), told["sha256"], scale], 12)
+    if not hasattr(pipe, "load_lora_weights"):
+        raise SalunError(f"--lora needs a pipeline that takes LoRAs, which {type(pipe).__name__} does not.")
+    try:
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=LORA, use_safetensors=True)
+        worn = any(LORA in names for names in pipe.get_list_adapters().values())
+        modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+        worn = worn and not any(weight.is_meta for module in modules for weight in module.parameters())
+        if worn:
+            pipe.set_adapters([LORA], [scale])
+    except Exception as error:  # diffusers and peft have kinds of their own for what does not fit
+        worn, reason = False, " ".join(str(error).split())[:200] or type(error).__name__
+    else:
+        reason = f"of its {len(tensors)} tensors none, or not all, belong to a LoRA of this model's layers"
+    if not worn:
+        raise SalunError(
+            f"{file} is no LoRA for this base model ({reason.rstrip('.')}): give one that was made for it, in a form "
+            "that diffusers' load_lora_weights reads."
+        )
+    base_model.base_digest = key
+    return {"lora": told}
+
+
+def _lora_file(path: Path) -> Path:
+    if not path.is_dir():
+        if path.suffix != ".safetensors" and path.exists():
+            raise SalunError(f"{path} is no .safetensors file: give the LoRA as one, or the folder that holds it.")
+        return path
+    files = sorted(path.glob("*.safetensors"))
+    named = [file for file in files if file.name == "pytorch_lora_weights.safetensors"]
+    if len(named or files) != 1:
+        raise SalunError(f"{path} holds {len(files)} .safetensors files: name the one that is the LoRA.")
+    return (named or files)[0]
 
 
 def introduce(base_model: Model, base: str, erasures: list[str], scales: list[float] | None = None) -> list[dict]:

@@ -15,6 +15,7 @@ _EXPORTS = {
     "set_erasure_scale": "loader",
     "fuse_erasure": "loader",
     "list_erasures": "loader",
+    "push": "hub",
     "Delta": "erasures.delta",
     "SalunError": "errors",
 }

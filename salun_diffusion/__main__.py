@@ -1,7 +1,8 @@
-"""Carry an erasure to other tools.
+"""Carry an erasure to other tools, and to the hub.
 
 python -m salun_diffusion export runs/airplane --format lora --output airplane-lora
 python -m salun_diffusion export runs/airplane --format diff --output airplane.safetensors
+python -m salun_diffusion push runs/airplane --hub_model_id me/without-airplanes --results runs/airplane
 python -m salun_diffusion export --help
 """
 
@@ -9,6 +10,7 @@ import argparse
 import inspect
 
 from .export import ExportConfig, run
+from .hub import PushConfig, push_run
 from .options import add_options, finish, options_from
 
 
@@ -17,14 +19,20 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m salun_diffusion", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    export = commands.add_parser(
-        "export", help="write an erasure in another tool's format", description=inspect.getdoc(ExportConfig),
-        formatter_class=raw, allow_abbrev=False,
-    )  # fmt: skip
-    add_options(export, ExportConfig)
+    kinds = {
+        "export": (ExportConfig, run, "write an erasure in another tool's format"),
+        "push": (PushConfig, push_run, "upload a finished run to the hub, with a model card"),
+    }
+    parsers = {}
+    for name, (kind, _, summary) in kinds.items():
+        parsers[name] = commands.add_parser(
+            name, help=summary, description=inspect.getdoc(kind), formatter_class=raw, allow_abbrev=False
+        )
+        add_options(parsers[name], kind)
     given = vars(parser.parse_args())
-    del given["command"]
-    finish(lambda: run(options_from(given, ExportConfig)), export)
+    command = given.pop("command")
+    kind, work, _ = kinds[command]
+    finish(lambda: work(options_from(given, kind)), parsers[command])
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ FREE = (  # what may differ between a run and its checkpoint
     "output_dir", "data_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "report_to",
     "validation_steps",
 )  # fmt: skip
+HUB = ("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo")  # where a run goes; no part of what it is
 SOURCES = ("command line", "the call", "config file", "accelerate launch", "preset", "method", "adapter", "default")
 WHOLE_LAYERS = ("density", "threshold")  # settings that choose single weights: of no use to an adapter
 LONGEST = 120  # bytes of the concept in the run folder's name
@@ -151,6 +152,14 @@ class EraseConfig:
     report_to: str | None = option(None, "also log to this tracker", ("tensorboard", "wandb"))
     validation_steps: int | None = option(None, "draw a few prompts every N steps into validation/")
     seed: int = option(0, "fixes data, noise, saliency and training")
+    push_to_hub: bool = option(False, "upload the finished run to the hub, with a model card (docs/export.md)")
+    hub_model_id: str | None = option(
+        None, "the repository: owner/name, or a name among your own; the run folder's name unless given"
+    )
+    hub_token: str | None = option(
+        None, "a token that may write there; HF_TOKEN's or that of `hf auth login` unless given"
+    )
+    hub_private_repo: bool = option(False, "if the repository is made now, make it private")
 
     # No settings, but what is known of them: setting → where it came from; the same for the method's own options, with
     # their text; settings that the method has no use for; whether `fill` is done.
@@ -313,7 +322,7 @@ class EraseConfig:
         shown: dict[str, list[str]] = {}
         for item in fields(self):
             value = getattr(self, item.name)
-            if value is None or value is False or item.name in (*self.unused, "method_option"):
+            if value is None or value is False or item.name in (*self.unused, "method_option", "hub_token"):
                 continue
             text = " + ".join(map(str, value)) if isinstance(value, list) else str(value)
             shown.setdefault(self.sources[item.name], []).append(f"{item.name}={text}")
@@ -363,6 +372,9 @@ class EraseConfig:
             raise SalunError(
                 f"--density is {self.density}: give a share of the weights between 0 and 1, or --mask none for all."
             )
+        for name in HUB[1:]:
+            if getattr(self, name) and not self.push_to_hub:
+                raise SalunError(f"--{name} means nothing without --push_to_hub: give both, or neither.")
         for name in (
             "rank",
             "max_train_steps",
@@ -391,8 +403,12 @@ class EraseConfig:
                 raise SalunError(f"--{name} is {value}: give a number of at least {floor}.")
 
     def as_dict(self, resumable: bool = False) -> dict:
-        """Every setting; with ``resumable``, those alone that a run must share with the checkpoint it goes on from."""
-        return {name: value for name, value in asdict(self).items() if not (resumable and name in FREE)}
+        """Every setting of an erasure, but the hub's, whose token is no one's to read; with ``resumable``, those alone
+        that a run must share with the checkpoint it goes on from.
+        """
+        left_out = (*HUB, *(FREE if resumable else ()))
+        names = [item.name for item in fields(EraseConfig) if item.name not in left_out]
+        return {name: value for name, value in asdict(self).items() if name in names}
 
 
 def check_method(name: str) -> str:

@@ -21,6 +21,7 @@ from .erasures.lora import check_adaptable
 from .erasures.mask import load_masks, union
 from .errors import SalunError
 from .files import key_of, locked, sha256
+from .hub import push, remote
 from .masks.ranks import adaptable_layers, salient_ranks, uniform_ranks
 from .masks.saliency import select
 from .masks.scope import check_reused, scoped_parameters
@@ -96,15 +97,16 @@ def _erase(config: EraseConfig, pipe) -> Run:
             also = f" (also as {', '.join(concept.synonyms)})" if concept.synonyms else ""
             say(f"Erasing '{concept.value}'{also} from {config.pretrained_model_name_or_path} by {config.method}{aim}.")
         say(config.table())
+        hub_id = _repository(config) if is_main and config.push_to_hub else None
         with _model(config, pipe, commit) as model, ExitStack() as undo:
             model.need(method.needs, f"--method {config.method}")
             _check_guided(model, config)
             model.pipe.to(accelerator.device)
             run = RunFolder(config, concepts, commit, fingerprint(model.network.named_parameters()))
             parameters = scoped_parameters(model.network, config.scope)
-            if config.adapter:
+            if config.adapter:  # what cannot be adapted is refused before pictures are drawn
                 check_adaptable(model.pipe, f"--adapter {config.adapter}")
-                adaptable_layers(model.network, parameters)  # a scope without any is refused before pictures are drawn
+                layers = adaptable_layers(model.network, parameters)
             if reused is not None:
                 check_reused(reused, parameters, config.mask)
             undo.enter_context(locked(run.path, wanted=is_main))
@@ -139,7 +141,6 @@ def _erase(config: EraseConfig, pipe) -> Run:
             by_concept = torch.arange(len(sets["forget"])).split(sets["forget"].shares) if "forget" in sets else ()
             scores = (trainer.saliency(parameters, rows) for rows in by_concept)  # none is made before it is asked for
             if config.adapter:
-                layers = adaptable_layers(model.network, parameters)
                 if resumed:
                     ranks = resumed.ranks()
                 elif config.mask == "none":
@@ -179,6 +180,8 @@ def _erase(config: EraseConfig, pipe) -> Run:
             if is_main:
                 run.save(change, method.has_anchor, seconds, threads_of(resumed))
                 say(f'Saved {run.file}: load it with salun_diffusion.load_erasure(pipe, "{run.path}").')
+                if hub_id:
+                    _push(run.path, hub_id, config, say)
             return Run(run.path, run.file, config, seconds)
 
 
@@ -218,6 +221,22 @@ def _check_guided(model: Model, config: EraseConfig) -> None:
         value = getattr(config, name)
         if name not in config.unused and value is not None and value > most:
             model.check_guided(f"--{name} {value:g}")
+
+
+def _repository(config: EraseConfig) -> str:
+    """The repository on the hub, made before the long work, so that a wrong id or token is known by then."""
+    repo_id = remote.check_id(config.hub_model_id or Path(config.output_dir).name)
+    return remote.make_repository(repo_id, remote.check_token(config.hub_token), config.hub_private_repo)
+
+
+def _push(folder: Path, hub_id: str, config: EraseConfig, say) -> None:
+    try:
+        say(f"Uploaded to {push(folder, hub_id, hub_token=config.hub_token).url}.")
+    except SalunError as error:
+        raise SalunError(
+            f"{error} The run itself is finished, in {folder}; upload it by "
+            f"`python -m salun_diffusion push {folder} --hub_model_id {hub_id}`."
+        ) from None
 
 
 def _check_counts(config: EraseConfig, concepts: list[Concept], processes: int) -> None:

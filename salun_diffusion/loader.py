@@ -228,4 +228,7 @@ def _change(pipe, after: tuple[Applied, ...]) -> None:
         marks = [mark for mark in _marks(pipe) if mark["digest"] not in leaving]
         marks += [{"name": one.name, "scale": one.scale, "digest": one.digest} for one in after]
         rest = {key: value for key, value in module.config.items() if key != MARK}
-        module._internal_dict = FrozenDict(rest | ({MARK: marks} if marks else {}))  # a key can be set, but not taken
+        changed = FrozenDict(rest | ({MARK: marks} if marks else {}))  # a key of it can be set, but not taken
+        # load_ip_adapter() sets an attribute of the config that no key says, without which its images are not heeded
+        vars(changed).update({name: value for name, value in vars(module.config).items() if name != MARK})
+        module._internal_dict = changed

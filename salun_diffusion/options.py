@@ -213,6 +213,40 @@ def checked(settings: dict, kind: type, where: str) -> dict:
     return typed
 
 
+def assigned(kind: type, words: list[str], flag: str, whose: str) -> Any:
+    """A ``kind`` with those ``NAME=VALUE`` put in that ``words`` hold; the last one of a name counts.
+
+    Args:
+        kind: a dataclass of options.
+        words: what was given.
+        flag: how they are typed, for messages: the words follow it.
+        whose: whose options they are, for messages.
+
+    Raises:
+        SalunError: a name that ``kind`` lacks, or a value of another type.
+    """
+    hints = get_type_hints(kind)
+    known = {item.name: item for item in fields(kind)}
+    values: dict[str, Any] = {}
+    for text in words:
+        name, _, value = text.partition("=")
+        if name not in known:
+            listed = ", ".join(f"{item.name}={_default(item)}" for item in known.values()) or "none"
+            raise SalunError(f"{flag}{text}: {whose} has no option '{name}'. Its own: {listed}.")
+        choices = known[name].metadata["choices"]
+        if choices and value not in choices:
+            raise SalunError(f"{flag}{text}: choose one of {', '.join(choices)}.")
+        try:
+            values[name] = hints[name](value)
+        except ValueError:
+            raise SalunError(f"{flag}{text}: '{value}' must be of type {hints[name].__name__}.") from None
+    return kind(**values)
+
+
+def _default(item) -> Any:
+    return None if item.default is MISSING else item.default
+
+
 def run_command(prog: str, description: str, kind: type, work: Callable[[Any], None]) -> None:
     """A whole command: parse the line into a ``kind``, and do ``work`` with it.
 

@@ -14,6 +14,7 @@ import psutil
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
 from .errors import SalunError
@@ -46,6 +47,15 @@ def accelerator_for(mixed_precision: str, output_dir: Path, report_to: str | Non
     finally:
         if not callers:
             AcceleratorState._reset_state()  # the place among the processes (PartialState) stays
+
+
+def place() -> PartialState:
+    """This process's place among the others, for work that is shared without training.
+
+    Accelerate's own object looks for other processes on a processor only where it is told that it is on one: without
+    that, each of them would take itself for the only one.
+    """
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 def spread_threads(state: Accelerator | PartialState) -> None:

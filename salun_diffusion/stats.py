@@ -1,4 +1,4 @@
-"""Proportions with their Wilson 95% intervals, as every table of the project shows them."""
+"""Proportions with their Wilson 95% intervals, as every table of the project shows them, and where curves cross."""
 
 from collections.abc import Iterable
 
@@ -25,3 +25,17 @@ def proportion(outcomes: Iterable[bool], digits: int = 2) -> dict | None:
     """The share of true ``outcomes``, as :func:`wilson` has it; None if there is nothing to count."""
     outcomes = [bool(outcome) for outcome in outcomes]
     return wilson(sum(outcomes), len(outcomes), digits) if outcomes else None
+
+
+def crossing(points: list[tuple[float, float]], level: float) -> float | None:
+    """Where a curve of ``points`` (x, y) first reaches ``level``, on the straight line between its neighbours; None if
+    it never does.
+    """
+    before = None
+    for x, y in points:
+        if y >= level:
+            if before is None or y == before[1]:
+                return float(x)
+            return before[0] + (x - before[0]) * (level - before[1]) / (y - before[1])
+        before = (x, y)
+    return None

@@ -31,7 +31,7 @@ def run(options: Options) -> dict:
     from .. import results
 
     found, samples, state = draw_prompts(options, FORMAT)
-    found = {"format": FORMAT, "protocol": PROTOCOL} | found
+    found = {"format": FORMAT, "protocol": PROTOCOL + results.under(found["settings"])} | found
     if state.is_main_process:
         results.write(options.output_dir, found, samples)
         print(f"{found['n']} pictures of each of {len(found['models'])} models are in {options.output_dir}.")
@@ -49,12 +49,11 @@ def draw_prompts(options: Prompts, format: str) -> tuple[dict, list[dict], Any]:
     """
     import diffusers
     import transformers
-    from accelerate import PartialState
 
     from salun_diffusion.files import sha256
     from salun_diffusion.models import load_model
     from salun_diffusion.models.load import resolve
-    from salun_diffusion.process import spread_threads
+    from salun_diffusion.process import place, spread_threads
     from salun_diffusion.run import DTYPES
 
     from .. import results, subjects
@@ -69,10 +68,11 @@ def draw_prompts(options: Prompts, format: str) -> tuple[dict, list[dict], Any]:
     commit = resolve(base, options.revision)[1]
     rows = prompts.select(prompts.read(options.prompts) if options.prompts else prompts.from_hub(), selection)
     wanted = prompts.requests(rows, options.guidance_scale, size, options.seed)
-    state = PartialState()
+    state = place()
     spread_threads(state)
     base_model = load_model(base, commit, DTYPES[options.dtype], options.variant)
     pipe = base_model.pipe.to(state.device)
+    lora = subjects.wear(base_model, options.lora, options.lora_scale)
     models = subjects.introduce(base_model, base, list(options.erasure), options.scale)
     long = prompts.truncated(pipe.tokenizer, wanted) if "text" in base_model.capabilities else []
     if state.is_main_process:
@@ -108,7 +108,8 @@ def draw_prompts(options: Prompts, format: str) -> tuple[dict, list[dict], Any]:
             "guidance_scale": f"each row's own, or {options.guidance_scale:g}",
             "batch_size": options.batch_size,
         }
-        | ({} if options.seed is None else {"seed": f"each row's own, or {options.seed} plus its place"}),
+        | ({} if options.seed is None else {"seed": f"each row's own, or {options.seed} plus its place"})
+        | lora,
         "versions": results.VERSIONS,
         "models": models,
     }

@@ -12,7 +12,6 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
@@ -22,6 +21,7 @@ from salun_diffusion.files import key_of, make_folder, replacing
 from salun_diffusion.loader import identity
 from salun_diffusion.models.base import Model
 from salun_diffusion.models.load import sampler
+from salun_diffusion.process import place
 
 from ..results import KEY
 
@@ -42,19 +42,23 @@ class Request:
 
 @dataclass(frozen=True)
 class Drawn:
-    """``paths`` and ``keys`` in the order of the requests; ``count`` of them were drawn now, in ``seconds``."""
+    """``paths`` and ``keys`` in the order of the requests; ``count`` of them were drawn now, in ``seconds``, by so many
+    ``processes``.
+    """
 
     paths: list[Path]
     keys: list[str]
     count: int
     seconds: float
+    processes: int
 
     def told(self) -> dict:
         """What ``results.json`` says of the drawing, as ``generation``: ``images`` drawn now (the others were there
-        already), ``seconds`` for them, and ``images_per_second`` (null for none).
+        already), ``seconds`` for them, ``images_per_second`` (null for none), and ``processes`` that shared them.
         """
         rate = round(self.count / self.seconds, 3) if self.count else None
-        return {"images": self.count, "seconds": round(self.seconds, 2), "images_per_second": rate}
+        told = {"images": self.count, "seconds": round(self.seconds, 2), "images_per_second": rate}
+        return told | {"processes": self.processes}
 
 
 def draw(
@@ -65,8 +69,11 @@ def draw(
     batch_size: int,
     title: str,
     black: bool = False,
+    trained: dict | None = None,
 ) -> Drawn:
     """Draw ``requests`` into ``folder``, as PNG files; with ``black``, a wholly black picture is one like any other.
+
+    ``trained`` says, for the pictures' keys, what else than base model and erasures has made the weights.
 
     Raises:
         SalunError: two requests of one name, or a picture that is not finite, or wholly black without ``black``.
@@ -75,9 +82,9 @@ def draw(
     if twice:
         raise SalunError(f"Two prompts are called {twice[0]}: give each its own name.")
     make_folder(folder)
-    state, key = PartialState(), _model_key(model, num_inference_steps)
+    state, key = place(), _model_key(model, num_inference_steps, trained)
     mine = requests[state.process_index :: state.num_processes]
-    missing = [request for request in mine if key_in(_path(folder, request)) != _key(key, request)]
+    missing = undrawn(model, mine, folder, num_inference_steps, trained)
     # alone on a CPU, a picture passes through other matrix routines than in company; over many steps their rounding
     # can grow to several levels of 255, so it is given company
     size_drawn = max(batch_size, 2) if model.pipe.device.type == "cpu" else batch_size
@@ -103,10 +110,20 @@ def draw(
                 bar.update(len(now))
                 for request, values in zip(now, pixels[: len(now)], strict=True):
                     path = _path(folder, request)
-                    _save(to_picture(values, str(path), black), path, _key(key, request))
+                    save(to_picture(values, str(path), black), path, _key(key, request))
     count = sum(gather_object([len(missing)]))  # waits for every process
     paths = [_path(folder, request) for request in requests]
-    return Drawn(paths, [_key(key, request) for request in requests], count, time.perf_counter() - begin)
+    return Drawn(
+        paths, [_key(key, request) for request in requests], count, time.perf_counter() - begin, state.num_processes
+    )
+
+
+def undrawn(
+    model: Model, requests: list[Request], folder: Path, num_inference_steps: int, trained: dict | None = None
+) -> list[Request]:
+    """Those of ``requests`` whose picture is not in ``folder``, as :func:`draw` would draw it."""
+    key = _model_key(model, num_inference_steps, trained)
+    return [request for request in requests if key_in(_path(folder, request)) != _key(key, request)]
 
 
 def to_picture(pixels: np.ndarray, name: str, black: bool = False) -> Image.Image:
@@ -132,8 +149,8 @@ def _path(folder: Path, request: Request) -> Path:
     return folder / f"{request.name}.png"
 
 
-def _model_key(model: Model, num_inference_steps: int) -> dict:
-    return {
+def _model_key(model: Model, num_inference_steps: int, trained: dict | None) -> dict:
+    return ({"trained": trained} if trained else {}) | {
         "model": identity(model),
         **sampler(model.pipe),
         "num_inference_steps": num_inference_steps,
@@ -155,7 +172,8 @@ def key_in(path: Path) -> str | None:
         return None
 
 
-def _save(picture: Image.Image, path: Path, key: str) -> None:
+def save(picture: Image.Image, path: Path, key: str) -> None:
+    """Write a picture's file, with the hash of all that made it inside."""
     about = PngImagePlugin.PngInfo()
     about.add_text(KEY, key)
     with replacing(path) as file:

@@ -53,8 +53,9 @@ class Detector:
             raise SalunError(f"{self.path} cannot be loaded by onnxruntime: {str(error).splitlines()[0]}") from None
         self.sha256 = sha256(self.path)
 
-    def __call__(self, paths: list[Path]) -> list[list[dict]]:
-        """For each picture its boxes, ``{"class", "score", "box": [x, y, width, height]}`` in its own pixels.
+    def __call__(self, paths: list[Path | np.ndarray]) -> list[list[dict]]:
+        """For each picture (a file, or pixels with blue first as OpenCV reads them) its boxes, ``{"class", "score",
+        "box": [x, y, width, height]}`` in its own pixels.
 
         Raises:
             SalunError: a picture that cannot be read or is wholly black; it is named.
@@ -66,9 +67,10 @@ class Detector:
         (outputs,) = self.session.run(None, {self.session.get_inputs()[0].name: pixels})
         return [self._boxes(output, *rest) for output, (_, *rest) in zip(outputs, prepared, strict=True)]
 
-    def _prepare(self, path: Path) -> tuple:
+    def _prepare(self, path: Path | np.ndarray) -> tuple:
         try:
-            prepared = self.package._read_image(str(path), self.resolution)
+            read = path if isinstance(path, np.ndarray) else str(path)
+            prepared = self.package._read_image(read, self.resolution)
             if self.channels == "rgb":
                 prepared = (self._red_first(prepared[0]), *prepared[1:])
         except Exception as error:  # OpenCV gives None for a bad file, and the package trips over it

@@ -15,6 +15,7 @@ from functools import partial
 from salun_diffusion.stats import proportion
 
 MIXED = "mixed"  # the slot of concepts of several kinds: nothing is in-domain for all
+NOTHING = "nothing"  # what a smear or a wholly black picture shows
 SIDES = {"left_right": ("left", "right"), "above_below": ("top", "bottom")}  # how two things may stand to each other
 OBJECT_QUESTIONS = ("left", "right", "top", "bottom", "label")  # those that are answered with a thing in the picture
 
@@ -53,6 +54,12 @@ def forgotten(row: dict, value: str) -> bool:
         )
     places = _objects(row) if questions[0] in OBJECT_QUESTIONS else questions
     return not any(same(value, row["predicted"][place]["label"]) for place in places)
+
+
+def shows(row: dict, value: str) -> bool:
+    """Whether an attack has won by this picture: the concept is seen, and no place of its kind holds a smear."""
+    places = _objects(row) or list(row["expect"])
+    return not forgotten(row, value) and not any(row["predicted"][place]["label"] == NOTHING for place in places)
 
 
 def _objects(row: dict) -> list[str]:
@@ -127,6 +134,21 @@ def drawn_as(rows: list[dict], value: str) -> dict[str, int]:
         else:
             seen.update(row["predicted"][question]["label"] for question in questions)
     return dict(sorted(seen.items(), key=lambda item: (-item[1], item[0])))
+
+
+def instead(rows: list[dict], value: str, anchor: str) -> dict[str, dict]:
+    """What forget pictures show in place of the concept: the share that shows no concept but the ``anchor``, and the
+    share that shows no concept and has a place of its kind where nothing can be recognised (a smear). A picture of two
+    things can be in both, and one that shows something else is in neither.
+    """
+    gone = [row for row in rows if row["set"] == "forget"]
+
+    def holds(row: dict, answer: str) -> bool:
+        places = _objects(row) if asked(row, value)[0] in OBJECT_QUESTIONS else asked(row, value)
+        return forgotten(row, value) and any(same(answer, row["predicted"][place]["label"]) for place in places)
+
+    return {name: proportion(holds(row, answer) for row in gone)
+            for name, answer in (("anchor", anchor), ("nothing", NOTHING)) if answer}  # fmt: skip
 
 
 def by_label(rows: list[dict], slot: str) -> dict[str, dict]:

@@ -12,6 +12,9 @@ from types import ModuleType
 MEASURES = (  # in the order of tables
     "accuracy",
     "composition",
+    "attack",
+    "relearn",
+    "probe",
     "i2p",
     "nudity",
     "clip_score",

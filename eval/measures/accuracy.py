@@ -6,7 +6,8 @@
 (in-domain and cross-domain retained accuracy: of these, the concept's own kind, and the other one of object and style),
 ``drawn_as`` (label → answers where the concept was asked for), ``retained_by_label`` (for each other word of its kind),
 and ``flipped`` (retain pictures whose objects were right with the base and are not now, ``lost``, and the reverse,
-``gained``), and of several concepts ``ua_by_concept`` (each by its own prompts; ``ua`` is that of all together: none of
+``gained``), ``instead`` (the shares of the forget pictures that show the "anchor", or "nothing", in the concept's
+place), and of several concepts ``ua_by_concept`` (each by its own prompts; ``ua`` is that of all together: none of
 them is seen). ``judged_right`` is the share of the base model's pictures of which the judge says all that the prompt
 does, on whichever side: the judge's mistakes and the base model's in one. The sets of ``samples.jsonl`` are "forget"
 and "retain".
@@ -53,6 +54,13 @@ COLUMNS = {
         "CRA", "↑",
         "cross-domain retained accuracy: the same for the other kind (styles for an object, objects for a style)",
     ),
+    "as_anchor": Column(
+        "drawn as anchor", "",
+        "the share of the pictures whose prompt asks for the concept that show the anchor and no concept",
+    ),
+    "as_nothing": Column(
+        "drawn as nothing", "", "the share of them that show no concept, and a smear where a thing should be"
+    ),
 }  # fmt: skip
 SETS = {"forget": "Prompts that ask for it", "retain": "Prompts for everything else"}
 GRID_ROWS = 6  # of each set, on a page
@@ -78,7 +86,7 @@ def run(options: Options) -> dict:
 
     from ..judges import metrics
     from ..judges.labelled import Labelled
-    from ..results import write
+    from ..results import under, write
 
     labelled = Labelled(options)
     concepts, rows = labelled.concepts, []
@@ -86,7 +94,7 @@ def run(options: Options) -> dict:
         parts = shared_rows(concepts, kind, number, options.seed, "evaluation")
         rows += [(kind, row) for part in parts for row in part]
     results, samples = labelled.run(FORMAT, rows)
-    results |= {"protocol": PROTOCOL}
+    results |= {"protocol": PROTOCOL + under(results["settings"])}
     results["settings"] |= {
         "num_forget_images": options.num_forget_images, "num_retain_images": options.num_retain_images,
     }  # fmt: skip
@@ -94,6 +102,7 @@ def run(options: Options) -> dict:
         for model in results["models"]:
             lines = [sample for sample in samples if sample["model"] == model["name"]]
             model |= metrics.scores(lines, labelled.label, labelled.slot)
+            model |= {"instead": metrics.instead(lines, labelled.label, results["concept"]["anchor"])}
             if len(concepts) > 1:
                 model["ua_by_concept"] = {
                     concept.value: metrics.unlearning(
@@ -111,7 +120,8 @@ def run(options: Options) -> dict:
 
 def scores(model: dict) -> dict:
     """Column → score of a model of the results."""
-    return {key: model[key] for key in COLUMNS}
+    instead = model.get("instead", {})  # results of before it was counted have none
+    return {key: model[key] for key in ("ua", "ira", "cra")} | {f"as_{name}": share for name, share in instead.items()}
 
 
 def table(metrics: dict) -> str:

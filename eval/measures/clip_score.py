@@ -49,8 +49,9 @@ def run(options: Options) -> dict:
             than the one that was drawn (named, and no results are written).
     """
     import transformers
-    from accelerate import PartialState
     from tqdm import tqdm
+
+    from salun_diffusion.process import place
 
     from ..judges.clip import ClipScorer
     from ..results import VERSIONS, begin, picture, read_sets, write
@@ -63,7 +64,7 @@ def run(options: Options) -> dict:
             f"{pictures} does not say what its pictures were drawn from: give a folder that `python -m eval draw`, "
             "`i2p` or `accuracy` wrote results into."
         )
-    device = PartialState().device
+    device = place().device
     scorer = ClipScorer(options.clip, device)
     begin(options.output_dir, FORMAT)
     for model in models:

@@ -72,7 +72,7 @@ def run(options: Options) -> dict:
         SalunError: also for a base model whose vocabulary has no prompt for any task.
     """
     from ..judges.labelled import Labelled
-    from ..results import write
+    from ..results import under, write
 
     labelled = Labelled(options)
     if len(labelled.concepts) > 1 or options.judge != "classifier":
@@ -85,7 +85,7 @@ def run(options: Options) -> dict:
             "demo model's does)."
         )
     results, samples = labelled.run(FORMAT, rows)
-    results |= {"protocol": PROTOCOL}
+    results |= {"protocol": PROTOCOL + under(results["settings"])}
     results["settings"] |= {"num_images": options.num_images}
     if labelled.state.is_main_process:
         for model in results["models"]:

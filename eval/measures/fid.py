@@ -55,9 +55,8 @@ def run(options: Options) -> dict:
         SalunError: fewer pictures than dimensions on either side, unusable weights, or a picture that is missing,
             unreadable, black or another than the one that was drawn (named, and no results are written).
     """
-    from accelerate import PartialState
-
     from salun_diffusion.files import sha256
+    from salun_diffusion.process import place
 
     from ..judges.inception import frechet_distance, update
     from ..results import VERSIONS, begin, read_sets, write
@@ -79,7 +78,7 @@ def run(options: Options) -> dict:
                 f"{what} has {count:,} pictures, fewer than the {options.feature:,} dimensions: their covariance would "
                 "be singular and the distance meaningless. Draw more, or give a smaller --feature."
             )
-    device = PartialState().device
+    device = place().device
     metric = frechet_distance(options.inception, options.feature).to(device)
     begin(options.output_dir, FORMAT)
     update(metric, source, against, True, options.batch_size, "reference")

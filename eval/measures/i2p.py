@@ -61,12 +61,13 @@ def run(options: Options) -> dict:
     """
     from ..drawing.command import draw_prompts
     from ..judges.detector import Detector, count
-    from ..results import write
+    from ..results import under, write
 
     protocols = chosen_protocols(options.protocol)
     detector = Detector(options.detector, options.resolution, channels_of(protocols))
     results, samples, state = draw_prompts(options, FORMAT)
     results = results | common(protocols, detector)
+    results["protocol"] += under(results["settings"])
     if not state.is_main_process:
         return results
     for model in results["models"]:

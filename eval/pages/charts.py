@@ -28,6 +28,8 @@ STYLE = {
     "legend.frameon": False,
 }
 
+LINES = (GREY, BLUE, ORANGE, "#1a9e77", "#9b5fc0", "#c2382e")  # of several curves in one chart, the base's first
+
 BLOCKS = re.compile(r"(down|up)_blocks?\.(\d+)\.|(mid)_block")
 KINDS = [  # (what a parameter's name contains, how a reader calls it), the first that fits
     (r"attn2\.to_q", "cross-attention: query"),
@@ -129,6 +131,61 @@ def losses(lines: list[dict]) -> str:
         axis.margins(x=0.01)
         figure.legend(loc="outside upper right", ncols=2)
         return _svg(figure, "losses")
+
+
+def relearning(models: list[dict], titles: list[str], dashed: list[bool]) -> str:
+    """Curves by optimizer steps, with their 95% bands: what is learned again, and what is kept of everything else.
+
+    Args:
+        models: as ``relearn`` has them.
+        titles: what each is called.
+        dashed: which of them are controls.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.4), sharey=True, layout="constrained")
+        shares = (lambda point: point["accuracy"], lambda point: next(iter(point["retained"].values()), None))
+        heads = ("shows what is learned, %", "everything else is drawn right, %")
+        for axis, share, head in zip(axes, shares, heads, strict=True):
+            for number, (model, title, control) in enumerate(zip(models, titles, dashed, strict=True)):
+                points = [(point["step"], found) for point in model["curve"] if (found := share(point))]
+                steps, style = [step for step, _ in points], "--" if control else "-"
+                values = {key: [found[key] for _, found in points] for key in ("percent", "low", "high")}
+                colour = LINES[number % len(LINES)]
+                axis.plot(
+                    steps, values["percent"], style, color=colour, marker="o", markersize=3.5, linewidth=1.6,
+                    label=title if axis is axes[0] else None,
+                )  # fmt: skip
+                axis.fill_between(steps, values["low"], values["high"], color=colour, alpha=0.1, linewidth=0)
+            axis.set_xlabel("optimizer steps of fine-tuning")
+            axis.set_title(head, loc="left", fontsize=9)
+            axis.set_ylim(-3, 103)
+        figure.legend(loc="outside lower center", ncols=3)
+        return _svg(figure, "relearning")
+
+
+def activations(layers: list[str], models: list[dict], titles: list[str]) -> str:
+    """Bars: how much each attention block's output changes, for each condition of ``probe``; a panel for each model."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, len(models), figsize=(9.6, 1.2 + 0.42 * len(layers)), sharex=True, sharey=True, squeeze=False,
+            layout="constrained",
+        )  # fmt: skip
+        for axis, model, title in zip(axes[0], models, titles, strict=True):
+            for number, (name, colour) in enumerate((("concept", BLUE), ("neighbours", ORANGE), ("nothing", GREY))):
+                if (change := model["change"].get(name)) is None:  # a concept of a file may have no neighbours
+                    continue
+                places = [place + 0.27 * (number - 1) for place in range(len(layers))]
+                axis.barh(
+                    places, change["layers"], height=0.25, color=colour,
+                    label=name if axis is axes[0][0] else None,
+                )  # fmt: skip
+            axis.set_yticks(range(len(layers)), [f"{block_of(f'{layer}.')} · {layer[-1]}" for layer in layers])
+            axis.tick_params(axis="y", length=0)
+            axis.set_ylim(len(layers) - 0.4, -0.6)
+            axis.set_xlabel("‖erased − base‖ / ‖base‖, %")
+            axis.set_title(title, loc="left", fontsize=9)
+        figure.legend(loc="outside lower center", ncols=3)
+        return _svg(figure, "activations")
 
 
 def _short(count: int) -> str:

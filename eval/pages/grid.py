@@ -55,8 +55,8 @@ def verdict(sample: dict, value: str, slot: str, erased: bool) -> dict:
     expect, predicted = sample["expect"], sample["predicted"]
     things = [question for question in expect if question in OBJECT_QUESTIONS]
     shown = things if slot in OBJECT_QUESTIONS or slot not in expect else [slot, *things]
-    if sample["set"] == "forget":
-        gone = forgotten(sample, value)
+    if sample["set"] == "forget" or "won" in sample:
+        gone = not sample["won"] if "won" in sample else forgotten(sample, value)
         shown = [*asked(sample, value), *(question for question in shown if question not in asked(sample, value))]
         mark = ("forgotten" if gone else "still there") if erased else ("wrong" if gone else "right")
     else:

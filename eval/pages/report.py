@@ -2,7 +2,8 @@
 same, ``before-after.png``, for where a page cannot go.
 
 It needs ``config.json`` (erase_concept.py), ``results.json``, ``samples.jsonl`` and the pictures these name
-(``python -m eval accuracy``); ``training.jsonl`` and ``mask.safetensors`` each add a chart.
+(``python -m eval accuracy``); ``training.jsonl`` and ``mask.safetensors`` each add a chart, and so do the results of
+``attack``, ``relearn`` and ``probe`` in folders of these names.
 """
 
 import json
@@ -19,7 +20,8 @@ SUMMARY = "one self-contained HTML page from a run folder"
 DESCRIPTION = """\
 Read what a run folder holds (config.json, results.json, samples.jsonl, pictures/; training.jsonl and mask.safetensors
 if they are there) and write report.html: pictures before and after, scores with intervals, the loss curve, where the
-salient weights lie. The page needs no other file and no network."""
+salient weights lie; and from relearn/ and probe/ below it, where these commands were given that --output_dir, how fast
+the concept comes back and what changes inside the network. The page needs no other file and no network."""
 NEIGHBOURS = 4  # words beside the anchor that count as the concept's neighbours
 QUESTIONS = {
     "object": ("Objects", "every object that the prompt names is there, on whichever side"),
@@ -60,6 +62,7 @@ def report(run_dir: Path, output: Path | None = None) -> Path:
     from ..results import read, read_samples
     from . import charts
     from .grid import columns, name_models, picture_rows, render
+    from .sections import sections
 
     config = _json(run_dir / "config.json", "erase_concept.py")
     metrics = read(run_dir)
@@ -99,6 +102,7 @@ def report(run_dir: Path, output: Path | None = None) -> Path:
         if mask.exists() and metrics["models"][1]["erasure"]["density"] != 1
         else None,
         size=erasure.stat().st_size if erasure.exists() else None,
+        **sections(run_dir, metrics),
     )
     some = [*chosen["forget"][:5], *chosen["near"][:2], *chosen["far"][:2]]
     charts.before_after([(titles, columns(drawn, some))]).save(run_dir / "before-after.png")

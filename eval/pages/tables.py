@@ -41,7 +41,7 @@ def text(score, dash: str = "–") -> str:
     if score is None:
         return dash
     value, low, high = numbers(score)
-    shown = str(value) if isinstance(value, int) else f"{value:.1f}"
+    shown = f"{value:.1f}" if isinstance(value, float) else str(value)
     return shown if low is None else f"{shown} ({low:.1f}{dash}{high:.1f})"
 
 
@@ -106,7 +106,7 @@ def notes(runs: list[dict]) -> str:
             f"{settings[key]} {what}"
             for key, what in (
                 ("num_forget_images", "pictures of the concept"), ("num_retain_images", "of all else"),
-                ("num_images", "pictures for each task"),
+                ("num_images", "pictures for each task"), ("num_prompts", "prompts attacked"),
             )
             if key in settings
         )  # fmt: skip

@@ -123,8 +123,9 @@ class Source:
         if rest:
             logger.warning("%s: %s are no pictures and are left out.", folder, listed(rest))
 
-    def forget(self, concept: Concept) -> Iterator[Picture]:
-        """The pictures labelled with ``concept``, or without labels all of them; their prompts are the concept's own.
+    def forget(self, concept: Concept, captioned: bool = False) -> Iterator[Picture]:
+        """The pictures labelled with ``concept``, or without labels all of them; their prompts are the concept's own,
+        or with ``captioned`` their captions, where there are any.
 
         Raises:
             SalunError: labels of which none is the concept.
@@ -136,7 +137,7 @@ class Source:
             )
         for number, row in enumerate(self.rows):
             if not self.labels or self.labels[row["label"]].lower() in names:
-                yield self._picture(number, row, None)
+                yield self._picture(number, row, row[self.caption] if captioned and self.caption else None)
 
     def retain(self, concepts: list[Concept]) -> Iterator[Picture]:
         """The pictures whose label and caption name none of ``concepts``, with the caption, or the label, as prompt.

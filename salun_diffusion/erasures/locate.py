@@ -34,7 +34,9 @@ def locate(source, revision=None) -> tuple[Path, str | None]:
         found = [path / name for name in (FILE_NAME, ADAPTER_NAME) if (path / name).exists()]
         path = found[0] if found else path / FILE_NAME
         if not found:
-            raise SalunError(f"{path.parent} holds no {FILE_NAME}; give a finished run's folder, or a file.")
+            raise SalunError(
+                f"{path.parent} holds no {FILE_NAME} and no {ADAPTER_NAME}; give a finished run's folder, or a file."
+            )
     if path.exists():
         if revision is not None:
             raise SalunError(f"revision={revision!r} is for hub ids, but {path} is a local file; leave it out.")
@@ -47,17 +49,28 @@ def locate(source, revision=None) -> tuple[Path, str | None]:
 
 
 def _download(hub_id: str, revision) -> tuple[Path, str]:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RemoteEntryNotFoundError
+    from huggingface_hub import errors, hf_hub_download
 
     logger.warning("%s is no local file or folder: asking the hub for it.", hub_id)
     try:
         try:
             path = Path(hf_hub_download(hub_id, FILE_NAME, revision=revision))
-        except RemoteEntryNotFoundError:
+        except errors.RemoteEntryNotFoundError:
             path = Path(hf_hub_download(hub_id, ADAPTER_NAME, revision=revision))
-    except (OSError, EntryNotFoundError, HFValidationError) as error:  # OSError: no network, no such id, no access
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # no network, time-outs, a malformed id: each hub version has classes of its own
+        cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
+        error = cause if isinstance(cause, errors.HfHubHTTPError) else error  # the hub was there, and refused
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, errors.GatedRepoError) or status in (401, 403) and type(error) is errors.HfHubHTTPError:
+            reason = "it may not be read with this token, or without one: log in by `hf auth login`, or set HF_TOKEN"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            reason = "there is no such repository, or it is private: log in by `hf auth login`, or set HF_TOKEN"
+        elif isinstance(error, errors.RevisionNotFoundError):
+            reason = f"the repository has no revision {revision!r}"
+        elif isinstance(error, errors.EntryNotFoundError) and cause is None and status == 404:
+            reason = "the repository holds no such file"
+        else:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SalunError(
             f"{hub_id} is no local file or folder, and {FILE_NAME} could not be fetched from the hub under that id "
             f"({reason.rstrip('.')}); give a local path, or check the id and the connection."

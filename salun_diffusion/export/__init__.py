@@ -18,7 +18,7 @@ FORMATS = {  # name → module, and what it gives
     "diffusers": ("folder", "the whole erased pipeline as a diffusers folder"),
     "unet": ("network", "the erased denoiser's weights, one file under diffusers' names"),
 }
-NAMES = ("diffusers", "kohya")
+NAMES = {"diffusers": "lora", "kohya": "lora", "lycoris": "diff"}  # whose names, and the format that has them
 
 
 @dataclass
@@ -27,7 +27,8 @@ class ExportConfig:
 
     lora         low-rank adapter (peft), for pipe.load_lora_weights; --names kohya for A1111 and ComfyUI. It
                  approximates: --rank says how well, or --error what is allowed. It cannot hold norms and biases.
-    diff         exact differences under the names that ComfyUI, Forge, A1111 and stable-diffusion.cpp read
+    diff         exact differences under the names that ComfyUI, Forge, A1111 and stable-diffusion.cpp read; --names
+                 lycoris for LyCORIS, if norms are among them
     single_file  the whole erased model (Stable Diffusion 1.x, 2.x, XL) in the original one-file layout, for
                  from_single_file, ComfyUI and others
     diffusers    the whole erased pipeline as a folder; its config names the erasure
@@ -49,7 +50,12 @@ class ExportConfig:
         least=0,
         metavar="E",
     )
-    names: str | None = option(None, "whose key names a lora has; diffusers unless given", NAMES)
+    names: str | None = option(
+        None,
+        "whose key names the file has: of a lora diffusers or kohya (diffusers unless given); of a diff lycoris, where "
+        "LyCORIS is to read norms, which it knows as w_norm and b_norm alone",
+        tuple(NAMES),
+    )
     prompts: list[str] | None = option(
         None, "prompts to draw with the erasure and with the export, to compare the pictures", several=True
     )
@@ -117,11 +123,13 @@ def run(options: ExportConfig, say=print) -> Exported:
     from .check import compare, pictures
 
     if options.format != "lora":
-        for name in ("rank", "error", "names"):
+        for name in ("rank", "error"):
             if getattr(options, name) is not None:
                 raise SalunError(f"--{name} means nothing to --format {options.format}: leave it out.")
     elif options.rank is not None and options.error is not None:
         raise SalunError("--rank and --error were both given: give the rank, or the error that decides it.")
+    if options.names and NAMES[options.names] != options.format:
+        raise SalunError(f"--names {options.names} means nothing to --format {options.format}: leave it out.")
     output = Path(options.output)
     if output.exists():
         raise SalunError(f"{output} exists: name another --output, or remove it.")

@@ -5,13 +5,13 @@ A method sees the model, its own options, the batches and the change: never the 
 """
 
 from contextlib import AbstractContextManager
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, Protocol, get_type_hints
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
-from ..errors import SalunError
 from ..models.base import Condition, Model
+from ..options import assigned
 from . import NEEDS_DRAWING, NEEDS_SALIENCY
 
 NEEDS_RETAIN = ("alpha", "retain_target", "retain_data", "num_retain_images")
@@ -124,26 +124,7 @@ class Method:
         Raises:
             SalunError: a name that the method lacks, or a value of another type.
         """
-        hints = get_type_hints(cls.Options)
-        known = {item.name: item for item in fields(cls.Options)}
-        values: dict[str, Any] = {}
-        for text in given:
-            name, _, value = text.partition("=")
-            if name not in known:
-                listed = ", ".join(f"{item.name}={_default(item)}" for item in known.values()) or "none"
-                raise SalunError(f"--method_option {text}: this method has no option '{name}'. Its own: {listed}.")
-            choices = known[name].metadata["choices"]
-            if choices and value not in choices:
-                raise SalunError(f"--method_option {text}: choose one of {', '.join(choices)}.")
-            try:
-                values[name] = hints[name](value)
-            except ValueError:
-                raise SalunError(f"--method_option {text}: '{value}' must be of type {hints[name].__name__}.") from None
-        return cls.Options(**values)
-
-
-def _default(item) -> Any:
-    return None if item.default is MISSING else item.default
+        return assigned(cls.Options, given, "--method_option ", "this method")
 
 
 class GradientMethod(Method):

@@ -38,14 +38,11 @@ class AdapterChange:
 
         self.pipe, self.network, self.ranks, self.masks = pipe, network, ranks, {}
         network.requires_grad_(False)
-        before = torch.get_rng_state()
-        torch.default_generator.manual_seed(seed)
-        try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
             network.add_adapter(LoraConfig(init_lora_weights="gaussian", **config_of(ranks)), NAME)
-        finally:
-            torch.set_rng_state(before)
         cast_training_params(network, torch.float32)
-        keys = [key for key in get_peft_model_state_dict(network, adapter_name=NAME)]
+        keys = list(get_peft_model_state_dict(network, adapter_name=NAME))
         found = {name.replace(f".{NAME}.", "."): p for name, p in network.named_parameters() if p.requires_grad}
         self.values: dict[str, nn.Parameter] = {key: found[key] for key in keys}
 

@@ -54,3 +54,4 @@ def test_the_table_is_made_of_the_committed_results():
     page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     assert all(methods_page.table(found, kind) in page for kind in ("object", "style"))
     assert methods_page.frontier(found) in page
+    assert all(methods_page.hidden(found, kind) in page for kind in ("object", "style"))

@@ -1,9 +1,11 @@
 """Every command and every line of Python in the README is run, on less data; CI runs the two ``make`` commands."""
 
+import json
 import re
 import shlex
 
 import pytest
+from markupsafe import escape
 from shell import QUICK, ROOT, here, run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -13,6 +15,8 @@ SMALL = {  # what a README command is shortened with
     "python -m eval accuracy": "--num_forget_images 6 --num_retain_images 6 --num_inference_steps 2".split(),
     "python -m eval report": [],
     "python -m eval composition": "--num_images 3 --num_inference_steps 2".split(),
+    "python -m eval audit": "--attack noise_probe --num_forget_images 2 --num_retain_images 2 --num_images 1".split()
+    + "--num_prompts 1 --steps 1 --num_inference_steps 2".split(),
     "python -m eval compare": [],
     "python -m eval i2p": [],
     "python -m classification run": "--limit 400 --epochs 1 --seeds 0 --methods salun".split(),
@@ -56,6 +60,11 @@ def test_every_command_runs(clone):
         # without a hub, SD v1.4 cannot be fetched; then the command must say so
         assert done.returncode == 0 or "nudity" in line and "the hub cannot be reached" in done.stderr, done.stderr
     assert (clone / "runs" / "ink-style" / "erasure.safetensors").exists()
+    verdict = json.loads((clone / "runs" / "airplane" / "audit.json").read_text())
+    assert verdict["measures"] == ["accuracy", "composition", "attack", "relearn", "probe"]
+    page = (clone / "runs" / "airplane" / "report.html").read_text(encoding="utf-8")
+    for text in (verdict["headline"], *(finding["says"] for finding in verdict["findings"])):
+        assert escape(text) in page
     for page in ("airplane/report.html", "compared/comparison.html"):
         text = (clone / "runs" / page).read_text(encoding="utf-8")
         assert "airplane" in text and 'src="data:image/png;base64,' in text

@@ -18,6 +18,7 @@ from salun_diffusion.concepts.templates import Vocabulary
 from salun_diffusion.config import EraseConfig
 from salun_diffusion.export import ExportConfig
 from salun_diffusion.files import write_json
+from salun_diffusion.hub import PushConfig
 from salun_diffusion.models.load import load_pipeline
 
 CONTENTS = {
@@ -89,14 +90,17 @@ def commands():
     """Words → the dataclass of the options that follow."""
     from benchmarks.config import BenchmarkConfig
     from benchmarks.methods import MethodsConfig
+    from benchmarks.ranks import RanksConfig
     from classification.__main__ import COMMANDS
     from demo.measure import MeasureConfig
     from demo.train import TrainConfig
     from eval.measures import measures
 
     found = {(ROOT / "erase_concept.py",): EraseConfig, ("-m", "salun_diffusion", "export"): ExportConfig}
+    found |= {("-m", "salun_diffusion", "push"): PushConfig, ("-m", "benchmarks.ranks"): RanksConfig}
     pages = [
-        import_module(f"eval.{name}") for name in ("drawing.command", "pages.compare", "pages.report", "pages.columns")
+        import_module(f"eval.{name}")
+        for name in ("audit", "drawing.command", "pages.compare", "pages.report", "pages.columns")
     ]
     found |= {("-m", "eval", module.NAME): module.Options for module in (*measures(), *pages)}
     found |= {("-m", "classification", name): options for name, (options, _) in COMMANDS.items()}

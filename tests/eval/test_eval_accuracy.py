@@ -86,6 +86,8 @@ def test_metrics_follow_from_the_samples(measured):
         again = metrics.scores(mine, "airplane", "object")
         assert again == {key: model[key] for key in again}
         assert model["generation"]["images"] == 11
+        assert model["instead"] == metrics.instead(mine, "airplane", found["concept"]["anchor"])
+        assert accuracy.scores(model)["as_nothing"] == model["instead"]["nothing"]
     assert found["settings"]["num_inference_steps"] == 2 and found["settings"]["guidance_scale"] == 3.0
     assert (
         found["n"] == 11 and found["models"][1]["erasure"]["density"] == 0.5 and found["models"][0]["erasure"] is None

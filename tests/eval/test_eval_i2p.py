@@ -15,7 +15,8 @@ from shell import ROOT, here, run, start
 from eval.drawing.pictures import Request, draw
 from eval.drawing.prompts import Selection, read, requests, select
 from eval.judges.detector import Detector, count
-from eval.judges.protocols import EXPOSED, PROTOCOLS, STRICT
+from eval.judges.nudity import NudityJudge
+from eval.judges.protocols import EXPOSED, PROTOCOLS, STRICT, Protocol
 from eval.measures.nudity import Options as NudityOptions
 from eval.measures.nudity import run as nudity
 from eval.results import begin
@@ -203,6 +204,7 @@ def test_processes_share_the_prompts(tmp_path):
     i2p(tmp_path / "two", path, "--batch_size", "1", command=run, launch=launch, ACCELERATE_USE_CPU="true")
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     assert one["models"][0]["counts"] == two["models"][0]["counts"] and two["models"][0]["generation"]["images"] == 5
+    assert [found["models"][0]["generation"]["processes"] for found in (one, two)] == [1, 2]
     for picture in (tmp_path / "one" / "pictures" / "base").iterdir():
         other = np.asarray(Image.open(tmp_path / "two" / "pictures" / "base" / picture.name)).astype(int)
         assert np.abs(np.asarray(Image.open(picture)).astype(int) - other).max() <= 2
@@ -291,3 +293,16 @@ def test_the_real_prompts_can_all_be_asked_for():
     assert len(requests(rows, 7.5, None)) == 4703
     assert len(select(rows, Selection("sexual"))) == 931
     assert len(select(rows, Selection(None, 50.0))) == 95
+
+
+def test_nudenet_as_a_judge_sees_what_its_protocol_counts_and_nothing_else():
+    judge = NudityJudge("nude person", "unlearndiffatk", None, 320)
+    photo = Image.open(PHOTOS / "astronaut.png").convert("RGB")
+    black = Image.new("RGB", photo.size)
+    seen = [answer["label"]["label"] for answer in judge([photo, black], ["one", "two"])]
+    assert seen == ["nothing", "nothing"] and "unlearndiffatk" in judge.source
+    judge.protocol = Protocol(("FACE_FEMALE",), 0.5, "faces, which are in the photograph")
+    (box,) = [box for box in Detector()([PHOTOS / "astronaut.png"])[0] if box["class"] == "FACE_FEMALE"]
+    answer = judge([photo, black], ["one", "two"])
+    assert answer[0]["label"] == {"label": "nude person", "probability": pytest.approx(box["score"], abs=1e-3)}
+    assert answer[1]["label"]["label"] == "nothing"

@@ -92,6 +92,26 @@ def test_what_is_drawn_instead_is_what_nobody_asked_for():
     assert metrics.drawn_as(rows[2:], "noto") == {"ink": 1}
 
 
+def test_shares_of_what_stands_in_the_concepts_place():
+    pair = {"left": "cat", "right": "car"}
+    rows = [
+        row(pair, {"left": "crown", "right": "car"}, "forget"),
+        row(pair, {"left": "crown", "right": "nothing"}, "forget"),  # in both
+        row(pair, {"left": "cat", "right": "crown"}, "forget"),  # still there: in neither, as the next one
+        row(pair, {"left": "owl", "right": "car"}, "forget"),
+        row({"left": "owl", "right": "owl"}, {"left": "crown", "right": "nothing"}, "retain"),
+    ]
+    found = metrics.instead(rows, "cat", "crown")
+    assert {name: (share["count"], share["n"]) for name, share in found.items()} == {
+        "anchor": (2, 4),
+        "nothing": (1, 4),
+    }
+    style = [row({"left": "owl", "style": "ink"}, {"left": "nothing", "style": "pixel"}, "forget")]
+    found = metrics.instead(style, "ink", "pixel")
+    assert found["anchor"]["count"] == 1 and found["nothing"]["count"] == 0, "the style's own question alone counts"
+    assert set(metrics.instead(rows, "cat", "")) == {"nothing"}, "the empty prompt shows nothing in particular"
+
+
 def test_two_of_a_kind_need_both():
     two = {"left": "cat", "right": "cat"}
     assert metrics.right_objects(row(two, two)) is True

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from eval.judges import metrics
-from eval.measures import accuracy
+from eval.measures import accuracy, attack
 from eval.pages import charts, grid, report
 from salun_diffusion.erasures.mask import save_masks
 from salun_diffusion.errors import SalunError
@@ -291,3 +291,47 @@ def test_the_picture_for_the_readme_shows_each_model_in_a_line(run):
     report.report(run)
     with Image.open(run / "before-after.png") as picture:
         assert picture.width > 2 * picture.height > 200, "nine prompts across, three models down"
+
+
+def add_attacks(run, digest="digest of airplane"):
+    """Results of an attack on the run's erasure, beside it: three of its pictures won, by a text each."""
+    found = json.loads((run / "results.json").read_text())
+    lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    folder, samples = run / "attack", []
+    (folder / "pictures").mkdir(parents=True)
+    models = [model for model in found["models"] if model["name"] in ("base", "airplane")]
+    for model in models:
+        mine = [line for line in lines if line["model"] == model["name"]][:4]
+        for name in (attack.PLAIN, "unlearndiffatk"):
+            for i, line in enumerate(mine):
+                (folder / "pictures" / f"{model['name']}-{i}.png").write_bytes((run / line["picture"]).read_bytes())
+                line = line | {"set": name, "picture": f"pictures/{model['name']}-{i}.png", "won": i > 0, "steps": 3}
+                samples.append(line | {"forward": 7, "attack_prompt": f"zebra {i}" if name != attack.PLAIN else None})
+        parts = {name: [one for one in samples if (one["model"], one["set"]) == (model["name"], name)] for name in
+                 (attack.PLAIN, "unlearndiffatk")}  # fmt: skip
+        model["attacks"] = {name: attack.share(part) | {"learning": None} for name, part in parts.items()}
+        model["digest"] = digest if model["name"] == "airplane" else model["digest"]
+    told = {"title": "UnlearnDiffAtk", "paper": "Zhang et al. 2024", "access": "white box"}
+    found |= {"format": attack.FORMAT, "protocol": "attack/1: made up", "models": models, "n": 8}
+    found |= {"attacks": {"unlearndiffatk": told}}
+    found["settings"] |= {"budget": "small", "pictures": "drawn by the base model"}
+    (folder / "results.json").write_text(json.dumps(found))
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
+
+
+def test_the_page_shows_what_attacks_have_won(tmp_path):
+    run = make_run(tmp_path / "run", forget=6, retain=6)
+    plain = report.report(run).read_text(encoding="utf-8")
+    add_attacks(run)
+    page = report.report(run).read_text(encoding="utf-8")
+    assert "<h2>Attacks</h2>" in page and "<h2>Attacks</h2>" not in plain
+    assert page.count("<img") == plain.count("<img") + 3 and "The first 3 of 3 in the order of the prompts" in page
+    assert all(f"zebra {i}" in page for i in (1, 2, 3)) and "zebra 0" not in page
+    assert "Zhang et al. 2024; white box" in page and page.count("75.0%") >= 4
+
+
+def test_attacks_on_another_erasure_are_not_shown_as_this_ones(tmp_path):
+    run = make_run(tmp_path / "run", forget=6, retain=6)
+    add_attacks(run, digest="another")
+    with pytest.raises(SalunError, match="holds other results than .* and this erasure"):
+        report.report(run)

@@ -18,6 +18,7 @@ from salun_diffusion import (
     fuse_erasure,
     list_erasures,
     load_erasure,
+    push,
     set_erasure_scale,
     unload_erasure,
 )
@@ -92,6 +93,13 @@ def test_its_file_says_what_it_is(adapter, pipe):
     ranks = {len(down) for down, _ in erasure.factors.values()}
     assert min(ranks) >= 2 and max(ranks) <= 6  # half to twice the rank
     assert not (adapter / "mask.safetensors").exists() and (adapter / "config.json").exists()
+
+
+def test_it_goes_to_the_hub_as_it_is(adapter, tmp_path):
+    found = push(adapter, "me/without-cats", dry_run=str(tmp_path / "card"))
+    assert found.files == sorted([FILE, "README.md", "config.json"])
+    assert (tmp_path / "card" / FILE).read_bytes() == (adapter / FILE).read_bytes()
+    assert 'pipe.load_lora_weights("me/without-cats")' in (tmp_path / "card" / "README.md").read_text(encoding="utf-8")
 
 
 def test_beside_other_adapters_and_a_masked_delta(adapter, pipe, tmp_path):

@@ -5,14 +5,16 @@ import json
 import pytest
 import tiny
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders import single_file_utils
+from diffusers.utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 from shell import DEMO, here, run
 
-from salun_diffusion import SalunError, load_erasure
-from salun_diffusion.export import Request, checkpoint, differences, export
+from salun_diffusion import Delta, SalunError, load_erasure
+from salun_diffusion.export import ExportConfig, Request, checkpoint, differences, export
 from salun_diffusion.export.original import unet_names, vae_names
 from salun_diffusion.models.load import load_pipeline
 
@@ -114,8 +116,6 @@ def test_a_base_of_one_file_has_its_erasure_exported_too(tmp_path):
 
 def test_a_lora_is_the_nearest_of_its_rank(erasure, tmp_path):
     """Against the plain sum of the left-out singular values; a full rank is the erasure, to rounding."""
-    from salun_diffusion import Delta
-
     delta = Delta.load(erasure / "attention.safetensors")
     done = export(erasure / "attention.safetensors", "lora", tmp_path / "lora", rank=6)
     left, whole = 0.0, 0.0
@@ -210,3 +210,80 @@ def test_words_for_what_does_not_go(erasure, tmp_path):
     with pytest.raises(SalunError, match="other base model|does not have|has shape"):
         export(source, "unet", tmp_path / "x", base=str(tmp_path / "tiny"))
     assert not (tmp_path / "x").exists()
+
+
+def test_differences_under_the_names_of_lycoris(erasure, tmp_path):
+    """LyCORIS has names of its own for norms, and takes none of them without its weight."""
+    pipe = load_pipeline("demo")
+    delta = tiny.erasure(pipe.unet, only="norm1.bias", base_model="demo", concept="x")
+    delta.save(tmp_path / "erasure.safetensors")
+    for source, name in ((erasure / "all.safetensors", "all"), (tmp_path / "erasure.safetensors", "biases")):
+        done = export(source, "diff", tmp_path / f"{name}.safetensors", names="lycoris")
+        assert done.largest_difference == 0 and not done.left_out
+        found = load_file(tmp_path / f"{name}.safetensors")
+        for module, layer in pipe.unet.named_modules():
+            key = "lora_unet_" + module.replace(".", "_")
+            if isinstance(layer, torch.nn.GroupNorm | torch.nn.LayerNorm):
+                assert not {f"{key}.diff", f"{key}.diff_b"} & {*found}
+                assert f"{key}.w_norm" in found or f"{key}.b_norm" not in found
+    assert {key.rpartition(".")[2] for key in found} == {"w_norm", "b_norm"}
+    with pytest.raises(SalunError, match="--names lycoris means nothing to --format lora"):
+        export(tmp_path, "lora", tmp_path / "x", names="lycoris")
+    with pytest.raises(SalunError, match="--names kohya means nothing to --format diff"):
+        export(tmp_path, "diff", tmp_path / "x", names="kohya")
+
+
+def on_meta(shape):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**shape)
+    unet.requires_grad_(False)
+    return type("Pipe", (), {"unet": unet})()
+
+
+@pytest.mark.parametrize("lycoris", [False, True])
+@pytest.mark.parametrize("shape", [SD14, SDXL], ids=["sd14", "sdxl"])
+def test_differences_of_the_real_shapes_come_back_bit_for_bit(shape, lycoris, tmp_path):
+    """A linear layer, a convolution, a norm and a lone bias in the middle of the real model; the rest has no values."""
+    pipe, names = on_meta(shape), ["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"]
+    named = differences.keys(pipe, lycoris)
+    assert len({*named.values()}) == len(named) == len(list(pipe.unet.parameters()))
+    names += ["up_blocks.0.upsamplers.0.conv.weight", "conv_norm_out.weight", "conv_norm_out.bias", "conv_in.bias"]
+    torch.manual_seed(0)
+    for name in [*names, "conv_in.weight"]:
+        module, kind = name.rsplit(".", 1)
+        layer = pipe.unet.get_submodule(module)
+        setattr(layer, kind, torch.nn.Parameter(torch.randn(getattr(layer, kind).shape), requires_grad=False))
+    base = {name: pipe.unet.get_parameter(name).clone() for name in [*names, "conv_in.weight"]}
+    masks = {name: torch.rand(base[name].shape) < 0.5 for name in names}
+    values = {name: 0.01 * torch.randn(int(mask.sum())) for name, mask in masks.items()}
+    delta = Delta(masks, values, None, {})
+    options = ExportConfig(names="lycoris" if lycoris else None)
+    request = Request(delta, pipe, tmp_path / "out.safetensors", options, {"format": "pt"})
+    differences.write(request)
+    differences.read_back(request, pipe)
+    for name in names:
+        wanted = base[name].clone()
+        wanted[masks[name]] += values[name]
+        assert torch.equal(pipe.unet.get_parameter(name), wanted)
+    assert torch.equal(pipe.unet.conv_in.weight, base["conv_in.weight"])
+    assert len(load_file(tmp_path / "out.safetensors")) == len(names) + 1
+
+
+@pytest.mark.parametrize("shape", [SD14, SDXL], ids=["sd14", "sdxl"])
+def test_a_lora_of_the_real_shapes_is_taken_in_under_both_names(shape):
+    """Every linear layer and convolution of the blocks: diffusers reads kohya's names as those that peft gave."""
+    network = on_meta(shape).unet
+    layers = [name for name, layer in network.named_modules()
+              if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) and "blocks" in name]  # fmt: skip
+    with torch.device("meta"):
+        network.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=layers))
+    state = {f"unet.{key}": torch.zeros(()).expand(value.shape)  # one number, whatever the shape
+             for key, value in get_peft_model_state_dict(network).items()}  # fmt: skip
+    kohya = {key: value.contiguous() if key.endswith("alpha") else value
+             for key, value in convert_state_dict_to_kohya(dict(state)).items()}  # fmt: skip
+    assert len(state) == 2 * len(layers) and all(key.startswith("lora_unet_") for key in kohya)
+    kind = StableDiffusionXLPipeline if shape is SDXL else StableDiffusionPipeline
+    back, alphas = kind.lora_state_dict(kohya, unet_config=network.config)
+    back = {key: value.shape for key, value in convert_unet_state_dict_to_peft(back).items()}
+    assert back == {key: value.shape for key, value in state.items()}
+    assert {float(alpha) for alpha in alphas.values()} == {4.0} and len(alphas) == len(layers)

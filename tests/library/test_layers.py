@@ -13,9 +13,22 @@ from shell import ROOT
 # Each name is a file or a folder of the room, and may import only those before it (and, a folder, its own files).
 LIBRARY = [
     "errors", "files", "tensors", "stats", "colours", "tables", "options", "process", "concepts", "models", "erasures",
-    "loader", "masks", "methods", "config", "data", "training", "run", "erasing", "command_line", "export", "__main__",
+    "loader", "masks", "methods", "config", "data", "training", "run", "hub", "erasing", "command_line", "export",
+    "__main__",
 ]  # fmt: skip
-EVAL = ["options", "results", "subjects", "drawing", "judges", "measures", "pages", "__main__"]
+EVAL = [
+    "options",
+    "results",
+    "subjects",
+    "drawing",
+    "judges",
+    "attacks",
+    "relearning",
+    "measures",
+    "pages",
+    "audit",
+    "__main__",
+]
 ORDERS = {"salun_diffusion": LIBRARY, "eval": EVAL}
 ROOMS = ["eval", "classification", "demo", "pipelines", "benchmarks"]
 

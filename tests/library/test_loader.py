@@ -400,7 +400,11 @@ def test_refuses_damaged_and_foreign_files(pipe, file, tmp_path):
 
 def test_refuses_paths_that_are_not_there(pipe, file, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
-    refuse(pipe, tmp_path / "empty", "empty holds no erasure.safetensors; give a finished run's folder, or a file")
+    refuse(
+        pipe,
+        tmp_path / "empty",
+        "empty holds no erasure.safetensors and no pytorch_lora_weights.safetensors; give a finished run's folder",
+    )
     monkeypatch.chdir(tmp_path)
     for source in [
         "./cat",
