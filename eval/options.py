@@ -34,7 +34,7 @@ class Models:
 
     pretrained_model_name_or_path: str = option(
         None,
-        "the base model: a diffusers folder or .safetensors file, a hub id, or 'demo'",
+        "the base model: a diffusers folder or .safetensors file, a hub id, 'demo' or 'digits'",
         metavar="BASE",
         required=True,
     )

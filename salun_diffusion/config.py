@@ -52,7 +52,7 @@ class EraseConfig:
     )
     pretrained_model_name_or_path: str = option(
         "CompVis/stable-diffusion-v1-4",
-        "base model: a diffusers folder or .safetensors file, a hub id, or 'demo' for this repository's small model",
+        "base model: a diffusers folder or .safetensors file, a hub id, or this repository's 'demo' or 'digits'",
     )
     revision: str | None = option(None, "branch, tag or commit of a hub model; the commit it resolves to is recorded")
     variant: str | None = option(None, "weight files to load, such as fp16")

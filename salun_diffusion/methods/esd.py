@@ -42,8 +42,9 @@ class ESD(GradientMethod):
     def __init__(self, model, options, batches):
         super().__init__(model, options, batches)
         self.wider = model.encode([options.erase_from]) if options.erase_from else model.empty
-        # latents are no pixels: by default DDIM would clip them to [-1, 1]
-        self.sampler = DDIMScheduler.from_config(model.pipe.scheduler.config, clip_sample=False)
+        config = model.pipe.scheduler.config
+        # by default DDIM would clip to [-1, 1], which latents go beyond; a model of pixels says that it clips
+        self.sampler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
         self.sampler.set_timesteps(batches.num_inference_steps)
 
     def losses(self, forget, retain):

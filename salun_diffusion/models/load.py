@@ -1,4 +1,4 @@
-"""Find and load a base model: a local diffusers folder or .safetensors file, a hub id, or the name ``demo``."""
+"""Find and load a base model: a local diffusers folder or .safetensors file, a hub id, ``demo`` or ``digits``."""
 
 import hashlib
 from importlib.util import find_spec
@@ -16,11 +16,13 @@ if TYPE_CHECKING:
 
 
 def packaged(name: str) -> Path | None:
-    """The folder ``model/`` inside the importable Python package ``name``, if that brings one: so does ``demo`` in a
-    clone of the repository.
+    """The folder ``model/`` inside the importable Python package ``name``, or ``demo.name``, if that brings one: so do
+    ``demo`` and ``digits`` in a clone of the repository.
     """
-    spec = find_spec(name) if name.isidentifier() else None
-    folders = [Path(folder) / "model" for folder in (spec.submodule_search_locations or [])] if spec else []
+    if not name.isidentifier():
+        return None
+    found = [find_spec(name), find_spec(f"demo.{name}") if find_spec("demo") else None]
+    folders = [Path(folder) / "model" for spec in found if spec for folder in spec.submodule_search_locations or []]
     return next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
 
 
@@ -36,9 +38,9 @@ def resolve(name: str, revision: str | None = None) -> tuple[str, str | None]:
     path = Path(name).expanduser()
     if not (path / "model_index.json").is_file():
         path = packaged(name) or path
-        if name == "demo" and path == Path("demo"):
+        if name in ("demo", "digits") and path == Path(name):
             raise SalunError(
-                "The demo model comes with a clone of the repository, not with the installed package: clone it."
+                f"The {name} model comes with a clone of the repository, not with the installed package: clone it."
             )
     if path.is_dir():
         if not (path / "model_index.json").exists():
@@ -54,7 +56,7 @@ def resolve(name: str, revision: str | None = None) -> tuple[str, str | None]:
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise SalunError(
             f"There is no model folder {name}: give a folder with a model_index.json, "
-            "a .safetensors file, a hub id or 'demo'."
+            "a .safetensors file, a hub id, 'demo' or 'digits'."
         )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
