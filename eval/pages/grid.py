@@ -44,8 +44,11 @@ def name_models(models: list[dict]) -> list[str]:
 
 
 def spread(indices: list[int], rows: list[dict], count: int = ROWS) -> list[int]:
-    """``count`` of the indices, evenly spaced, no prompt twice: picked before any picture is looked at."""
+    """``count`` of the indices, evenly spaced, no prompt twice unless there are too few of them: picked before any
+    picture is looked at.
+    """
     distinct = list({rows[i]["prompt"]: i for i in reversed(indices)}.values())[::-1]
+    distinct = distinct if len(distinct) >= count else list(indices)
     count = min(count, len(distinct))
     return [distinct[k * len(distinct) // count] for k in range(count)]
 
