@@ -8,7 +8,6 @@ in fp16) with the judge beside it; a model without a digit is as large as the ot
 data. At the end it is drawn from and judged.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,11 +42,7 @@ def train(config: DigitsConfig) -> None:
     """
     import torch
 
-    from salun_diffusion.concepts.concept import Row
-    from salun_diffusion.files import write_json
-    from salun_diffusion.models import load_model
-    from salun_diffusion.models.class_pipeline import ClassConditionalPipeline
-
+    from .. import class_model
     from . import judge, network
     from .data import NAMES, write_pictures
 
@@ -65,26 +60,10 @@ def train(config: DigitsConfig) -> None:
     share, count = judge.accuracy(seen)
     print(f"The judge names {100 * share:.1f}% of {count} held-out digits.")
     trained = network.train(work, config.steps, config.seed, config.without)
-    pipe = ClassConditionalPipeline(trained, network.scheduler(), dict(enumerate(NAMES)))
-    pipe.to(dtype=torch.float16).save_pretrained(output)
-    seen.half().save_pretrained(output / "judge")
-    judge.processor().save_pretrained(output / "judge")
-    write_json(output / "concepts.json", json.loads((HERE / "concepts.json").read_text(encoding="utf-8")))
-
-    model, seen = load_model(str(output)), seen.float()
-    rows = [Row(name, None, {}, 1000 * config.pictures + i) for name in NAMES for i in range(config.pictures)]
-    how = {"num_inference_steps": 25, "guidance_scale": 1.5, "batch_size": 100, "output_type": "latent"}
-    drawn = torch.stack(model.draw(rows, progress="drawing", **how))
-    with torch.no_grad():
-        named = seen(judge.prepared(drawn.clamp(-1, 1))).logits.argmax(1).view(len(NAMES), -1)
-    right = (named == torch.arange(len(NAMES)).view(-1, 1)).float()
-    each = ", ".join(f"{name} {100 * share:.0f}%" for name, share in zip(NAMES, right.mean(1).tolist(), strict=True))
-    print(f"It draws {100 * right.mean():.1f}% of {len(rows)} digits as asked ({each}).")
-    if config.without is not None:
-        what = torch.bincount(named[config.without], minlength=len(NAMES)).tolist()
-        print(
-            f"A {config.without} it draws as {', '.join(f'{n} ({c})' for n, c in zip(NAMES, what, strict=True) if c)}."
-        )
+    about, settings = class_model.read_settings(HERE / "concepts.json", "digit")
+    class_model.save(trained, network.scheduler(), NAMES, seen, judge.processor(), about, output)
+    without = None if config.without is None else NAMES[config.without]
+    print(class_model.judged(output, seen, judge.prepared, settings, config.pictures, without))
 
 
 if __name__ == "__main__":
