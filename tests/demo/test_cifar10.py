@@ -78,5 +78,5 @@ def test_what_cannot_be_is_refused(data, tmp_path):
         (tmp_path / "grey" / name).mkdir(parents=True)
         Image.new("L", (8, 8)).save(tmp_path / "grey" / name / "0.png")
     done = cifar(tmp_path / "grey", "--work_dir", tmp_path / "work", check=False)
-    assert done.returncode == 1 and "pictures of 1x8x8 and no test part: give CIFAR-10's, 3x32x32" in done.stderr
+    assert done.returncode == 1 and "pictures of 3x8x8 and no test part: give CIFAR-10's, 3x32x32" in done.stderr
     assert not (tmp_path / "work").exists()
