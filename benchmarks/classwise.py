@@ -4,8 +4,10 @@
     python -m benchmarks.classwise --digits 3 --seeds 1
 
 The model is demo/digits/model, Retrain is ``python -m demo.digits --without DIGIT``, each method trains on the same
-real digits, and one judge looks at all. A run that is in the results is not made again: a stopped command goes on where
-it was. Results go to docs/results/classwise.json, and docs/classwise.md is written anew from them.
+real digits, and one judge looks at all. First each method tries the same learning rates on two digits, with a seed and
+starting noise that the table does not have; that of the highest mean of UA and the others' accuracy is its own. A run
+that is in the results is not made again: a stopped command goes on where it was. Results go to
+docs/results/classwise.json, and docs/classwise.md is written anew from them.
 """
 
 import json
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from salun_diffusion.errors import SalunError
@@ -32,6 +35,7 @@ METHODS = {  # row of the table → options of the erasure; the rest are the mod
     "SalUn": {"method": "salun"},
     "SalUn without mask": {"method": "salun", "mask": "none"},
 }
+TUNING = {"digits": [0, 5], "seed": 0, "learning_rates": [3e-5, 1e-4, 3e-4]}
 
 
 @dataclass
@@ -72,8 +76,10 @@ class Bench:
             features = self.judge.resnet(x).pooler_output.flatten(1)
             return self.judge.classifier(features[:, :, None, None]).argmax(1), features
 
-    def drawn(self, model, digit: int):
-        """Pictures of the forgotten digit and of the others, and what each should be; the noise is every model's."""
+    def drawn(self, model, digit: int, noise: int = 50_000):
+        """Pictures of the forgotten digit and of the others, and what each should be; every model's noise is of the
+        seeds from ``noise`` on.
+        """
         import torch
 
         from salun_diffusion.concepts.concept import Row
@@ -81,15 +87,33 @@ class Bench:
         names = model.names
         wanted = [digit] * self.config.forget_pictures
         wanted += [one for one in range(len(names)) if one != digit for _ in range(self.config.kept_pictures)]
-        rows = [Row(names[one], None, {}, 50_000 + i) for i, one in enumerate(wanted)]
+        rows = [Row(names[one], None, {}, noise + i) for i, one in enumerate(wanted)]
         how = {"num_inference_steps": 25, "guidance_scale": 1.5, "batch_size": 125, "output_type": "latent"}
         return torch.stack(model.draw(rows, **how)), torch.tensor(wanted)
 
-    def measured(self, model, digit: int, retrain=None) -> tuple[dict, object]:
+    def erased(self, name: str, digit: int, seed: int, rate: float, retrain=None, noise: int = 50_000) -> dict:
+        """An erasure's scores, and the ``seconds`` of its mask and training."""
+        from salun_diffusion import erase, load_erasure, unload_erasure
+
+        work, options = Path(self.config.work_dir), METHODS[name]
+        data = {} if options["method"] == "esd" else {"retain_data": str(work / "data")}
+        if options["method"] in ("salun", "random_label", "gradient_ascent"):
+            data["forget_data"] = [str(work / "data")]
+        path = work / f"{name.lower().replace(' ', '-')}-{digit}-{seed}-{rate:g}"
+        run = erase(
+            str(MODEL), str(digit), output_dir=path, data_dir=str(work / "latents"), seed=seed, learning_rate=rate,
+            **options, **data,
+        )  # fmt: skip
+        load_erasure(self.model.pipe, path)
+        scores, _ = self.measured(self.model, digit, retrain, noise)
+        unload_erasure(self.model.pipe)
+        return {"seconds": run.seconds} | scores
+
+    def measured(self, model, digit: int, retrain=None, noise: int = 50_000) -> tuple[dict, object]:
         """The scores of a model, and the judge's features of its kept digits."""
         import torch
 
-        pictures, wanted = self.drawn(model, digit)
+        pictures, wanted = self.drawn(model, digit, noise)
         named, features = self.seen(pictures)
         forgotten = wanted == digit
         kept = features[~forgotten]
@@ -115,72 +139,75 @@ def frechet(one, two) -> float:
 
 
 def run(config: ClasswiseConfig) -> None:
-    """Measure what is not in the results yet, and write the page.
+    """Tune and measure what is not in the results yet, and write the page.
 
     Raises:
         SalunError: a retraining or an erasure failed; the results before it are kept.
     """
     import torch
 
-    from salun_diffusion import erase, load_erasure, unload_erasure
     from salun_diffusion.models import load_model
 
     torch.set_num_threads(1)
     work = Path(config.work_dir)
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"runs": []}
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"trials": [], "runs": []}
     drawn = {"forget_pictures": config.forget_pictures, "kept_pictures": config.kept_pictures}
     if results["runs"] and results["pictures"] != drawn:
         raise SalunError(f"{RESULTS} is of other numbers of pictures, {results['pictures']}: give those, or move it.")
-    results["pictures"] = drawn
+    results |= {"pictures": drawn, "tuning": TUNING}
     if not (work / "data").is_dir():
         _digits("--data_dir", work / "data")
     bench = Bench(config)
-    done = {(row["digit"], row["seed"], row["name"]) for row in results["runs"]}
 
-    def note(digit, seed, name, seconds, scores):
-        row = {"digit": digit, "seed": seed, "name": name, "seconds": seconds} | scores
-        results["runs"] = [*results["runs"], row]
+    def note(kind, row):
+        results[kind] = [*results[kind], row]
         write_json(RESULTS, results)
-        print(f"{name}, digit {digit}, seed {seed}: UA {scores['ua']:.1f}, others {scores['others']:.1f}", flush=True)
+        told = ", ".join(
+            f"{key} {row[key]:g}" for key in ("digit", "seed", "learning_rate") if row.get(key) is not None
+        )
+        print(f"{row['name']}, {told}: UA {row['ua']:.1f}, others {row['others']:.1f}", flush=True)
 
-    for digit in config.digits:
-        for seed in config.seeds:
-            missing = [name for name in ("Original", "Retrain", *config.methods) if (digit, seed, name) not in done]
-            if not missing:
-                continue
-            folder = work / f"retrain-{digit}-{seed}"
-            begun, seconds = time.perf_counter(), None
-            if not (folder / "concepts.json").exists():
-                fresh = not list((work / "training").glob(f"digits-without-{digit}-{seed}-*"))
-                _digits("--work_dir", work / "training", "--without", digit, "--seed", seed, "--output_dir", folder)
-                seconds = round(time.perf_counter() - begun, 1) if fresh else None
-            scores, exact = bench.measured(load_model(str(folder)), digit)
-            if "Retrain" in missing:
-                note(digit, seed, "Retrain", seconds, scores | {"frechet_retrain": 0.0})
-            if "Original" in missing:
-                note(digit, seed, "Original", 0.0, bench.measured(bench.model, digit, exact)[0])
-            for name in missing:
-                if name in ("Original", "Retrain"):
-                    continue
-                path = work / f"{name.lower().replace(' ', '-')}-{digit}-{seed}"
-                options = METHODS[name]
-                data = {} if options["method"] == "esd" else {"retain_data": str(work / "data")}
-                if options["method"] in ("salun", "random_label", "gradient_ascent"):
-                    data["forget_data"] = [str(work / "data")]
-                found = erase(
-                    str(MODEL),
-                    str(digit),
-                    output_dir=path,
-                    data_dir=str(work / "latents"),
-                    seed=seed,
-                    **options,
-                    **data,
-                )
-                load_erasure(bench.model.pipe, path)
-                scores, _ = bench.measured(bench.model, digit, exact)
-                unload_erasure(bench.model.pipe)
-                note(digit, seed, name, found.seconds, scores)
+    tried = {(row["name"], row["digit"], row["learning_rate"]) for row in results["trials"]}
+    for key in product(config.methods, TUNING["digits"], TUNING["learning_rates"]):
+        if key not in tried:
+            name, digit, rate = key
+            scores = bench.erased(name, digit, TUNING["seed"], rate, noise=90_000)
+            note("trials", {"name": name, "digit": digit, "learning_rate": rate} | scores)
+    rates = chosen(results["trials"])
+
+    done = {(row["digit"], row["seed"], row["name"]) for row in results["runs"]}
+    for digit, seed in product(config.digits, config.seeds):
+        missing = [name for name in ("Retrain", "Original", *config.methods) if (digit, seed, name) not in done]
+        if not missing:
+            continue
+        about, folder = {"digit": digit, "seed": seed}, work / f"retrain-{digit}-{seed}"
+        begun, seconds = time.perf_counter(), None
+        if not (folder / "concepts.json").exists():
+            fresh = not list((work / "training").glob(f"{digit}-{seed}/digits-*"))
+            _digits("--work_dir", work / "training" / f"{digit}-{seed}", "--without", digit, "--seed", seed,
+                    "--output_dir", folder)  # fmt: skip
+            seconds = round(time.perf_counter() - begun, 1) if fresh else None
+        scores, exact = bench.measured(load_model(str(folder)), digit)
+        for name in missing:
+            if name == "Retrain":
+                row = {"seconds": seconds} | scores | {"frechet_retrain": 0.0}
+            elif name == "Original":
+                row = {"seconds": 0.0} | bench.measured(bench.model, digit, exact)[0]
+            else:
+                row = {"learning_rate": rates[name]} | bench.erased(name, digit, seed, rates[name], exact)
+            note("runs", about | {"name": name} | row)
     classwise_page.write(results)
+
+
+def chosen(trials: list[dict]) -> dict[str, float]:
+    """Each method's learning rate: that of the highest mean of UA and the others' accuracy over the tuning's digits;
+    of equal ones, the lowest.
+    """
+    scores: dict[str, dict[float, float]] = {}
+    for trial in sorted(trials, key=lambda row: row["learning_rate"]):
+        found = scores.setdefault(trial["name"], {})
+        found[trial["learning_rate"]] = found.get(trial["learning_rate"], 0.0) + trial["ua"] + trial["others"]
+    return {name: max(found, key=found.get) for name, found in scores.items()}
 
 
 def _digits(*words) -> None:

@@ -26,13 +26,14 @@ def table(results: dict) -> str:
     forgotten digit is drawn as.
     """
     runs = results["runs"]
-    rows = [["", *(heading for heading, _ in COLUMNS.values()), "gap to Retrain ↓"]]
+    rows = [["", *(heading for heading, _ in COLUMNS.values()), "gap to Retrain ↓", "learning rate"]]
     exact = {(run["digit"], run["seed"]): run for run in runs if run["name"] == "Retrain"}
     for name in dict.fromkeys(run["name"] for run in sorted(runs, key=_order)):
         own = [run for run in runs if run["name"] == name]
         cells = [_spread([run[key] for run in own], decimals) for key, (_, decimals) in COLUMNS.items()]
         gaps = [mean(abs(run[key] - exact[run["digit"], run["seed"]][key]) for key in ("ua", "others")) for run in own]
-        rows.append([name, *cells, _spread(gaps, 2)])
+        rate = own[0].get("learning_rate")
+        rows.append([name, *cells, _spread(gaps, 2), "–" if rate is None else f"{rate:g}"])
     return markdown(rows)
 
 
@@ -52,6 +53,10 @@ def drawn_as(results: dict) -> str:
     return markdown(rows)
 
 
+def _list(values) -> str:
+    return ", ".join(f"{value:g}" for value in sorted(values))
+
+
 def _order(run: dict) -> int:
     return {"Original": 0, "Retrain": 1}.get(run["name"], 2)
 
@@ -66,13 +71,14 @@ def _spread(values: list[float | None], decimals: int) -> str:
 
 def write(results: dict) -> None:
     """Put the tables into the page."""
-    pairs = sorted({(run["digit"], run["seed"]) for run in results["runs"]})
-    digits, seeds = ({pair[i] for pair in pairs} for i in (0, 1))
-    pictures = results["pictures"]
+    pairs = {(run["digit"], run["seed"]) for run in results["runs"]}
+    digits, seeds = (_list({pair[i] for pair in pairs}) for i in (0, 1))
+    pictures, tuning = results["pictures"], results["tuning"]
     told = (
-        f"{len(pairs)} pairs of digit and seed (digits {', '.join(map(str, sorted(digits)))}; seeds "
-        f"{', '.join(map(str, sorted(seeds)))}); {pictures['forget_pictures']} pictures of the forgotten digit and "
-        f"{pictures['kept_pictures']} of each other one, a model; mean ± standard deviation over the pairs."
+        f"Pairs of digit ({digits}) and seed ({seeds}): {len(pairs)}; mean ± standard deviation over them. Pictures of a "
+        f"model: {pictures['forget_pictures']} of the forgotten digit, {pictures['kept_pictures']} of each other one. A "
+        f"method's learning rate is the best of {_list(tuning['learning_rates'])} for the digits "
+        f"{_list(tuning['digits'])}, with a seed and noise that the table does not have."
     )
     put_into(PAGE, PART, f"{told}\n\n{table(results)}\n\nThe forgotten digit is drawn as:\n\n{drawn_as(results)}")
 
