@@ -75,9 +75,10 @@ def write(results: dict) -> None:
     digits, seeds = (_list({pair[i] for pair in pairs}) for i in (0, 1))
     pictures, tuning = results["pictures"], results["tuning"]
     told = (
-        f"Pairs of digit ({digits}) and seed ({seeds}): {len(pairs)}; mean ± standard deviation over them. Pictures of a "
-        f"model: {pictures['forget_pictures']} of the forgotten digit, {pictures['kept_pictures']} of each other one. A "
-        f"method's learning rate is the best of {_list(tuning['learning_rates'])} for the digits "
+        f"Pairs of digit ({digits}) and seed ({seeds}): {len(pairs)}; mean ± standard deviation over them. "
+        f"Pictures of a model: {pictures['forget_pictures']} of the forgotten digit, "
+        f"{pictures['kept_pictures']} of each other one. "
+        f"A method's learning rate is the best of {_list(tuning['learning_rates'])} for the digits "
         f"{_list(tuning['digits'])}, with a seed and noise that the table does not have."
     )
     put_into(PAGE, PART, f"{told}\n\n{table(results)}\n\nThe forgotten digit is drawn as:\n\n{drawn_as(results)}")
