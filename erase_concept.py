@@ -33,6 +33,13 @@ def main(arguments: list[str] | None = None) -> None:
         from eval import audit
 
         audit.check(config)
+    if config.scope == "help":
+        from salun_diffusion.masks.scope import table
+        from salun_diffusion.models import load_model
+
+        model = load_model(config.pretrained_model_name_or_path, config.revision, variant=config.variant)
+        print(table(model.network, model.scopes))
+        return
     run = erase(config)
     if config.audit:
         from eval.__main__ import run_alone

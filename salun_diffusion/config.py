@@ -93,8 +93,9 @@ class EraseConfig:
     scope: str | None = option(
         None,
         "which layers are scored and may change: cross-attention, cross-attention-kv (its keys and values), "
-        "cross-attention+resnets, no-cross-attention, self-attention, all, or a regular expression that is searched in "
-        "the parameters' names; the method's, cross-attention+resnets for salun",
+        "cross-attention+resnets, no-cross-attention, self-attention, feed-forward, all, or a regular expression that "
+        "is searched in the parameters' names; the method's, cross-attention+resnets for salun; help lists them "
+        "for the base model, with the number of their weights",
     )
     threshold: str = option("global", "take the density of all scores together, or of each layer", THRESHOLDS)
     saliency_guidance: float | None = option(
@@ -365,6 +366,8 @@ class EraseConfig:
 
     def check(self) -> None:
         """Raise SalunError for the first value out of range, in a sentence."""
+        if self.scope == "help":  # nothing is erased
+            return
         if not self.concept or not all(name.strip() for name in self.concept):
             what = "An empty concept" if self.concept else "No concept"
             raise SalunError(f"{what} was given: say what to forget with --concept, for example --concept nudity.")

@@ -103,7 +103,7 @@ def _erase(config: EraseConfig, pipe) -> Run:
             _check_guided(model, config)
             model.pipe.to(accelerator.device)
             run = RunFolder(config, concepts, commit, fingerprint(model.network.named_parameters()))
-            parameters = scoped_parameters(model.network, config.scope)
+            parameters = scoped_parameters(model.network, config.scope, model.scopes)
             if config.adapter:  # what cannot be adapted is refused before pictures are drawn
                 check_adaptable(model.pipe, f"--adapter {config.adapter}")
                 layers = adaptable_layers(model.network, parameters)

@@ -74,7 +74,7 @@ def draw_prompts(options: Prompts, format: str) -> tuple[dict, list[dict], Any]:
     pipe = base_model.pipe.to(state.device)
     lora = subjects.wear(base_model, options.lora, options.lora_scale)
     models = subjects.introduce(base_model, base, list(options.erasure), options.scale)
-    long = prompts.truncated(pipe.tokenizer, wanted) if "text" in base_model.capabilities else []
+    long = prompts.truncated(pipe.tokenizer, wanted) if "cross-attention" in base_model.capabilities else []
     if state.is_main_process:
         results.begin(output_dir, format)
         if long:

@@ -152,7 +152,9 @@ def _assembled(model: Model, parts: list[list[Row]], latents: Latents | torch.Te
         torch.tensor([place[prompt] for prompt in anchors]) if anchors else None,
         condition,
         tuple(len(part) for part in parts),
-        _tokens(model, rows, model.tokens(condition).shape[1]) if anchors and "text" in model.capabilities else {},
+        _tokens(model, rows, model.tokens(condition).shape[1])
+        if anchors and "cross-attention" in model.capabilities
+        else {},
     )
 
 

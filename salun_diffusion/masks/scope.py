@@ -5,41 +5,46 @@ import re
 import torch
 
 from ..errors import SalunError
-
-SCOPES = {  # by name, the parameters it takes as a regular expression; any other scope is one itself
-    "cross-attention": r"\.attn2\.",
-    "cross-attention-kv": r"\.attn2\.to_[kv]\.",
-    "cross-attention+resnets": r"\.attn2\.|\.resnets\.",
-    "self-attention": r"\.attn1\.",
-    "no-cross-attention": r"^(?!.*\.attn2\.)",
-    "all": r"",
-}
+from ..models.scopes import UNET
 
 
-def scoped_parameters(denoiser: torch.nn.Module, scope: str) -> dict[str, torch.nn.Parameter]:
+def scoped_parameters(
+    denoiser: torch.nn.Module, scope: str, scopes: dict[str, str] = UNET
+) -> dict[str, torch.nn.Parameter]:
     """The denoiser's parameters in ``scope``, which alone will require gradients from now on.
 
     Args:
         denoiser: the network.
-        scope: a name of ``SCOPES``, or a regular expression that is searched in the parameters' names.
+        scope: a name of ``scopes``, or a regular expression that is searched in the parameters' names.
+        scopes: what the names stand for in such a network.
 
     Raises:
         SalunError: the scope is no regular expression, or matches no parameter.
     """
     denoiser.requires_grad_(False)
     try:
-        pattern = re.compile(SCOPES.get(scope, scope))
+        pattern = re.compile(scopes.get(scope, scope))
     except re.error as error:
         raise SalunError(f"--scope '{scope}' is no regular expression ({error}).") from None
     found = {name: p for name, p in denoiser.named_parameters() if pattern.search(name)}
     if not found:
         raise SalunError(
-            f"No parameter of {type(denoiser).__name__} is in the scope '{scope}': choose {', '.join(SCOPES)}, or a "
+            f"No parameter of {type(denoiser).__name__} is in the scope '{scope}': choose {', '.join(scopes)}, or a "
             "regular expression that is found in some parameter's name."
         )
     for parameter in found.values():
         parameter.requires_grad_(True)
     return found
+
+
+def table(denoiser: torch.nn.Module, scopes: dict[str, str]) -> str:
+    """Each scope's name, its layers' pattern, and how many weights of the network it has, as text."""
+    sizes = {name: p.numel() for name, p in denoiser.named_parameters()}
+    lines = [f"{'--scope':25} {'weights':>15} {'share':>7}  parameters whose names have"]
+    for scope, pattern in scopes.items():
+        count = sum(size for name, size in sizes.items() if re.search(pattern, name))
+        lines.append(f"{scope:25} {count:>15,} {100 * count / sum(sizes.values()):>6.1f}%  {pattern}".rstrip())
+    return "\n".join(lines)
 
 
 def check_reused(masks: dict[str, torch.Tensor], parameters: dict[str, torch.nn.Parameter], path: str) -> None:

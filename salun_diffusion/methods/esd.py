@@ -4,7 +4,6 @@ import random
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDIMScheduler
 
 from ..models.base import Condition
 from ..options import option
@@ -42,16 +41,12 @@ class ESD(GradientMethod):
     def __init__(self, model, options, batches):
         super().__init__(model, options, batches)
         self.wider = model.encode([options.erase_from]) if options.erase_from else model.empty
-        config = model.pipe.scheduler.config
-        # by default DDIM would clip to [-1, 1], which latents go beyond; a model of pixels says that it clips
-        self.sampler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
-        self.sampler.set_timesteps(batches.num_inference_steps)
+        self.steps = model.sampler(batches.num_inference_steps).timesteps.tolist()
 
     def losses(self, forget, retain):
-        steps = self.sampler.timesteps.tolist()
-        done = random.Random(repr((self.batches.seed, "esd", forget.step))).randrange(len(steps))
-        noisy = self.partly_denoised(forget.noise, forget.condition, steps[:done])
-        t = torch.full_like(forget.timesteps, steps[done])
+        done = random.Random(repr((self.batches.seed, "esd", forget.step))).randrange(len(self.steps))
+        noisy = self.partly_denoised(forget.noise, forget.condition, self.steps[:done])
+        t = torch.full_like(forget.timesteps, self.steps[done])
         empty, wider = (self.model.repeated(part, len(noisy)) for part in (self.model.empty, self.wider))
         three = {key: torch.cat([forget.condition[key], empty[key], wider[key]]) for key in empty}
         with self.change.at_base(), torch.no_grad():
@@ -62,7 +57,8 @@ class ESD(GradientMethod):
 
     @torch.no_grad()
     def partly_denoised(self, noise: torch.Tensor, condition: Condition, steps: list[int]) -> torch.Tensor:
-        """DDIM from ``noise`` through ``steps`` with guidance, by the model as it is now."""
+        """From ``noise`` through the sampler's first ``steps`` with guidance, by the model as it is now."""
+        sampler = self.model.sampler(self.batches.num_inference_steps)
         empty = self.model.repeated(self.model.empty, len(noise))
         both = {key: torch.cat([empty[key], condition[key]]) for key in empty}
         noisy = noise
@@ -70,7 +66,7 @@ class ESD(GradientMethod):
             t = torch.full((2 * len(noisy),), step, device=noisy.device)
             nothing, concept = self.predict(noisy.repeat(2, 1, 1, 1), t, both).chunk(2)
             guided = nothing + self.options.start_guidance * (concept - nothing)
-            noisy = self.sampler.step(guided.float(), step, noisy.float()).prev_sample.to(noise)
+            noisy = sampler.step(guided.float(), step, noisy.float()).prev_sample.to(noise)
         return noisy
 
 

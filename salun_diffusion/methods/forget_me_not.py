@@ -20,6 +20,8 @@ class Recorder:
     def __call__(self, attn: Attention, hidden_states, encoder_hidden_states=None, attention_mask=None, **_):
         # diffusers' own plain processor does the same, but does not hand out the probabilities
         query = attn.head_to_batch_dim(attn.to_q(hidden_states))
+        if attention_mask is not None:  # a row for each head
+            attention_mask = attn.prepare_attention_mask(attention_mask, attention_mask.shape[-1], len(hidden_states))
         if attn.norm_cross:
             encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
         key, value = (attn.head_to_batch_dim(layer(encoder_hidden_states)) for layer in (attn.to_k, attn.to_v))

@@ -65,12 +65,15 @@ def token_pairs(model: Model, pairs: list[tuple[str, str]]) -> tuple[torch.Tenso
         length = embedded.shape[1] - max(starts)
         for part, start, sequence in zip(tokens, starts, embedded, strict=True):
             part.append(sequence[start : start + length])
-    return torch.cat(tokens[0]), torch.cat(tokens[1])
+    concept, target = torch.cat(tokens[0]), torch.cat(tokens[1])
+    seen = concept.any(1) & target.any(1)  # a model may hide the padding, whose embeddings are zeros then
+    return concept[seen], target[seen]
 
 
 def kept_tokens(model: Model, prompts: list[str]) -> torch.Tensor:
     """Every token embedding of ``prompts``, float64, ``(n, width)``."""
-    return model.tokens(model.encode(prompts)).double().flatten(0, 1)
+    tokens = model.tokens(model.encode(prompts)).double().flatten(0, 1)
+    return tokens[tokens.any(1)]
 
 
 def solve(

@@ -12,11 +12,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 
 from ..errors import SalunError
 from .load import denoiser
 from .sampling import sample
+from .scopes import UNET
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,8 +29,9 @@ Condition = dict[str, torch.Tensor]
 
 CAPABILITIES = {  # what a method or a measure may need, and how its lack is told
     "text": "encodes prompts as sequences of tokens",
-    "cross-attention": "attends to its condition in layers called attn2",
+    "cross-attention": "attends to the tokens of a prompt in layers of its own, called attn2",
     "pictures": "encodes pictures as samples",
+    "diffusion": "was trained on a diffusion's noise schedule, and not as a flow",
 }
 
 
@@ -43,12 +45,14 @@ class Model:
         autocast: makes the context that :meth:`predict` runs in; the trainer puts accelerate's here.
     """
 
-    capabilities: frozenset[str] = frozenset()
+    capabilities: frozenset[str] = frozenset({"diffusion"})
     vocabulary: "Vocabulary | None" = None  # of a family whose conditions are names from a list
+    Schedule: type = DDPMScheduler
+    scopes: dict[str, str] = UNET  # what the names of scopes stand for in its network
 
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe, self.network = pipe, denoiser(pipe)
-        self.schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+        self.schedule = self.Schedule.from_config(pipe.scheduler.config)
         self.autocast: Any = nullcontext
 
     @classmethod
@@ -128,11 +132,23 @@ class Model:
 
         Args:
             noisy: noised samples.
-            timesteps: integers ``(batch,)``.
+            timesteps: integers ``(batch,)``; of a flow, floats.
             condition: of the same batch.
         """
         with self.autocast():
             return self.forward(noisy, timesteps, condition)
+
+    def times(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """``count`` timesteps to train at, on the CPU: integers, all alike likely."""
+        return torch.randint(self.schedule.config.num_train_timesteps, (count,), generator=generator)
+
+    def sampler(self, num_inference_steps: int):
+        """A deterministic sampler, for methods that denoise themselves: diffusers' DDIM, its timesteps set."""
+        config = self.pipe.scheduler.config
+        # by default DDIM would clip to [-1, 1], which latents go beyond; a model of pixels says that it clips
+        sampler = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
+        sampler.set_timesteps(num_inference_steps)
+        return sampler
 
     def noise(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """``clean`` with ``noise`` as it is at ``timesteps``, all on the CPU (Ho et al. 2020, eq. 4)."""

@@ -33,7 +33,7 @@ class Labels(Model):
         null_class: the number of the null class, or None.
     """
 
-    capabilities = frozenset({"pictures"})
+    capabilities = frozenset({"pictures", "diffusion"})
     default_guidance = 3.0
 
     def __init__(self, pipe):

@@ -21,6 +21,7 @@ def sample(
     size: tuple[int, int] | None = None,
     progress: str | None = None,
     bar: Any = None,
+    **more,
 ) -> list[Any]:
     """One picture per row, in row order: PIL images, or latents ``(channels, height, width)`` for ``"latent"``.
 
@@ -37,6 +38,7 @@ def sample(
         size: height and width in pixels; the model's own without it.
         progress: what to write before the progress bar; no bar without it.
         bar: a caller's own ``tqdm`` to advance instead, for one bar over several calls.
+        more: what else the pipeline's own call is given.
     """
     import torch
     from tqdm import tqdm
@@ -53,6 +55,7 @@ def sample(
             guidance_scale=guidance_scale,
             output_type=output_type,
             **({"height": size[0], "width": size[1]} if size else {}),
+            **more,
         ).images
         images.extend(made)
         (own if bar is None else bar).update(len(part))

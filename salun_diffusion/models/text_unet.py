@@ -7,19 +7,19 @@ Their condition holds ``encoder_hidden_states`` ``(batch, tokens, width)``; for 
 from functools import cached_property
 
 import torch
-from diffusers import DiffusionPipeline
-from PIL import Image
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from ..errors import SalunError
-from .base import Condition, Model
+from .base import Condition
+from .latents import LatentModel
 
 ADDED = ("text_embeds", "time_ids")  # what SDXL's U-Net takes as added_cond_kwargs
 
 
-class TextUNet(Model):
+class TextUNet(LatentModel):
     """One text encoder (SD 1.x, 2.x) or two (SDXL), a ``UNet2DConditionModel``, an autoencoder."""
 
-    capabilities = frozenset({"text", "cross-attention", "pictures"})
+    capabilities = frozenset({"text", "cross-attention", "pictures", "diffusion"})
 
     def __init__(self, pipe):
         super().__init__(pipe)
@@ -33,7 +33,8 @@ class TextUNet(Model):
 
     @classmethod
     def accepts(cls, pipe):
-        return hasattr(pipe, "tokenizer") and hasattr(pipe, "encode_prompt") and hasattr(pipe, "vae")
+        known = isinstance(getattr(pipe, "unet", None), UNet2DConditionModel)
+        return known and hasattr(pipe, "tokenizer") and hasattr(pipe, "encode_prompt") and hasattr(pipe, "vae")
 
     def encode(self, prompts):
         return encode(self.pipe, prompts)
@@ -56,37 +57,6 @@ class TextUNet(Model):
     def token_count(self, prompt: str) -> int:
         """How many tokens the encoder reads of ``prompt``, its start and end marks included."""
         return len(token_ids(self.pipe, prompt))
-
-    @property
-    def picture_side(self):
-        return self.network.config.sample_size * self.pipe.vae_scale_factor
-
-    def draw(self, rows, *, output_type="pil", **how):
-        if output_type == "latent" or self.pipe.vae.dtype == self.dtype:
-            return super().draw(rows, output_type=output_type, **how)
-        latents = super().draw(rows, output_type="latent", **how)  # in half precision, the autoencoder stays in fp32
-        return list(self._decoded(torch.stack(latents), output_type))
-
-    def decode(self, samples):
-        return self._decoded(samples, "pil")
-
-    @torch.no_grad()
-    def _decoded(self, samples, output_type):
-        vae, shift = self.pipe.vae, getattr(self.pipe.vae.config, "shift_factor", None) or 0.0
-        decoded = [
-            vae.decode(z.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift).sample.cpu()
-            for z in samples.split(1)  # the autoencoder's fp32 activations at 512 pixels would fill a small card
-        ]
-        return self.pipe.image_processor.postprocess(torch.cat(decoded).float(), output_type=output_type)
-
-    @torch.no_grad()
-    def encode_pictures(self, pictures: list[Image.Image]):
-        """The mode of what the autoencoder says of each, in the sampler's scale."""
-        vae, shift, samples = self.pipe.vae, getattr(self.pipe.vae.config, "shift_factor", None) or 0.0, []
-        for picture in pictures:  # one by one, as above
-            pixels = self.pipe.image_processor.preprocess(picture).to(vae.device, vae.dtype)
-            samples.append((vae.encode(pixels).latent_dist.mode() - shift) * vae.config.scaling_factor)
-        return torch.cat(samples)
 
 
 @torch.no_grad()

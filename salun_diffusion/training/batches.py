@@ -93,7 +93,7 @@ class Batches:
         """``count`` noises and timesteps that depend on the seed and ``key`` alone."""
         generator = torch.Generator().manual_seed(random.Random(repr((self.seed, *key))).getrandbits(63))
         noise = torch.randn(count, *images.latents.shape[1:], generator=generator)
-        return noise, torch.randint(self.model.schedule.config.num_train_timesteps, (count,), generator=generator)
+        return noise, self.model.times(count, generator)
 
     def micro_batches(self, images: ImageSet, index: torch.Tensor, name: str, step: int) -> Iterator[Batch]:
         """This process's share of the global batch ``index``, in parts that fit."""

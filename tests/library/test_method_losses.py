@@ -17,13 +17,14 @@ from shell import ROOT
 from salun_diffusion.concepts.concept import find_concepts
 from salun_diffusion.config import EraseConfig
 from salun_diffusion.data.sets import batches, image_set
-from salun_diffusion.masks.scope import SCOPES, scoped_parameters
+from salun_diffusion.masks.scope import scoped_parameters
 from salun_diffusion.methods import METHODS, find_method
 from salun_diffusion.methods.forget_me_not import Recorder
 from salun_diffusion.methods.rece import adversarial
 from salun_diffusion.methods.uce import moved, solve
 from salun_diffusion.models import model_of
 from salun_diffusion.models.load import load_pipeline
+from salun_diffusion.models.scopes import UNET as SCOPES
 from salun_diffusion.models.text_unet import encode
 from salun_diffusion.training.change import MaskedChange
 from salun_diffusion.training.checkpoints import Checkpoints

@@ -14,9 +14,9 @@ from salun_diffusion import erase as run_erasure
 from salun_diffusion.command_line import parse
 from salun_diffusion.config import EraseConfig
 from salun_diffusion.erasures.mask import load_masks
-from salun_diffusion.masks.scope import SCOPES
 from salun_diffusion.methods import METHODS, find_method, names_of
 from salun_diffusion.models.load import load_pipeline
+from salun_diffusion.models.scopes import UNET as SCOPES
 from salun_diffusion.models.text_unet import differing_tokens, token_ids
 
 GRADIENT = [name for name in METHODS if not find_method(name).closed_form]

@@ -1,0 +1,49 @@
+"""What flow-matching families have in common (Lipman et al. 2023; Esser et al. 2024, "Scaling rectified flow
+transformers", section 3): straight paths from a sample to noise, whose velocity the network predicts.
+
+A timestep is 1000 σ, a float, as diffusers' ``FlowMatchEulerDiscreteScheduler`` has it.
+"""
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from .latents import LatentModel
+from .scopes import JOINT
+
+
+class FlowModel(LatentModel):
+    """A transformer in which text and picture attend to each other."""
+
+    capabilities = frozenset({"text", "pictures"})
+    scopes = JOINT
+    Schedule = FlowMatchEulerDiscreteScheduler
+
+    def times(self, count, generator):
+        """Logit-normal (0, 1) places in the schedule, shifted as the scheduler's config says: what diffusers' training
+        scripts draw.
+        """
+        places = torch.randn(count, generator=generator).sigmoid() * len(self.schedule.timesteps)
+        return self.schedule.timesteps[places.long().clamp(max=len(self.schedule.timesteps) - 1)]
+
+    def sigmas(self, timesteps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """The share of noise at ``timesteps``, of ``like``'s dtype, to be multiplied with its samples."""
+        sigma = timesteps.to(like.device, like.dtype) / self.schedule.config.num_train_timesteps
+        return sigma.view(-1, *[1] * (like.ndim - 1))
+
+    def noise(self, clean, noise, timesteps):
+        """``(1 − σ) clean + σ noise``."""
+        sigma = self.sigmas(timesteps, clean)
+        return (1 - sigma) * clean + sigma * noise
+
+    def target(self, clean, noise, timesteps):
+        """The velocity ``noise − clean``."""
+        return noise - clean
+
+    def sampler(self, num_inference_steps):
+        sampler = FlowMatchEulerDiscreteScheduler.from_config(self.pipe.scheduler.config)
+        sampler.set_timesteps(num_inference_steps, **self.sampling(num_inference_steps))
+        return sampler
+
+    def sampling(self, num_inference_steps: int) -> dict:
+        """What the pipeline gives its scheduler besides the number of steps."""
+        return {}

@@ -1,0 +1,241 @@
+"""SD3, Flux and PixArt-Sigma, of random weights but diffusers' own classes: erase, load, draw, unload, resume."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import tiny_transformers
+import torch
+from diffusers import DiffusionPipeline
+from shell import ROOT, here
+
+from salun_diffusion import SalunError, erase, load_erasure, unload_erasure
+from salun_diffusion.concepts.concept import Row
+from salun_diffusion.masks.scope import scoped_parameters
+from salun_diffusion.methods.uce import UCE, UCEOptions
+from salun_diffusion.models import load_model, model_of
+from salun_diffusion.tensors import read_safetensors
+
+FAMILIES = {
+    "pixart": tiny_transformers.pixart,
+    "sd3": tiny_transformers.sd3,
+    "flux": tiny_transformers.flux,
+}
+METHODS = {
+    "salun": {"anchor": "cat", "num_retain_images": 2},
+    "esd": {},
+    "gradient_ascent": {"num_retain_images": 2},
+    "concept_ablation": {"anchor": "cat"},
+    "selective_amnesia": {"anchor": "cat", "num_retain_images": 2},
+    "forget_me_not": {},
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pipe(request, tmp_path_factory):
+    return FAMILIES[request.param](tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sd3")
+    tiny_transformers.sd3(folder)
+    return folder
+
+
+def erased(pipe, output, method="salun", **options):
+    few = {"num_inference_steps": 2, "train_batch_size": 2, "max_train_steps": 1, "learning_rate": 1e-2}
+    few |= {} if method == "esd" else {"num_forget_images": 2}
+    few |= METHODS[method] | options
+    return erase(
+        pipe, "airplane", method=method, output_dir=output, data_dir=output.parent / "data", save_dtype="fp32", **few
+    )
+
+
+def bits(pipe):
+    return [weight.detach().clone() for weight in pipe.transformer.parameters()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_erase_load_draw_unload(pipe, method, tmp_path):
+    model = model_of(pipe)
+    if method == "forget_me_not" and "cross-attention" not in model.capabilities:
+        with pytest.raises(SalunError, match="--method forget_me_not needs a base model that attends to the tokens"):
+            erased(pipe, tmp_path / "run", method)
+        return
+    before = bits(pipe)
+    run = erased(pipe, tmp_path / "run", method)
+    assert all(map(torch.equal, before, bits(pipe)))
+    rows, how = [Row("a picture of a cat", None, {}, 1)], {"num_inference_steps": 2, "batch_size": 1}
+    (base,) = model.draw(rows, guidance_scale=2.0, output_type="latent", **how)
+    load_erasure(pipe, run.path)
+    (after,) = model.draw(rows, guidance_scale=2.0, output_type="latent", **how)
+    assert torch.isfinite(after).all() and not torch.equal(base, after)
+    unload_erasure(pipe)
+    assert all(map(torch.equal, before, bits(pipe)))
+
+
+@pytest.mark.parametrize("more", [{"guided": False}, {"t5": False}])
+def test_the_other_kinds_of_a_family_are_erased_too(more, tmp_path):
+    """Flux schnell, which has no guidance, and SD3 without its third text encoder."""
+    build = tiny_transformers.flux if "guided" in more else tiny_transformers.sd3
+    pipe = build(tmp_path / "base", **more)
+    before = bits(pipe)
+    load_erasure(pipe, erased(pipe, tmp_path / "run").path)
+    assert not all(map(torch.equal, before, bits(pipe)))
+    unload_erasure(pipe)
+    assert all(map(torch.equal, before, bits(pipe)))
+
+
+def test_our_own_steps_end_where_the_pipeline_does(pipe):
+    """Condition, packing, schedule and guidance, against the pipeline's own loop."""
+    model, flux = model_of(pipe), "Flux" in type(pipe).__name__
+    rows, guidance = [Row("a photo of a dog", None, {}, seed) for seed in (3, 4)], 3.5
+    theirs = model.draw(rows, num_inference_steps=4, guidance_scale=guidance, batch_size=2, output_type="latent")
+    noise = [torch.randn(1, *model.sample_shape, generator=torch.Generator().manual_seed(row.seed)) for row in rows]
+    x, condition = torch.cat(noise), model.encode([row.prompt for row in rows])
+    both = {key: torch.cat([model.repeated(model.empty, 2)[key], value]) for key, value in condition.items()}
+    if "diffusion" in model.capabilities:  # drawn by a sampler of its own, not by the methods' DDIM
+        sampler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        sampler.set_timesteps(4)
+    else:
+        sampler = model.sampler(4)
+    with torch.no_grad():
+        for t in sampler.timesteps:
+            if flux:  # its guidance is a number that the network is told, and ours is this one
+                predicted = model.predict(x, t.expand(2), condition)
+            else:
+                empty, asked = model.predict(x.repeat(2, 1, 1, 1), t.expand(4), both).chunk(2)
+                predicted = empty + guidance * (asked - empty)
+            x = sampler.step(predicted, t, x).prev_sample
+    torch.testing.assert_close(x, torch.stack(theirs), rtol=1e-3, atol=1e-4)
+
+
+def test_latents_are_the_pictures_that_the_pipeline_draws(pipe):
+    model, rows = model_of(pipe), [Row("a cat", None, {}, 5)]
+    how = {"num_inference_steps": 2, "guidance_scale": 2.0, "batch_size": 1}
+    (picture,), latents = model.draw(rows, **how), torch.stack(model.draw(rows, output_type="latent", **how))
+    (decoded,) = model.decode(latents)
+    assert np.abs(np.asarray(picture, dtype=int) - np.asarray(decoded, dtype=int)).max() <= 1
+    assert picture.size == (model.picture_side,) * 2
+    assert model.encode_pictures([picture]).shape[1:] == model.sample_shape
+
+
+def test_a_flow_is_noised_and_aimed_at_as_in_diffusers_training_scripts(folder):
+    """The formulas of train_dreambooth_sd3.py, written plainly: logit-normal places in the shifted schedule, the
+    straight path, and the velocity along it with the weight 1.
+    """
+    model = load_model(str(folder))
+    times = model.times(20_000, torch.Generator().manual_seed(0))
+    steps = np.arange(1000, 0, -1) / 1000  # σ from 1 down, before the shift of 3
+    shifted = 3 * steps / (1 + 2 * steps)
+    u = torch.randn(20_000, generator=torch.Generator().manual_seed(0)).sigmoid().numpy()
+    np.testing.assert_allclose(times.numpy(), 1000 * shifted[(u * 1000).astype(int)], rtol=1e-5)
+    clean, noise = torch.randn(2, 3, 4, 8, 8)
+    t = times[:3]
+    sigma = (t / 1000).view(3, 1, 1, 1)
+    torch.testing.assert_close(model.noise(clean, noise, t), (1 - sigma) * clean + sigma * noise)
+    assert torch.equal(model.target(clean, noise, t), noise - clean)
+
+
+def test_uce_solves_for_the_tokens_that_pixarts_attention_sees(tmp_path):
+    """UCE's objective (its three terms, written plainly, on T5's embeddings behind the caption's projection and without
+    padding) has no slope at the keys and values that the erasure leaves.
+    """
+    pipe = tiny_transformers.pixart(tmp_path / "base")
+    model, kept = model_of(pipe), ["a picture of a dog", "a photo of a house"]
+
+    def seen(prompt):
+        ids = pipe.tokenizer(prompt, padding="max_length", max_length=300, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            embedded = pipe.text_encoder(ids.input_ids, attention_mask=ids.attention_mask)[0]
+            return pipe.transformer.caption_projection(embedded)[0][ids.attention_mask[0].bool()].double()
+
+    one, other = seen("a picture of an airplane")[-2:], seen("a picture of a cat")[-2:]  # the word and the end mark
+    tokens = torch.cat([seen(prompt) for prompt in kept])
+    options = UCEOptions()
+    found = UCE(model, options).solve(
+        scoped_parameters(model.network, "cross-attention-kv", model.scopes),
+        [("a picture of an airplane", "a picture of a cat")], kept,
+    )  # fmt: skip
+    assert len(found) == 4  # keys and values of two blocks, and no bias
+    for name, moved in found.items():
+        before = model.network.get_parameter(name).detach().double()
+        weight = moved.double().requires_grad_(True)
+        objective = options.erase * (weight @ one.T - before @ other.T).square().sum() / len(one)
+        objective += options.preserve * (weight @ tokens.T - before @ tokens.T).square().sum() / len(tokens)
+        objective += options.ridge * (weight - before).square().sum()
+        objective.backward()
+        assert weight.grad.abs().max() < 1e-5 and not torch.equal(moved.double(), before)
+
+
+def test_a_resumed_run_ends_on_the_same_bits(folder, tmp_path):
+    words = f"--pretrained_model_name_or_path {folder} --concept airplane --anchor cat --num_forget_images 2"
+    words += f" --num_retain_images 2 --num_inference_steps 2 --train_batch_size 2 --data_dir {tmp_path / 'data'}"
+    words = ["python", "erase_concept.py", *words.split(), "--save_dtype", "fp32", "--learning_rate", "0.01"]
+    here(*words, "--max_train_steps", 4, "--output_dir", tmp_path / "whole")
+    parts = [*words, "--output_dir", tmp_path / "parts", "--checkpointing_steps", "2"]
+    here(*parts, "--max_train_steps", 2)
+    here(*parts, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+    whole, parts = (read_safetensors(tmp_path / name / "erasure.safetensors")[0] for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_scopes_go_by_what_they_mean(pipe):
+    model = model_of(pipe)
+    names = {scope: {*scoped_parameters(model.network, scope, model.scopes)} for scope in model.scopes}
+    everything = names.pop("all")
+    assert len(everything) == len(list(model.network.parameters()))
+    assert names["cross-attention-kv"] < names["cross-attention"] < names["cross-attention+resnets"]
+    assert names["cross-attention"] | names["no-cross-attention"] == everything
+    assert not names["cross-attention"] & (names["self-attention"] | names["feed-forward"])
+    if "joint-attention" in names:
+        assert names["joint-attention"] == names["cross-attention"] | names["self-attention"]
+
+
+def test_scope_help_counts_the_weights_of_each(folder):
+    done = here("python", "erase_concept.py", "--pretrained_model_name_or_path", folder, "--scope", "help")
+    lines = done.stdout.splitlines()
+    assert lines[0].split()[:2] == ["--scope", "weights"] and any(line.startswith("joint-attention") for line in lines)
+    total = sum(weight.numel() for weight in load_model(str(folder)).network.parameters())
+    assert next(line for line in lines if line.startswith("all ")).split()[1] == f"{total:,}"
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion_3", "flux", "pixart_sigma"])
+def test_the_pipeline_file_adds_the_methods(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    key = {"stable_diffusion_3": "sd3", "pixart_sigma": "pixart"}.get(name, name)
+    stock = FAMILIES[key](tmp_path / "base")
+    file = str(ROOT / "pipelines" / f"salun_{name}.py")
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "base", custom_pipeline=file, trust_remote_code=True)
+    pipe.load_erasure(_delta(pipe, tmp_path))
+    assert pipe.list_erasures() and not all(map(torch.equal, bits(stock), bits(pipe)))
+    pipe.unload_erasure()
+    assert all(map(torch.equal, bits(stock), bits(pipe))) and isinstance(pipe, type(stock))
+    pipe.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "model_index.json").read_text())["_class_name"] == type(stock).__name__
+
+
+def _delta(pipe, folder):
+    only = "attn2" if "PixArt" in type(pipe).__name__ else "attn.to_q"
+    tiny.erasure(pipe.transformer, 0, only=only).save(folder / "one.safetensors")
+    return folder / "one.safetensors"
+
+
+def test_eval_draws_and_measures_an_erasure_of_a_transformer(folder, tmp_path):
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    (tmp_path / "prompts.csv").write_text("prompt,seed\na picture of an airplane,1\na picture of a cat,2\n")
+    words = [
+        "--pretrained_model_name_or_path",
+        folder,
+        "--prompts",
+        tmp_path / "prompts.csv",
+        "--num_inference_steps",
+        2,
+    ]
+    here(
+        "python", "-m", "eval", "draw", *words, "--erasure", _delta(pipe, tmp_path), "--output_dir", tmp_path / "drawn"
+    )
+    found = sorted(path.parent.name for path in (tmp_path / "drawn" / "pictures").glob("*/*.png"))
+    assert len(found) == 4 and len({*found}) == 2
