@@ -11,6 +11,7 @@ def steps_of(model: Model, count: int) -> list[tuple[int, torch.Tensor, torch.Te
 
     The timesteps are spaced as the pipeline's own scheduler spaces them.
     """
+    model.need(["diffusion"], "This attack")
     scheduler = DDIMScheduler.from_config(model.pipe.scheduler.config)
     scheduler.set_timesteps(count)
     times = scheduler.timesteps.tolist()

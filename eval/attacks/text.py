@@ -4,6 +4,7 @@ import re
 
 import torch
 from diffusers import DiffusionPipeline
+from transformers import CLIPTextModel
 
 from salun_diffusion.errors import SalunError
 from salun_diffusion.models.base import Condition
@@ -23,10 +24,10 @@ class Text:
 
     def __init__(self, pipe: DiffusionPipeline, dtype: torch.dtype):
         encoder = getattr(pipe, "text_encoder", None)
-        if encoder is None or getattr(pipe, "text_encoder_2", None) is not None:
+        if not isinstance(encoder, CLIPTextModel) or getattr(pipe, "text_encoder_2", None) is not None:
             raise SalunError(
-                f"{type(pipe).__name__} has not one text encoder: attacks on the text are for Stable Diffusion 1.x and "
-                "2.x; those without text (tina, noise_probe) work on it."
+                f"{type(pipe).__name__} has not one text encoder, CLIP's: attacks on the text are for Stable Diffusion "
+                "1.x and 2.x; those without text (tina, noise_probe) work on it."
             )
         self.encoder, self.tokenizer, self.dtype = encoder, pipe.tokenizer, dtype
         self._embedding = encoder.get_input_embeddings()

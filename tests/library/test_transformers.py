@@ -10,6 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 from shell import ROOT, here
 
+from eval.attacks.ddim import steps_of
+from eval.attacks.text import Text
 from salun_diffusion import SalunError, erase, load_erasure, unload_erasure
 from salun_diffusion.concepts.concept import Row
 from salun_diffusion.masks.scope import scoped_parameters
@@ -239,3 +241,11 @@ def test_eval_draws_and_measures_an_erasure_of_a_transformer(folder, tmp_path):
     )
     found = sorted(path.parent.name for path in (tmp_path / "drawn" / "pictures").glob("*/*.png"))
     assert len(found) == 4 and len({*found}) == 2
+
+
+def test_attacks_that_a_transformer_cannot_take_are_refused(folder):
+    model = load_model(str(folder))
+    with pytest.raises(SalunError, match="was trained on a diffusion's noise schedule, and not as a flow"):
+        steps_of(model, 2)
+    with pytest.raises(SalunError, match="has not one text encoder, CLIP's"):
+        Text(model.pipe, torch.float32)
