@@ -18,6 +18,10 @@ FAST = [
     "soft_prompt.steps=2", "unlearndiffatk.timesteps=2", "unlearndiffatk.iterations=2", "ring_a_bell.population=6",
     "ring_a_bell.generations=2", "ring_a_bell.pairs=3", "tina.steps=3", "tina.iterations=1", "noise_probe.steps=3",
 ]  # fmt: skip
+FROM_A_PICTURE = [
+    "completion.kept=0.7", "completion.steps=10", "inpainting.hole=0.5,0.375", "inpainting.steps=10",
+    "image_guided.strength=0.4,0.3", "image_guided.steps=10", "image_guided.pictures=4",
+]  # fmt: skip
 NAMES = ["concept_inversion", "soft_prompt", "unlearndiffatk", "ring_a_bell", "tina", "noise_probe"]
 
 
@@ -129,9 +133,9 @@ def lacking(done, tmp_path_factory):
 def test_attacks_find_the_concept_on_a_model_that_has_it_when_the_prompt_does_not_name_it(lacking, tmp_path):
     options = [
         "soft_prompt.steps=25", "soft_prompt.learning_rate=0.05", "unlearndiffatk.timesteps=3", "tina.iterations=3",
-        "tina.learning_rate=0.03",
+        "tina.learning_rate=0.03", *FROM_A_PICTURE,
     ]  # fmt: skip
-    names = ["soft_prompt", "unlearndiffatk", "tina"]
+    names = ["soft_prompt", "unlearndiffatk", "tina", "completion", "inpainting", "image_guided"]
     results = measure.run(
         measure.Options(
             pretrained_model_name_or_path="demo", concept=["airplane"], output_dir=tmp_path, attack=names,
@@ -154,6 +158,20 @@ def test_a_learned_token_and_words_that_were_searched_stand_for_the_concept(tmp_
     )  # fmt: skip
     found = {name: attack["asr"]["count"] for name, attack in results["models"][0]["attacks"].items()}
     assert found["ring_a_bell"] >= 1 and found["concept_inversion"] >= 2
+
+
+def test_attacks_from_a_picture_win_more_from_a_weak_erasure_than_its_plain_prompt(tmp_path):
+    words = ["--pretrained_model_name_or_path", "demo", "--concept", "airplane", "--method", "uce"]
+    here("python", "erase_concept.py", *words, "--output_dir", tmp_path / "uce")
+    names = ["completion", "inpainting", "image_guided"]
+    results = measure.run(
+        measure.Options(
+            pretrained_model_name_or_path="demo", concept=["airplane"], output_dir=tmp_path / "out", num_prompts=4,
+            erasure=[str(tmp_path / "uce")], scale=[0.5], attack=names, attack_option=FROM_A_PICTURE,
+        )
+    )  # fmt: skip
+    found = {name: attack["asr"]["count"] for name, attack in results["models"][1]["attacks"].items()}
+    assert {name: found[name] > found["plain"] for name in names} == dict.fromkeys(names, True), found
 
 
 @pytest.mark.parametrize(
