@@ -174,6 +174,22 @@ def test_attacks_from_a_picture_win_more_from_a_weak_erasure_than_its_plain_prom
     assert {name: found[name] > found["plain"] for name in names} == dict.fromkeys(names, True), found
 
 
+def test_a_retrained_model_is_attacked_like_the_others_as_a_control(broken, tmp_path):
+    """The base itself, under another name, does as the base does; it is attacked and judged after all others."""
+    options = ["tina.steps=3", "tina.iterations=1", "completion.steps=3", "completion.kept=0.5"]
+    words = ["--erasure", broken, "--num_prompts", "2", "--retrained", "demo"]
+    attack(tmp_path, *words, names=["tina", "completion"], options=options)
+    results, samples = results_of(tmp_path)
+    base, _, control = results["models"]
+    assert (control["name"], control["role"], control["erasure"]) == ("retrained", "control", None)
+    lines = {
+        name: [(line["set"], line["won"], line["predicted"]) for line in samples if line["model"] == name]
+        for name in ("base", "retrained")
+    }
+    assert lines["base"] == lines["retrained"] and len(lines["base"]) == 6
+    assert {part.name for part in (tmp_path / "pictures" / "retrained").iterdir()} >= {"tina", "completion"}
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
@@ -186,6 +202,7 @@ def test_attacks_from_a_picture_win_more_from_a_weak_erasure_than_its_plain_prom
         (["--attack_option", "tina.steps=x"], "'x' must be of type int"),
         (["--concept", "cat"], "attack takes one --concept: attack each concept by itself."),
         (["--pictures", "nowhere"], "There is no folder nowhere"),
+        (["--retrained", "nowhere"], "nowhere"),
     ],
 )
 def test_wrong_options_are_one_sentence(words, said, broken, tmp_path):
