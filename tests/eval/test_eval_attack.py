@@ -22,14 +22,15 @@ FROM_A_PICTURE = [
     "completion.kept=0.7", "completion.steps=10", "inpainting.hole=0.5,0.375", "inpainting.steps=10",
     "image_guided.strength=0.4,0.3", "image_guided.steps=10", "image_guided.pictures=4",
 ]  # fmt: skip
+LAUNCH = ("python", "-m", "eval")
 NAMES = ["concept_inversion", "soft_prompt", "unlearndiffatk", "ring_a_bell", "tina", "noise_probe"]
 
 
-def attack(output, *more, names=NAMES, options=FAST, **how):
+def attack(output, *more, names=NAMES, options=FAST, command=here, launch=LAUNCH, **how):
     given = [option for option in options if option.split(".")[0] in names]
     words = ["--attack_option", *given] if given else []
-    return here(
-        "python", "-m", "eval", "attack", "--attack", *names, "--pretrained_model_name_or_path", "demo", "--concept",
+    return command(
+        *launch, "attack", "--attack", *names, "--pretrained_model_name_or_path", "demo", "--concept",
         "airplane", "--output_dir", output, "--num_inference_steps", "4", *words, *more, **how,
     )  # fmt: skip
 
@@ -94,15 +95,28 @@ def test_a_stopped_run_goes_on_to_the_very_same(done, broken, tmp_path):
     attack(copy, "--erasure", broken, "--num_prompts", "3", "--prompts_at_once", "2")
     assert (own / "noise_probe" / "0001.json").read_text() == kept
 
-    def timeless(samples):
-        return [{key: value for key, value in line.items() if key != "seconds"} for line in samples]
-
     assert timeless(results_of(copy)[1]) == timeless(results_of(folder)[1])
     for line in results_of(folder)[1]:
         assert (copy / line["picture"]).read_bytes() == (folder / line["picture"]).read_bytes()
         if line.get("tensors"):
             one, other = (load_file(where / line["tensors"]) for where in (copy, folder))
             assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def timeless(samples):
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in samples]
+
+
+def test_two_processes_share_the_prompts_and_write_what_one_does(done, broken, tmp_path):
+    names, launch = ["concept_inversion", "tina"], ("torchrun", "--nproc_per_node", "2", "-m", "eval")
+    threads = str(torch.get_num_threads())  # as many as in this process: rounding depends on them
+    said = attack(
+        tmp_path, "--erasure", broken, "--num_prompts", "3", "--prompts_at_once", "2", names=names, command=run,
+        launch=launch, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS=threads,
+    ).stdout  # fmt: skip
+    expected = [line for line in results_of(done[0])[1] if line["set"] in ("plain", *names)]
+    assert timeless(results_of(tmp_path)[1]) == timeless(expected)
+    assert said.count("ASR, %") == 1, "the main process alone speaks"
 
 
 def test_its_help_says_what_each_attack_is_called():
