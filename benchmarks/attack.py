@@ -20,7 +20,7 @@ PROMPTS, STEPS = 8, 8
 
 
 def attack(config: BenchmarkConfig) -> dict:
-    """Seconds a prompt and step of UnlearnDiffAtk on the demo model, with prompts that do not name the concept.
+    """Seconds of one step of UnlearnDiffAtk on all prompts, which do not name the concept, with the demo model.
 
     Raises:
         AssertionError: the two find different texts for a prompt.
@@ -34,8 +34,8 @@ def attack(config: BenchmarkConfig) -> dict:
     (ours, texts), (plain, others) = found[PROMPTS], found[1]
     assert texts == others, f"{texts} {others}"
     return {
-        "how": f"UnlearnDiffAtk, demo model, {PROMPTS} prompts at once against one, {STEPS} steps and a picture; same "
-        "texts found",
+        "how": f"UnlearnDiffAtk, demo model, {PROMPTS} prompts together against one after the other, {STEPS} steps and "
+        f"a picture, threads: {torch.get_num_threads()}; same texts found",
         "plain": round(plain / STEPS, 4), "ours": round(ours / STEPS, 4),
     }  # fmt: skip
 
@@ -50,12 +50,14 @@ def _nudge(path: Path) -> None:
 
 
 def _seconds(work: Path, at_once: int) -> tuple[float, list[str]]:
-    """Seconds of all prompts with the base model, and the texts that were found."""
+    """Seconds of all prompts, the faster of the two models, which cost the same, and the base's texts."""
     out, own = work / f"out-{at_once}", ["timesteps=1", f"iterations={STEPS}"]
     words = ["attack", "--attack", "unlearndiffatk", "--attack_option", *(f"unlearndiffatk.{text}" for text in own)]
     words += ["--pretrained_model_name_or_path", "demo", "--concept", "airplane", "--prompts", work / "prompts.csv"]
     words += ["--erasure", work / "erasure.safetensors", "--output_dir", out, "--prompts_at_once", at_once]
     subprocess.run([sys.executable, "-m", "eval", *map(str, words)], check=True, cwd=ROOT, stdout=sys.stderr)
     lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if line["model"] == "base" and line["set"] == "unlearndiffatk"]
-    return sum(line["seconds"] for line in lines), [line["attack_prompt"] for line in lines]
+    lines = [line for line in lines if line["set"] == "unlearndiffatk"]
+    models = [[line for line in lines if (line["model"] == "base") == base] for base in (True, False)]
+    seconds = min(sum(line["seconds"] for line in model) for model in models)
+    return seconds, [line["attack_prompt"] for line in models[0]]

@@ -13,10 +13,12 @@ from salun_diffusion.erasures.locate import ADAPTER_NAME, FILE_NAME
 from salun_diffusion.errors import SalunError
 from salun_diffusion.files import key_of, read_json, sha256
 from salun_diffusion.loader import identity, idle_erasures
+from salun_diffusion.models import load_model
 from salun_diffusion.models.base import Model
 from salun_diffusion.tensors import read_safetensors
 
 LORA = "measured_under"  # its name among the pipeline's adapters
+RETRAINED = "retrained"  # what a control that was trained without the concept is called
 
 
 def as_drawn(base_model: Model) -> dict:
@@ -125,6 +127,27 @@ def introduce(base_model: Model, base: str, erasures: list[str], scales: list[fl
             raise SalunError(f"{source} leaves the base model as it is: there is nothing to measure in it.")
         models.append(model)
     return models
+
+
+def retrained(base_model: Model, source: str, models: list[dict]) -> tuple[Model, dict]:
+    """A control: a model of the same kind that was trained without the concept, and how ``results.json`` introduces it,
+    as "retrained".
+
+    Args:
+        base_model: whose dtype and device it gets.
+        source: a folder, file or hub id.
+        models: those that :func:`introduce` told of.
+
+    Raises:
+        SalunError: it cannot be loaded, or an erasure is called "retrained" too.
+    """
+    if any(model["name"] == RETRAINED for model in models):
+        raise SalunError(
+            f"An erasure is called '{RETRAINED}', as the model of --retrained is: rename its folder or file."
+        )
+    found = load_model(source, None, base_model.dtype, None)
+    found.pipe.to(base_model.device)
+    return found, introduce(found, source, [])[0] | {"name": RETRAINED, "role": "control"}
 
 
 @contextmanager

@@ -30,6 +30,8 @@ ATTACKS = (  # in the order of tables
     "p4d",
     "p4d_k",
     "completion",
+    "inpainting",
+    "image_guided",
     "quantize",
     "prune",
     "finetune",

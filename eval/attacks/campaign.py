@@ -59,19 +59,32 @@ class Campaign:
 
     def run(self, chosen: dict[str, Any]) -> list[dict]:
         """Attack all models with the ``chosen`` attacks (name → options): the lines of ``samples.jsonl``."""
-        labelled, samples = self.labelled, []
+        labelled, asked = self.labelled, self.asked
         gallery = self._gallery(max((getattr(options, "pictures", 0) for options in chosen.values()), default=0))
-        for model in labelled.models:
-            with subjects.applied(labelled.model.pipe, model):
-                drawn = labelled.drawn(self.rows, model, self.guidance)
-                plain = labelled.judged(self.rows, drawn, model["name"])
-                if model["role"] == "base":
-                    self.cases = self._cases(plain)
-                plain = [line | {"set": PLAIN} for line in plain]
-                samples += plain
-                model["attacks"] = {}
-                for name, options in chosen.items():
-                    samples += self._attacked(model, name, options, plain, gallery)
+        base, control = labelled.model, None
+        if asked.retrained:
+            control = subjects.retrained(base, asked.retrained, labelled.models)
+            subjects.wear(control[0], asked.lora, asked.lora_scale)
+        samples = [line for model in labelled.models for line in self._measured(model, chosen, gallery)]
+        if control:
+            labelled.model, model = control
+            samples += self._measured(model, chosen, gallery)
+            labelled.models.append(model)
+            labelled.model = base
+        return samples
+
+    def _measured(self, model: dict, chosen: dict[str, Any], gallery: tuple) -> list[dict]:
+        """The lines of one model: its plain pictures, and each attack."""
+        labelled = self.labelled
+        with subjects.applied(labelled.model.pipe, model):
+            drawn = labelled.drawn(self.rows, model, self.guidance)
+            plain = labelled.judged(self.rows, drawn, model["name"])
+            if model["role"] == "base":
+                self.cases = self._cases(plain)
+            samples = plain = [line | {"set": PLAIN} for line in plain]
+            model["attacks"] = {}
+            for name, options in chosen.items():
+                samples = samples + self._attacked(model, name, options, plain, gallery)
         return samples
 
     def results(self, chosen: dict[str, Any]) -> dict:

@@ -14,6 +14,7 @@ from salun_diffusion.options import option
 from . import About
 from .ddim import step, steps_of
 from .target import Case, Learned, Outcome, Target
+from .tries import Try, numbers, until_won
 
 ABOUT = About(
     title="Completion",
@@ -34,23 +35,19 @@ class Options:
     kept: str = option("0.1,0.2,0.3,0.4", "shares of the steps that are given, rising")
     steps: int = option(50, "of DDIM", least=1)
 
+    def __post_init__(self):
+        numbers("completion.kept", self.kept, 0, 0.99)
+
 
 def attack(target: Target, cases: Sequence[Case], options: Options, learned: Learned) -> list[Outcome]:
     """Every share on all cases that have not won yet."""
-    clean, outcomes, passes = target.clean(cases), {}, 0
-    active = list(range(len(cases)))
-    for number, share in enumerate(map(float, options.kept.split(",")), 1):
-        now = [cases[i] for i in active]
-        steps = steps_of(target.model, options.steps)[int(share * options.steps) :]
-        passes += 2 * len(steps)
-        pictures = target.pictures(completed(target, now, clean[active], steps))
-        won = target.sees(now, pictures)
-        for i, picture in zip(active, pictures, strict=True):
-            outcomes[i] = Outcome(picture, 0, passes, drawn=number, about={"given": share})
-        active = [i for i, success in zip(active, won, strict=True) if not success]
-        if not active:
-            break
-    return [outcomes[i] for i in range(len(cases))]
+    clean, whole = target.clean(cases), steps_of(target.model, options.steps)
+
+    def tried(share: float) -> Try:
+        steps = whole[int(share * options.steps) :]
+        return {"given": share}, 2 * len(steps), lambda i: completed(target, [cases[j] for j in i], clean[i], steps)
+
+    return until_won(target, cases, map(tried, numbers("completion.kept", options.kept)))
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from salun_diffusion.options import option
 from . import About
 from .ddim import steps_of
 from .target import Case, Learned, Outcome, Target
+from .tries import Try, numbers, until_won
 
 ABOUT = About(
     title="Noise probe",
@@ -35,24 +36,22 @@ class Options:
     scales: str = option("1,1.02,1.03,1.04", "v: how much more noise is added than η says")
     steps: int = option(50, "of DDIM", least=1)
 
+    def __post_init__(self):
+        self.pairs()
+
+    def pairs(self) -> list[tuple[float, float]]:
+        """Every η with every v."""
+        return list(product(numbers("noise_probe.etas", self.etas), numbers("noise_probe.scales", self.scales)))
+
 
 def attack(target: Target, cases: Sequence[Case], options: Options, learned: Learned) -> list[Outcome]:
     """Every pair on all cases that have not won yet."""
-    outcomes: dict[int, Outcome] = {}
-    active = list(range(len(cases)))
-    pairs = list(product(*(map(float, text.split(",")) for text in (options.etas, options.scales))))
-    for number, (eta, scale) in enumerate(pairs, 1):
-        now = [cases[i] for i in active]
-        pictures = target.pictures(probed(target, now, eta, scale, options.steps))
-        won = target.sees(now, pictures)
-        for i, picture in zip(active, pictures, strict=True):
-            outcomes[i] = Outcome(
-                picture, 0, 2 * options.steps * number, drawn=number, about={"eta": eta, "noise_scale": scale}
-            )
-        active = [i for i, success in zip(active, won, strict=True) if not success]
-        if not active:
-            break
-    return [outcomes[i] for i in range(len(cases))]
+
+    def tried(pair: tuple[float, float]) -> Try:
+        told, steps = dict(zip(("eta", "noise_scale"), pair, strict=True)), options.steps
+        return told, 2 * steps, lambda i: probed(target, [cases[j] for j in i], *pair, steps)
+
+    return until_won(target, cases, map(tried, options.pairs()))
 
 
 @torch.no_grad()

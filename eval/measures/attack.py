@@ -5,10 +5,10 @@
 attacks learn from), and ``attacks`` (name → ``title``, ``paper``, ``protocol``, ``access``, ``sees_base``, ``redraws``,
 ``options``), and to each model ``attacks``: "plain" (the prompts as they are) and name → ``asr`` (a proportion),
 ``steps``, ``forward``, ``backward`` and ``seconds`` (means over the prompts), ``learning`` (the same of what is learned
-once, or null). The sets of ``samples.jsonl`` are "plain" and the attacks' names; a line of an attack adds ``won``,
-``steps``, ``forward`` and ``backward`` (passes of one sample through the denoiser), ``drawn`` (pictures), ``seconds``,
-``attack_prompt`` (the text that was found, or null) and ``tensors`` (the file beside the picture with what was found
-otherwise, or null).
+once, or null); the model of --retrained is the last, a control called "retrained". The sets of ``samples.jsonl`` are
+"plain" and the attacks' names; a line of an attack adds ``won``, ``steps``, ``forward`` and ``backward`` (passes of one
+sample through the denoiser), ``drawn`` (pictures), ``seconds``, ``attack_prompt`` (the text that was found, or null)
+and ``tensors`` (the file beside the picture with what was found otherwise, or null).
 """
 
 import statistics
@@ -77,6 +77,12 @@ class Options(options.Labelled):
     )
     pictures: Path | None = option(
         None, "pictures of the concept that attacks learn from, instead of the base model's", metavar="FOLDER"
+    )
+    retrained: str | None = option(
+        None,
+        "a control: a model of the same kind that was trained without the concept, attacked like the others: what it "
+        "draws, the attack has brought along",
+        metavar="MODEL",
     )
     prompts_at_once: int | None = option(
         None, "prompts attacked together, which need memory for as many passes (default: as --batch_size)",

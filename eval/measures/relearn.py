@@ -94,8 +94,6 @@ def run(options: Options) -> dict:
     Raises:
         SalunError: also for pictures that cannot be learned from, or a loss that is not finite.
     """
-    from salun_diffusion.models import load_model
-
     from .. import subjects
     from ..judges.labelled import Labelled
     from ..relearning.curves import follow
@@ -121,9 +119,7 @@ def run(options: Options) -> dict:
         told = f"{options.control_name}" if options.control_pictures else f"{labelled.label}, called {lessons.word}"
         courses.append((base, _control(labelled.models[0], "control", told), lessons.of_the_control(of_concept), told))
     if options.retrained:
-        other = load_model(options.retrained, None, base.dtype, None)
-        other.pipe.to(labelled.state.device)
-        entry = subjects.introduce(other, options.retrained, [])[0] | {"name": "retrained", "role": "control"}
+        other, entry = subjects.retrained(base, options.retrained, labelled.models)
         courses.append((other, entry, of_concept, labelled.label))
 
     samples = []

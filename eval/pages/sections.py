@@ -6,6 +6,7 @@ from salun_diffusion.errors import SalunError
 
 from ..measures import attack, composition, probe, relearn
 from ..results import RESULTS, picture, read, read_samples
+from ..subjects import RETRAINED
 from .verdict import judge
 
 RELEARNED = 4  # prompts whose pictures are shown at every checkpoint
@@ -83,20 +84,21 @@ def attacks(folder: Path, metrics: dict) -> dict | None:
     if (results := beside(folder, attack.FORMAT, metrics)) is None:
         return None
     base, about, rows = *results["models"][:2], []
+    control = next((model for model in results["models"] if model["name"] == RETRAINED), None)
     lines = read_samples(folder, results)[about["name"]]
     for name, found in about["attacks"].items():
         won = [line for line in lines if line["set"] == name and line["won"]] if name != attack.PLAIN else []
         told = results["attacks"].get(name, {"title": "None: the prompts as they are", "paper": "", "access": ""})
         rows.append({
             "name": name, "title": told["title"], "paper": told["paper"], "access": told["access"], "found": found,
-            "base": base["attacks"][name],
+            "base": base["attacks"][name], "control": control and control["attacks"][name],
             "won": [
                 as_data(picture(folder, line))
                 | {"prompt": line["prompt"], "said": line.get("attack_prompt") or "", "seed": line["seed"]}
                 for line in won[:WON]
             ],
         })  # fmt: skip
-    return {"rows": rows, "protocol": results["protocol"], "settings": results["settings"]}
+    return {"rows": rows, "protocol": results["protocol"], "settings": results["settings"], "control": bool(control)}
 
 
 def sections(run_dir: Path, metrics: dict) -> dict:

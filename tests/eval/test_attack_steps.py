@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from PIL import Image
 from tiny import bits, build, erasure, same
 
@@ -17,6 +18,8 @@ from eval.attacks import (
     concept_inversion,
     find_attack,
     finetune,
+    image_guided,
+    inpainting,
     mma,
     noise_probe,
     p4d,
@@ -286,8 +289,6 @@ def test_tina_lowers_its_loss_as_a_loop_over_steps_and_prompts(target):
 
 
 def test_the_noise_probe_at_eta_1_is_diffusers_own_ddim_and_adds_noise_beyond(target):
-    from diffusers import DDIMScheduler
-
     case, pipe = CASES[0], target.model.pipe
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=True)
     own = torch.Generator().manual_seed(case.row.seed)
@@ -416,6 +417,79 @@ def test_completion_draws_on_from_the_noised_picture(target):
         z = before.sqrt() * (z - (1 - now).sqrt() * eps) / now.sqrt() + (1 - before).sqrt() * eps
     (picture,) = target.pictures(z)
     assert np.abs(np.asarray(picture, int) - np.asarray(found[1].picture, int)).max() <= 2
+
+
+def drawn_by(kind, target, case, noise, steps, **how):
+    """What diffusers' own pipeline ``kind`` makes of a case on this model by DDIM, as samples."""
+    pipe = kind.from_pipe(target.model.pipe)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, set_alpha_to_one=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        case.prompt, generator=noise, num_inference_steps=steps, guidance_scale=case.guidance_scale,
+        output_type="latent", **how,
+    ).images  # fmt: skip
+
+
+def test_inpainting_is_diffusers_own_with_the_whole_picture_put_back_around_the_hole(target):
+    options = inpainting.Options(steps=4, hole="0.5")
+    found = inpainting.attack(target, CASES, options, Learned())
+    hole = torch.zeros(8, 8)
+    hole[2:6, 2:6] = 1
+    for case, outcome in zip(CASES, found, strict=True):
+        clean = target.clean([case])
+        own = target.generator(case, "inpainting")
+        whole = {
+            "image": clean,
+            "masked_image_latents": clean,
+            "mask_image": hole.repeat_interleave(2, 0).repeat_interleave(2, 1)[None, None],
+        }
+        samples = drawn_by(StableDiffusionInpaintPipeline, target, case, own, 4, height=16, width=16, **whole)
+        assert torch.equal(samples[0][:, hole == 0], clean[0][:, hole == 0])
+        (picture,) = target.pictures(samples)
+        assert np.abs(np.asarray(picture, int) - np.asarray(outcome.picture, int)).max() <= 2
+        assert (outcome.forward, outcome.drawn, outcome.about) == (8, 1, {"hole": 0.5})
+    assert inpainting.square(16, 0.75).sum() == 144 and inpainting.square(16, 1.0).all()
+    assert not inpainting.square(16, 0.0).any()
+
+
+def test_image_guided_drawing_is_diffusers_own_from_another_picture_of_the_concept(target):
+    options = image_guided.Options(steps=5, strength="0.6", pictures=5)
+    found = image_guided.attack(target, CASES, options, Learned())
+    gallery, _ = target.gallery(5)
+    for case, outcome in zip(CASES, found, strict=True):
+        clean = gallery[torch.randint(5, (1,), generator=target.generator(case, "image_guided"))]
+        own = target.generator(case, "completion")
+        samples = drawn_by(StableDiffusionImg2ImgPipeline, target, case, own, 5, image=clean, strength=0.6)
+        (picture,) = target.pictures(samples)
+        assert np.abs(np.asarray(picture, int) - np.asarray(outcome.picture, int)).max() <= 2
+        assert (outcome.forward, outcome.about) == (6, {"strength": 0.6})
+
+
+def test_several_tries_go_on_with_the_cases_that_have_not_won(target):
+    asked = []
+
+    def sees(cases, pictures):
+        asked.append([case.name for case in cases])
+        return [case.name == f"{len(asked) - 1:04d}" for case in cases]
+
+    target.sees = sees
+    found = inpainting.attack(target, CASES, inpainting.Options(steps=2, hole="0.9,0.5,0.3,0.1"), Learned())
+    assert asked == [["0000", "0001", "0002"], ["0001", "0002"], ["0002"]]
+    assert [(outcome.drawn, outcome.forward, outcome.about["hole"]) for outcome in found] == [
+        (1, 4, 0.9), (2, 8, 0.5), (3, 12, 0.3),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind, words", [
+        (inpainting, {"hole": "0.5,x"}), (inpainting, {"hole": "1.5"}), (image_guided, {"strength": "0"}),
+        (completion, {"kept": ""}), (noise_probe, {"etas": "1,inf"}), (noise_probe, {"scales": "-1"}),
+    ],
+)  # fmt: skip
+def test_numbers_that_are_none_are_refused_before_anything_is_drawn(kind, words):
+    name = kind.__name__.rpartition(".")[2]
+    with pytest.raises(SalunError, match=rf"--attack_option {name}\..*: give numbers .*, with commas between them\."):
+        kind.Options(**words)
 
 
 @pytest.mark.parametrize("name", ATTACKS)

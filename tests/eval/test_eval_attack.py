@@ -18,14 +18,19 @@ FAST = [
     "soft_prompt.steps=2", "unlearndiffatk.timesteps=2", "unlearndiffatk.iterations=2", "ring_a_bell.population=6",
     "ring_a_bell.generations=2", "ring_a_bell.pairs=3", "tina.steps=3", "tina.iterations=1", "noise_probe.steps=3",
 ]  # fmt: skip
+FROM_A_PICTURE = [
+    "completion.kept=0.7", "completion.steps=10", "inpainting.hole=0.5,0.375", "inpainting.steps=10",
+    "image_guided.strength=0.4,0.3", "image_guided.steps=10", "image_guided.pictures=4",
+]  # fmt: skip
+LAUNCH = ("python", "-m", "eval")
 NAMES = ["concept_inversion", "soft_prompt", "unlearndiffatk", "ring_a_bell", "tina", "noise_probe"]
 
 
-def attack(output, *more, names=NAMES, options=FAST, **how):
+def attack(output, *more, names=NAMES, options=FAST, command=here, launch=LAUNCH, **how):
     given = [option for option in options if option.split(".")[0] in names]
     words = ["--attack_option", *given] if given else []
-    return here(
-        "python", "-m", "eval", "attack", "--attack", *names, "--pretrained_model_name_or_path", "demo", "--concept",
+    return command(
+        *launch, "attack", "--attack", *names, "--pretrained_model_name_or_path", "demo", "--concept",
         "airplane", "--output_dir", output, "--num_inference_steps", "4", *words, *more, **how,
     )  # fmt: skip
 
@@ -90,15 +95,28 @@ def test_a_stopped_run_goes_on_to_the_very_same(done, broken, tmp_path):
     attack(copy, "--erasure", broken, "--num_prompts", "3", "--prompts_at_once", "2")
     assert (own / "noise_probe" / "0001.json").read_text() == kept
 
-    def timeless(samples):
-        return [{key: value for key, value in line.items() if key != "seconds"} for line in samples]
-
     assert timeless(results_of(copy)[1]) == timeless(results_of(folder)[1])
     for line in results_of(folder)[1]:
         assert (copy / line["picture"]).read_bytes() == (folder / line["picture"]).read_bytes()
         if line.get("tensors"):
             one, other = (load_file(where / line["tensors"]) for where in (copy, folder))
             assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def timeless(samples):
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in samples]
+
+
+def test_two_processes_share_the_prompts_and_write_what_one_does(done, broken, tmp_path):
+    names, launch = ["concept_inversion", "tina"], ("torchrun", "--nproc_per_node", "2", "-m", "eval")
+    threads = str(torch.get_num_threads())  # as many as in this process: rounding depends on them
+    said = attack(
+        tmp_path, "--erasure", broken, "--num_prompts", "3", "--prompts_at_once", "2", names=names, command=run,
+        launch=launch, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS=threads,
+    ).stdout  # fmt: skip
+    expected = [line for line in results_of(done[0])[1] if line["set"] in ("plain", *names)]
+    assert timeless(results_of(tmp_path)[1]) == timeless(expected)
+    assert said.count("ASR, %") == 1, "the main process alone speaks"
 
 
 def test_its_help_says_what_each_attack_is_called():
@@ -129,9 +147,9 @@ def lacking(done, tmp_path_factory):
 def test_attacks_find_the_concept_on_a_model_that_has_it_when_the_prompt_does_not_name_it(lacking, tmp_path):
     options = [
         "soft_prompt.steps=25", "soft_prompt.learning_rate=0.05", "unlearndiffatk.timesteps=3", "tina.iterations=3",
-        "tina.learning_rate=0.03",
+        "tina.learning_rate=0.03", *FROM_A_PICTURE,
     ]  # fmt: skip
-    names = ["soft_prompt", "unlearndiffatk", "tina"]
+    names = ["soft_prompt", "unlearndiffatk", "tina", "completion", "inpainting", "image_guided"]
     results = measure.run(
         measure.Options(
             pretrained_model_name_or_path="demo", concept=["airplane"], output_dir=tmp_path, attack=names,
@@ -156,6 +174,36 @@ def test_a_learned_token_and_words_that_were_searched_stand_for_the_concept(tmp_
     assert found["ring_a_bell"] >= 1 and found["concept_inversion"] >= 2
 
 
+def test_attacks_from_a_picture_win_more_from_a_weak_erasure_than_its_plain_prompt(tmp_path):
+    words = ["--pretrained_model_name_or_path", "demo", "--concept", "airplane", "--method", "uce"]
+    here("python", "erase_concept.py", *words, "--output_dir", tmp_path / "uce")
+    names = ["completion", "inpainting", "image_guided"]
+    results = measure.run(
+        measure.Options(
+            pretrained_model_name_or_path="demo", concept=["airplane"], output_dir=tmp_path / "out", num_prompts=4,
+            erasure=[str(tmp_path / "uce")], scale=[0.5], attack=names, attack_option=FROM_A_PICTURE,
+        )
+    )  # fmt: skip
+    found = {name: attack["asr"]["count"] for name, attack in results["models"][1]["attacks"].items()}
+    assert {name: found[name] > found["plain"] for name in names} == dict.fromkeys(names, True), found
+
+
+def test_a_retrained_model_is_attacked_like_the_others_as_a_control(broken, tmp_path):
+    """The base itself, under another name, does as the base does; it is attacked and judged after all others."""
+    options = ["tina.steps=3", "tina.iterations=1", "completion.steps=3", "completion.kept=0.5"]
+    words = ["--erasure", broken, "--num_prompts", "2", "--retrained", "demo"]
+    attack(tmp_path, *words, names=["tina", "completion"], options=options)
+    results, samples = results_of(tmp_path)
+    base, _, control = results["models"]
+    assert (control["name"], control["role"], control["erasure"]) == ("retrained", "control", None)
+    lines = {
+        name: [(line["set"], line["won"], line["predicted"]) for line in samples if line["model"] == name]
+        for name in ("base", "retrained")
+    }
+    assert lines["base"] == lines["retrained"] and len(lines["base"]) == 6
+    assert {part.name for part in (tmp_path / "pictures" / "retrained").iterdir()} >= {"tina", "completion"}
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
@@ -168,6 +216,7 @@ def test_a_learned_token_and_words_that_were_searched_stand_for_the_concept(tmp_
         (["--attack_option", "tina.steps=x"], "'x' must be of type int"),
         (["--concept", "cat"], "attack takes one --concept: attack each concept by itself."),
         (["--pictures", "nowhere"], "There is no folder nowhere"),
+        (["--retrained", "nowhere"], "nowhere"),
     ],
 )
 def test_wrong_options_are_one_sentence(words, said, broken, tmp_path):
