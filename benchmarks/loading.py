@@ -48,7 +48,7 @@ def delta(config: BenchmarkConfig) -> dict:
                 del masks, values
             found[f"file_mb_{density}"] = Path(paths[0]).stat().st_size / 1e6
             if density == 0.5:
-                found |= _first(f"{folder}/unet", paths[0])
+                found |= _first(config.device, f"{folder}/unet", paths[0])
             found |= {f"{name}_{density}": seconds for name, seconds in _loads(pipe, paths).items()}
             if density == 0.5:
                 found |= _switches(pipe, paths)
@@ -98,14 +98,16 @@ def _clocked(work) -> dict[str, float]:
     """Seconds by the clock, and of all processors together: where others use the machine too, these tell more."""
     wall, busy = time.perf_counter(), time.process_time()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return {"_seconds": time.perf_counter() - wall, "_cpu": time.process_time() - busy}
 
 
-def _first(folder: str, path: str) -> dict:
+def _first(device: str, folder: str, path: str) -> dict:
     """The first load in a process of its own, onto a U-Net as `from_pretrained` leaves it: ours, and the slow way's."""
     found = {}
     for name in ("slow_", ""):
-        command = [sys.executable, "-m", "benchmarks.loading", folder, path, name]
+        command = [sys.executable, "-m", "benchmarks.loading", device, folder, path, name]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parent.parent)
         for key, value in json.loads(done.stdout.splitlines()[-1]).items():
             found[f"first_{name}{key}"] = value
@@ -113,9 +115,9 @@ def _first(folder: str, path: str) -> dict:
 
 
 def main() -> None:
-    """One first load: the U-Net's folder, the erasure's file, and "slow_" or ""."""
-    folder, path, how = sys.argv[1:]
-    pipe = pipeline(UNet2DConditionModel.from_pretrained(folder))
+    """One first load: the device, the U-Net's folder, the erasure's file, and "slow_" or ""."""
+    device, folder, path, how = sys.argv[1:]
+    pipe = pipeline(UNet2DConditionModel.from_pretrained(folder).to(device))
     held = psutil.Process().memory_info().rss
     work = partial(load_erasure, pipe, path) if not how else partial(_slow, pipe, path, [])
     took = _clocked(work)

@@ -7,6 +7,7 @@ taking it off first computes again what was written, and compares.
 
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ class SlowErasure:
     """The erasure in the file at ``path``; :meth:`load` puts it onto a denoiser, :meth:`unload` takes it off."""
 
     def __init__(self, path):
-        check_layout(path)
+        check_layout(Path(path))
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
             about = file.metadata()
@@ -53,13 +54,13 @@ class SlowErasure:
 
     @torch.no_grad()
     def load(self, module, scale: float = 1.0) -> None:
-        """Onto ``module``, row-major on the CPU."""
+        """Onto ``module``, whose weights lie row-major."""
         if not matches(self.base, fingerprint(module.named_parameters())):
             raise SalunError("That is another base model.")
         self.originals, self.scale = {}, scale
         for name, mask in self.masks.items():
             weight = module.get_parameter(name).view(-1)
-            self.originals[name] = weight.index_select(0, _places(mask))
+            self.originals[name] = weight.index_select(0, _places(mask, weight.device))
             self._add(name, weight)
             if not _is_finite(weight):
                 raise SalunError(f"{name} would hold NaN or Inf.")
@@ -68,25 +69,26 @@ class SlowErasure:
     def unload(self, module) -> None:
         """Off ``module``, where what was written is found unaltered."""
         for name, mask in self.masks.items():
-            weight, places = module.get_parameter(name).view(-1), _places(mask)
-            written = torch.zeros(weight.shape)
+            weight = module.get_parameter(name).view(-1)
+            places, written = _places(mask, weight.device), torch.zeros(weight.shape, device=weight.device)
             written.index_copy_(0, places, self.originals[name].float())
             self._add(name, written)
             found, wanted = weight.float().index_select(0, places), written.to(weight.dtype).float()
             if not torch.equal(wanted.index_select(0, places), found):
                 raise SalunError(f"{name} was written over.")
         for name, mask in self.masks.items():
-            module.get_parameter(name).view(-1).index_copy_(0, _places(mask), self.originals[name])
+            weight = module.get_parameter(name).view(-1)
+            weight.index_copy_(0, _places(mask, weight.device), self.originals[name])
 
     def _add(self, name, weight) -> None:
-        places, values = _places(self.masks[name]), self.values[name]
+        places, values = _places(self.masks[name], weight.device), self.values[name].to(weight.device)
         for where, value in zip(places.split(CHUNK), values.split(CHUNK), strict=True):
             changed = weight.index_select(0, where).float() + value.float() * self.scale
             weight.index_copy_(0, where, changed.to(weight.dtype))
 
 
-def _places(mask) -> torch.Tensor:
-    return torch.from_numpy(np.flatnonzero(mask.numpy()))
+def _places(mask, device) -> torch.Tensor:
+    return torch.from_numpy(np.flatnonzero(mask.numpy())).to(device)
 
 
 def _is_finite(values) -> bool:
