@@ -6,7 +6,8 @@
 
 The networks have Stable Diffusion v1.4's own configuration and random weights, so that nothing is downloaded. Each
 measurement runs in a process of its own, whose peak memory is the operating system's figure (or CUDA's). The results go
-to benchmarks/results-DEVICE.json, and benchmarks/README.md is written anew from all such files.
+to benchmarks/results-DEVICE.json, and benchmarks/README.md is written anew from all such files. `make bench-gpu` runs
+what is worth knowing of a CUDA card.
 """
 
 import datetime
@@ -34,7 +35,7 @@ def run(config: BenchmarkConfig) -> None:
     """
     import torch
 
-    file = HERE / f"results-{config.device}.json"
+    file = HERE / f"results-{'-'.join(filter(None, (config.device, config.part)))}.json"
     results = json.loads(file.read_text()) if file.exists() else {}
     for name in config.only:
         print(f"{name} …", flush=True)
@@ -70,7 +71,7 @@ def run(config: BenchmarkConfig) -> None:
 
 def _words(config: BenchmarkConfig) -> list[str]:
     """What was given besides --only, since the file keeps what was measured before."""
-    given = {item.name: getattr(config, item.name) for item in fields(config) if item.name != "only"}
+    given = {item.name: getattr(config, item.name) for item in fields(config) if item.name not in ("only", "part")}
     default = asdict(BenchmarkConfig())
     return [
         f"--{name}" if value is True else f"--{name} {value}" for name, value in given.items() if value != default[name]

@@ -17,6 +17,9 @@ class BenchmarkConfig:
     steps: int = option(4, "steps; the median of all but the first counts", least=1)
     dtype: str = option("fp32", "of the U-Net", ("fp32", "bf16"))
     device: str = option("cpu", "where it runs", ("cpu", "cuda"))
+    part: str | None = option(
+        None, "keep the results in a file of their own, results-DEVICE-PART.json, beside those of other settings"
+    )
     gradient_checkpointing: bool = option(False, "recompute activations, in both recipes")
     tiny: bool = option(False, "networks of a few weights, to see that everything runs; nothing is recorded")
     scores: int = option(860_000_000, "scores to select a mask from", least=1)

@@ -4,20 +4,15 @@ import json
 import resource
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from salun_diffusion.config import EraseConfig
 from salun_diffusion.data.sets import ImageSet
-from salun_diffusion.erasures.delta import Delta
-from salun_diffusion.erasures.fingerprint import fingerprint
-from salun_diffusion.loader import load_erasure, unload_erasure
 from salun_diffusion.masks.saliency import top_density
 from salun_diffusion.masks.scope import scoped_parameters
 from salun_diffusion.models import model_of
@@ -189,35 +184,3 @@ def pipeline(network: UNet2DConditionModel, vae: AutoencoderKL | None = None) ->
         vae=vae, text_encoder=None, tokenizer=None, unet=network, scheduler=SCHEDULE, safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
-
-
-def delta(config: BenchmarkConfig) -> dict:
-    """A delta of SD v1.4's size: its file, and the time to load it and take it off."""
-    config.dtype = "fp32"
-    network = unet(config)
-    pipe = pipeline(network)
-    parameters = scoped_parameters(network, SCOPE)
-    total = sum(p.numel() for p in parameters.values())
-    found = {"scoped_weights": total, "dense_fp16_mb": 2 * total / 1e6}
-    with tempfile.TemporaryDirectory() as folder:
-        network.save_pretrained(f"{folder}/unet")
-        # Every weight is read and copied into the network, as by a user: from_pretrained alone only maps the file.
-        file = f"{folder}/unet/diffusion_pytorch_model.safetensors"
-        found["dense_load_seconds"] = min(timed(config, lambda: network.load_state_dict(load_file(file)), 3))
-        base = fingerprint(network.named_parameters())
-        for density in (0.5, 0.1):
-            masks = {name: torch.rand(p.shape) < density for name, p in parameters.items()}
-            values = {name: 1e-3 * torch.randn(int(m.sum())) for name, m in masks.items()}
-            path = f"{folder}/erasure-{density}.safetensors"
-            Delta(masks, values, base, {"concept": "x", "method": "salun"}).save(path, torch.float16)
-            found[f"file_mb_{density}"] = Path(path).stat().st_size / 1e6
-            loads, unloads = [], []
-            for _ in range(3):
-                loads += timed(config, partial(load_erasure, pipe, path), 1)
-                unloads += timed(config, partial(unload_erasure, pipe), 1)
-            found.setdefault("first_load_seconds", loads[0])  # of 0.5; later loads find memory that the process has
-            found[f"load_seconds_{density}"], found[f"unload_seconds_{density}"] = min(loads[1:]), min(unloads)
-    weights = [p.detach() for p in parameters.values()]
-    copies = [torch.empty_like(p) for p in weights]
-    found["copy_seconds"] = min(timed(config, lambda: [c.copy_(p) for c, p in zip(copies, weights, strict=True)], 3))
-    return found

@@ -13,9 +13,11 @@ from .config import BenchmarkConfig
 def main() -> None:
     name, options = sys.argv[1:]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice on optional packages helps nobody here
-    from . import attack, evaluation, measurements, memory
+    from . import attack, evaluation, loading, measurements, memory
 
-    work = next(getattr(module, name) for module in (memory, evaluation, measurements, attack) if hasattr(module, name))
+    work = next(
+        getattr(module, name) for module in (memory, evaluation, loading, measurements, attack) if hasattr(module, name)
+    )
     print(json.dumps(work(BenchmarkConfig(**json.loads(options)))))
 
 

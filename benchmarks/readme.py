@@ -43,16 +43,25 @@ def _section(found: dict) -> str:
         rows.append([what, "", f"{m['extra_gib']:.2f} GiB", ""])
     if "delta" in found:
         d = found["delta"]
-        dense, first = d["dense_load_seconds"], d["first_load_seconds"]
-        rows.append(_row("first load in a process (density 0.5), against the dense U-Net", dense, first, "s"))
+        cores = f"{d['threads']} thread" + "s" * (d["threads"] > 1)
+        rows.append(_row(f"first load in a process (density 0.5, {cores}), against the slow way",
+                         d["first_slow_load_seconds"], d["first_load_seconds"], "s"))  # fmt: skip
+        rows.append(_row("… in processor seconds", d["first_slow_load_cpu"], d["first_load_cpu"], "s"))
+        rows.append(_row("… memory that it takes", d["first_slow_load_extra_gb"], d["first_load_extra_gb"], "GB"))
         for density in ("0.5", "0.1"):
-            load, unload = d[f"load_seconds_{density}"], d[f"unload_seconds_{density}"]
-            rows.append(_row(f"later loads (density {density}), against the dense U-Net", dense, load, "s"))
-            rows.append([f"taking it off (density {density})", "", f"{unload:.2f} s", ""])
+            for what, name in (("later loads", "load"), ("taking it off", "unload")):
+                slow, ours = (
+                    [d[f"{how}{name}{clock}_{density}"] for clock in ("_seconds", "_cpu")] for how in ("slow_", "")
+                )
+                rows.append(_row(f"{what} (density {density}), against the slow way", slow[0], ours[0], "s"))
+                rows.append(_row("… in seconds of the processors", slow[1], ours[1], "s"))
             file = d[f"file_mb_{density}"]
             rows.append(
                 _row(f"file at density {density}, against the dense fp16 layers", d["dense_fp16_mb"], file, "MB")
             )
+        rows.append(["turning a loaded erasure off", "", f"{d['off_seconds']:.2f} s", ""])
+        rows.append(["turning on one that was on before", "", f"{d['on_seconds']:.2f} s", ""])
+        rows.append(["loading the dense U-Net from the system's cache", "", f"{d['dense_load_seconds']:.2f} s", ""])
         rows.append(["one copy of those layers in memory", "", f"{d['copy_seconds']:.2f} s", ""])
     if "i2p" in found:
         rows += _evaluation(found["i2p"])

@@ -1,8 +1,9 @@
-"""Carry an erasure to other tools, and to the hub.
+"""Carry an erasure to other tools, and to the hub, or make it smaller.
 
 python -m salun_diffusion export runs/airplane --format lora --output airplane-lora
 python -m salun_diffusion export runs/airplane --format diff --output airplane.safetensors
 python -m salun_diffusion push runs/airplane --hub_model_id me/without-airplanes --results runs/airplane
+python -m salun_diffusion prune runs/airplane --keep 0.25 --output airplane-small.safetensors
 python -m salun_diffusion export --help
 """
 
@@ -12,6 +13,8 @@ import inspect
 from .export import ExportConfig, run
 from .hub import PushConfig, push_run
 from .options import add_options, finish, options_from
+from .pruning import PruneConfig
+from .pruning import run as prune_run
 
 
 def main() -> None:
@@ -21,6 +24,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     kinds = {
         "export": (ExportConfig, run, "write an erasure in another tool's format"),
+        "prune": (PruneConfig, prune_run, "keep the largest changes of an erasure alone, in a smaller file"),
         "push": (PushConfig, push_run, "upload a finished run to the hub, with a model card"),
     }
     parsers = {}

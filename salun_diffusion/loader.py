@@ -49,12 +49,12 @@ def load_erasure(pipe, source, *, scale: float = 1.0, name=None, revision=None, 
     scale = _finite(scale)
     path, commit = locate(source, revision)
     erasure = load(path)
-    digest = erasure.digest()
     name = name or erasure.metadata.get("concept") or Path(path).stem
+    new = Applied(name, scale, erasure, str(source), commit)
     with LOCK:
         applied = _applied(pipe)
         for one in applied:
-            if one.digest == digest:
+            if erasure.is_same(one.erasure):
                 raise SalunError(
                     f"{path} is already applied, as {one.name!r}; unload that first to apply it at another scale, "
                     "or call set_erasure_scale()."
@@ -62,13 +62,13 @@ def load_erasure(pipe, source, *, scale: float = 1.0, name=None, revision=None, 
             if one.name == name:
                 raise SalunError(f"The name {name!r} is taken by {one.source}; pass another name=...")
         for mark in _marks(pipe):
-            if mark["digest"] == digest:
+            if not _is_of(mark, applied) and mark["digest"] == new.digest:
                 raise SalunError(
                     f"{path} was made for another base model: this one is already erased by it, as {mark['name']!r}, "
                     "fused or saved with its weights; load the base model itself to apply it at another scale."
                 )
         erasure.check_fit(pipe, path, check_base, applied)
-        _change(pipe, (*applied, Applied(name, scale, erasure, digest, str(source), commit)))
+        _change(pipe, (*applied, new))
     return name
 
 
@@ -119,6 +119,7 @@ def fuse_erasure(pipe) -> None:
         for kind in dict.fromkeys(type(one.erasure) for one in applied):
             kind.fuse(pipe, tuple(one for one in applied if type(one.erasure) is kind))
         delattr(denoiser(pipe), STATE)
+        _mark(denoiser(pipe), [dict(mark.items()) for mark in _marks(pipe)])  # what they held is let go
 
 
 def list_erasures(pipe) -> list[dict]:
@@ -223,12 +224,42 @@ def _change(pipe, after: tuple[Applied, ...]) -> None:
         setattr(module, STATE, after)
     else:
         delattr(module, STATE)
-    if hasattr(module, "register_to_config"):  # save_pretrained() writes the config beside the erased weights
-        leaving = {one.digest for one in before}
-        marks = [mark for mark in _marks(pipe) if mark["digest"] not in leaving]
-        marks += [{"name": one.name, "scale": one.scale, "digest": one.digest} for one in after]
-        rest = {key: value for key, value in module.config.items() if key != MARK}
-        changed = FrozenDict(rest | ({MARK: marks} if marks else {}))  # a key of it can be set, but not taken
-        # load_ip_adapter() sets an attribute of the config that no key says, without which its images are not heeded
-        vars(changed).update({name: value for name, value in vars(module.config).items() if name != MARK})
-        module._internal_dict = changed
+    leaving = {one.digest for one in before} if any(not isinstance(mark, Mark) for mark in _marks(pipe)) else set()
+    rest = [mark for mark in _marks(pipe) if not _is_of(mark, before) and mark["digest"] not in leaving]
+    _mark(module, rest + [Mark(one) for one in after])
+
+
+class Mark(dict):
+    """What the config tells of an applied erasure: name, scale and digest, which is made when the config is saved."""
+
+    def __init__(self, one: Applied):
+        super().__init__(name=one.name, scale=one.scale)
+        self.one = one
+
+    def __missing__(self, key):
+        if key != "digest":
+            raise KeyError(key)
+        self[key] = self.one.digest
+        return self[key]
+
+    def items(self):
+        """With the digest."""
+        return {**super().copy(), "digest": self["digest"]}.items()
+
+    def __reduce__(self):
+        return dict, ([*self.items()],)
+
+
+def _is_of(mark: dict, applied: tuple[Applied, ...]) -> bool:
+    return isinstance(mark, Mark) and any(mark.one is one for one in applied)
+
+
+def _mark(module, marks: list[dict]) -> None:
+    """Makes the denoiser's config say that ``marks`` erased it: save_pretrained() writes it beside the weights."""
+    if not hasattr(module, "register_to_config"):
+        return
+    rest = {key: value for key, value in module.config.items() if key != MARK}
+    changed = FrozenDict(rest | ({MARK: marks} if marks else {}))  # a key of it can be set, but not taken
+    # load_ip_adapter() sets an attribute of the config that no key says, without which its images are not heeded
+    vars(changed).update({name: value for name, value in vars(module.config).items() if name != MARK})
+    module._internal_dict = changed

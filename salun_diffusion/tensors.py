@@ -4,6 +4,7 @@ import json
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -68,7 +69,7 @@ def read_safetensors(path, header_limit: int = HEADER_LIMIT) -> tuple[dict[str, 
         metadata = file.metadata() or {}
     if odd := [name for name, value in tensors.items() if value.dtype not in DTYPE_NAMES]:  # float8 lacks isfinite
         raise SalunError(f"{path} holds {listed(odd)} in a dtype that is not read here; save it as float32 or float16.")
-    broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    broken = [name for name, value in tensors.items() if value.is_floating_point() and not is_finite(value)]
     if broken:
         raise SalunError(f"{path} holds NaN or Inf in {listed(broken)}; a sound file has none, so make it again.")
     return tensors, metadata
@@ -100,6 +101,27 @@ def _opened(path, header_limit: int = HEADER_LIMIT):
         raise SalunError(f"{path} is not a valid safetensors file ({error}); fetch or save it again.") from error
     except OSError as error:
         raise SalunError(f"Cannot read {path}: {error.strerror or error}.") from error
+
+
+# float dtype -> integers of its size, and the bits of its exponent, all of which are set in NaN and Inf alone
+_EXPONENTS = {
+    torch.float64: (torch.int64, 0x7FF << 52),
+    torch.float32: (torch.int32, 0xFF << 23),
+    torch.float16: (torch.int16, 0x1F << 10),
+    torch.bfloat16: (torch.int16, 0xFF << 7),
+}
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """`values.isfinite().all()`, of any float dtype but those of 8 bits, several times to a hundred times faster.
+
+    The bits without their sign are compared as integers, in pieces that fit a cache; arithmetic on float16 is slow.
+    """
+    integers, exponent = _EXPONENTS[values.dtype]
+    bits = values.detach().cpu().contiguous().flatten().view(integers).numpy()
+    sizes = np.iinfo(bits.dtype).max  # all bits but the sign
+    pieces = (bits[start : start + (1 << 16)] for start in range(0, len(bits), 1 << 16))
+    return all(int((piece & sizes).max()) < exponent for piece in pieces)
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

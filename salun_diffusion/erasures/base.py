@@ -31,6 +31,10 @@ class Erasure:
         """SHA-256 (hex) of all that it does to a pipeline, whatever file it came from."""
         raise NotImplementedError
 
+    def is_same(self, other: "Erasure") -> bool:
+        """Whether their digests are equal; a kind may know a quicker way to tell."""
+        return self.digest() == other.digest()
+
     def check_fit(self, pipe, path: Path, check_base: bool, applied: "tuple[Applied, ...]") -> None:
         """Pass if it belongs on this pipeline.
 
@@ -90,7 +94,13 @@ class Applied:
     name: str
     scale: float
     erasure: Erasure
-    digest: str
     source: str
     revision: str | None
     memory: dict = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """The erasure's, made when it is asked for: that of a large one takes as long as all else of loading it."""
+        if not hasattr(self.erasure, "_digest"):
+            self.erasure._digest = self.erasure.digest()
+        return self.erasure._digest

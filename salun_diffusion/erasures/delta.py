@@ -45,23 +45,20 @@ than half an ulp of float16 (5e-4) for every sample is lost between a model in f
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from ..errors import SalunError
 from ..files import listed
-from ..tensors import OUR_HEADER_LIMIT, raw_bytes, read_safetensors, write_safetensors
+from ..tensors import OUR_HEADER_LIMIT, is_finite, raw_bytes, read_safetensors, write_safetensors
 from .fingerprint import SAMPLES, Fingerprint
 from .format import RESERVED, check_keys, metadata_from_text, metadata_to_text, read_shapes
-from .mask import check_not_empty, pack, unpack_all
+from .mask import PackedMasks, check_not_empty, count_bits, pack, packed_masks, places
 
 FORMAT, VERSION = "salun-delta", 1
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Weights gathered or put back at once: buffers that fit a cache are used again, and several times faster than ones of a
-# whole parameter's size, whose memory the system makes anew each time.
-CHUNK = 1 << 20
 
 
 @dataclass(eq=False)
@@ -69,7 +66,8 @@ class Delta:
     """An erasure in memory.
 
     Attributes:
-        masks: parameter name → bool tensor of the parameter's shape, True where a weight changes.
+        masks: parameter name → bool tensor of the parameter's shape, True where a weight changes. Of a delta that was
+            read from a file they stay packed, and each is unpacked whenever it is asked for.
         values: parameter name → 1-D tensor, one delta per True, row-major; all float32, float16 or bfloat16.
         fingerprint: of the base model, all its denoiser's parameters (``fingerprint(module.named_parameters())``).
         metadata: concept, method, density, scope, base_model, base_revision, settings, versions …
@@ -78,7 +76,7 @@ class Delta:
         SalunError: masks and values that do not fit, or NaN or Inf.
     """
 
-    masks: dict[str, torch.Tensor]
+    masks: Mapping[str, torch.Tensor]
     values: dict[str, torch.Tensor]
     fingerprint: Fingerprint
     metadata: dict
@@ -101,13 +99,16 @@ class Delta:
                 f"{what}: all values must have one dtype of float32, float16, bfloat16, "
                 f"not {listed(str(dtype).removeprefix('torch.') for dtype in dtypes)}."
             )
-        check_not_empty(what, self.masks)
-        for name, mask in self.masks.items():
-            chosen = int(torch.count_nonzero(mask))
-            if mask.dtype != torch.bool or self.values[name].shape != (chosen,):
+        is_packed = isinstance(self.masks, PackedMasks)
+        masks = self.masks.packed if is_packed else self.masks
+        check_not_empty(what, masks)
+        for name, mask in masks.items():
+            chosen = count_bits(mask) if is_packed else int(torch.count_nonzero(mask))
+            dtype = torch.bool if is_packed else mask.dtype
+            if dtype != torch.bool or self.values[name].shape != (chosen,):
                 raise SalunError(
                     f"{what}: {name} needs a bool mask and one value for each of its {chosen} chosen weights, "
-                    f"not a mask of {mask.dtype} and values of shape {tuple(self.values[name].shape)}."
+                    f"not a mask of {dtype} and values of shape {tuple(self.values[name].shape)}."
                 )
         broken = [name for name, value in self.values.items() if not is_finite(value)]
         if broken:
@@ -130,26 +131,29 @@ class Delta:
             )
         return Delta(self.masks, values, self.fingerprint, self.metadata)
 
-    def places(self, name: str) -> torch.Tensor:
-        """Where the parameter `name` changes: the row-major numbers of its weights, int64, in order.
+    def packed(self, name: str) -> torch.Tensor:
+        """The mask of the parameter `name` as files hold it: uint8, one bit a weight, on the CPU."""
+        return self.masks.packed[name] if isinstance(self.masks, PackedMasks) else pack(self.masks[name])
 
-        On a CPU, weights are read and written by places many times faster than by a mask.
-        """
-        return _places(self.masks[name])
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The sizes of every parameter that it names."""
+        if isinstance(self.masks, PackedMasks):
+            return self.masks.shapes
+        return {name: tuple(mask.shape) for name, mask in self.masks.items()}
 
     def dense(self, name: str) -> torch.Tensor:
         """The delta of the parameter `name`: float32, the parameter's shape, zero where nothing changes."""
-        dense = torch.zeros(self.masks[name].shape)
-        dense.view(-1)[self.places(name)] = self.values[name].detach().cpu().float()
+        dense = torch.zeros(self.shapes()[name])
+        dense.view(-1)[places(self.packed(name))] = self.values[name].detach().cpu().float()
         return dense
 
     def digest(self) -> str:
         """SHA-256 (hex) of what the delta does, whatever file it came from: names, shapes, masks and values."""
         sha = hashlib.sha256()
-        for name in sorted(self.masks):
-            mask, value = self.masks[name], self.values[name]
-            sha.update(json.dumps([name, list(mask.shape), str(value.dtype)]).encode())
-            sha.update(raw_bytes(pack(mask)))
+        for name, shape in sorted(self.shapes().items()):
+            value = self.values[name]
+            sha.update(json.dumps([name, list(shape), str(value.dtype)]).encode())
+            sha.update(raw_bytes(self.packed(name)))
             sha.update(raw_bytes(value))
         return sha.hexdigest()
 
@@ -162,10 +166,10 @@ class Delta:
         self.check(f"Cannot write {path}")
         delta = self if dtype is None else self.quantised(dtype)
         tensors = {"fingerprint": self.fingerprint.samples}
-        for name, mask in delta.masks.items():
-            tensors[f"{name}.mask"] = pack(mask)
+        shapes = {name: list(shape) for name, shape in delta.shapes().items()}
+        for name in shapes:
+            tensors[f"{name}.mask"] = delta.packed(name)
             tensors[f"{name}.delta"] = delta.values[name]
-        shapes = {name: list(mask.shape) for name, mask in delta.masks.items()}
         reserved = dict(format=FORMAT, version=VERSION, shapes=shapes, structure=self.fingerprint.structure)
         write_safetensors(path, tensors, metadata_to_text(path, self.metadata, **reserved))
 
@@ -190,39 +194,10 @@ class Delta:
                 f"{path} is damaged: its fingerprint has {len(samples)} rows, fewer than the {len(shapes)} parameters "
                 "that it changes."
             )
-        masks = unpack_all(path, tensors, shapes)
+        masks = packed_masks(path, tensors, shapes)
         values = {name: tensors[f"{name}.delta"] for name in shapes}
         metadata = {key: value for key, value in metadata.items() if key not in RESERVED}
         try:
             return cls(masks, values, Fingerprint(structure, samples), metadata)
         except SalunError as error:
             raise SalunError(f"{path} is damaged: {error}") from error
-
-
-def merge(weight: torch.Tensor, terms) -> None:
-    """Adds the sum of scale * delta to `weight`, in place: in float32, rounded once, to the weight's own dtype.
-
-    `weight` has one dimension; `terms` is a list of (places, values, scale), the first two as a Delta gives them; all
-    is on the CPU. Weights at no place are not written.
-    """
-    if len(terms) > 1:
-        move, touched = torch.zeros(weight.shape), torch.zeros(weight.shape, dtype=torch.bool)
-        for places, values, scale in terms:
-            move.index_add_(0, places, values.float() * scale)
-            touched.index_fill_(0, places, True)
-        places = _places(touched)
-        terms = [(places, move.index_select(0, places), 1.0)]
-    for places, values, scale in terms:
-        for where, value in zip(places.split(CHUNK), values.split(CHUNK), strict=True):
-            changed = weight.index_select(0, where).float() + value.float() * scale  # float() is exact: one rounding
-            weight.index_copy_(0, where, changed.to(weight.dtype))
-
-
-def is_finite(values: torch.Tensor) -> bool:
-    """`values.isfinite().all()` in one pass over them, in a tenth of the time."""
-    return values.numel() == 0 or bool(torch.stack(values.aminmax()).isfinite().all())
-
-
-def _places(mask: torch.Tensor) -> torch.Tensor:
-    # numpy's nonzero: where half of the weights are chosen, torch's takes five times as long
-    return torch.from_numpy(np.flatnonzero(mask.detach().cpu().numpy()))

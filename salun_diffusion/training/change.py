@@ -12,9 +12,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..erasures.delta import CHUNK, Delta
+from ..erasures.delta import Delta
 from ..erasures.fingerprint import Fingerprint
 from ..erasures.mask import pack, places
+
+# Weights gathered or put back at once: buffers that fit a cache are used again, and several times faster than ones of a
+# whole parameter's size, whose memory the system makes anew each time.
+CHUNK = 1 << 20
 
 
 class MaskedChange:

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from salun_diffusion.erasures.delta import CHUNK, DTYPES, Delta, is_finite, merge
+from salun_diffusion.erasures.delta import DTYPES, Delta
 from salun_diffusion.erasures.fingerprint import Fingerprint, _number, _origins, _place, _round, fingerprint, matches
+from salun_diffusion.erasures.merge import PIECE, checksum, merge
 from salun_diffusion.errors import SalunError
-from salun_diffusion.tensors import read_safetensors
+from salun_diffusion.tensors import is_finite, read_safetensors
 
 SHAPES = st.lists(st.integers(0, 6), max_size=4).map(tuple)
 HALF, BRAIN = torch.float16, torch.bfloat16
@@ -43,8 +44,10 @@ def same_delta(a, b):
 
 def merged(original, terms):
     """What `merge` makes of `original` with `terms`, a list of (delta, name, scale)."""
-    weight = original.clone()
-    merge(weight.view(-1), [(delta.places(name), delta.values[name], scale) for delta, name, scale in terms])
+    weight = torch.empty_like(original)
+    terms = [(delta.packed(name), delta.values[name], scale) for delta, name, scale in terms]
+    seen = merge(original.reshape(-1), terms, weight.view(-1))
+    assert seen.fits == bool(weight.isfinite().all()) and seen.checksum == checksum(weight)
     return weight
 
 
@@ -83,21 +86,31 @@ def test_round_trip(tmp_path_factory, shapes, seed, dtype, share):
     st.sampled_from(DTYPES),
     st.sampled_from(DTYPES),
     st.lists(st.sampled_from([1.0, -0.7, 0.0]), max_size=3),
-    st.sampled_from([1, 5, CHUNK]),
+    st.sampled_from([8, 64, PIECE]),
 )
-def test_merge_equals_the_slow_twin(shape, seed, stored, dtype, scales, chunk):
+def test_merge_equals_the_slow_twin(shape, seed, stored, dtype, scales, piece):
     base, _ = random_delta([shape], seed)
     deltas = [random_delta([shape], seed + number, stored)[1] for number in range(len(scales))]
     for name, weight in base.items():
         original = weight.to(dtype)
         terms = [(delta, name, scale) for delta, scale in zip(deltas, scales, strict=True)]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("salun_diffusion.erasures.delta.CHUNK", chunk)
+            patch.setattr("salun_diffusion.erasures.merge.PIECE", piece)
             assert torch.equal(merged(original, terms), slow_merge(original, terms))
         for delta in deltas:
             dense = delta.dense(name)
             assert dense.dtype == torch.float32
             assert torch.equal(dense, slow_merge(torch.zeros(weight.shape), [(delta, name, 1.0)]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [3e38, 7e4, -7e4, 1.0, float("inf"), float("nan")])
+def test_merge_tells_what_the_dtype_cannot_hold(dtype, value):
+    one = torch.ones(9, dtype=torch.bool)
+    delta = Delta({"a": one}, {"a": torch.full((9,), 1.0)}, fingerprint([("a", torch.zeros(9))]), {})
+    merged(torch.full((9,), value).to(dtype), [(delta, "a", 1.0)])  # which looks for itself
+    for scale in (3e38, 1e39, -7e4):
+        merged(torch.zeros(9, dtype=dtype), [(delta, "a", scale)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

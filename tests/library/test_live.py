@@ -268,6 +268,75 @@ def test_scale(pipe, file, tmp_path):
     assert tiny.same(clean, tiny.bits(pipe))
 
 
+def test_switching_between_loaded_erasures_moves_no_weights(pipe, file, tmp_path):
+    clean, names = tiny.bits(pipe), ("concept 0", "concept 1")
+    tiny.erasure(pipe.unet, 1).save(tmp_path / "other")
+    load_erasure(pipe, file)
+    first = tiny.bits(pipe)
+    set_erasure_scale(pipe, "concept 0", 0)
+    assert tiny.same(clean, tiny.bits(pipe))  # of the base model's zeros the signs too
+    load_erasure(pipe, tmp_path / "other")
+    second = tiny.bits(pipe)
+    for _ in range(2):
+        for off, on, wanted in ((*names[::-1], first), (*names, second)):
+            set_erasure_scale(pipe, off, 0)
+            set_erasure_scale(pipe, on, 1)
+            assert tiny.same(wanted, tiny.bits(pipe)) and all(row["intact"] for row in list_erasures(pipe))
+    places = {name: weight.data_ptr() for name, weight in pipe.unet.named_parameters()}
+    set_erasure_scale(pipe, "concept 1", 0)
+    set_erasure_scale(pipe, "concept 1", 1)
+    assert places == {name: weight.data_ptr() for name, weight in pipe.unet.named_parameters()}
+    set_erasure_scale(pipe, "concept 0", 0.5)
+    set_erasure_scale(pipe, "concept 0", 0)
+    assert tiny.same(second, tiny.bits(pipe))
+    unload_erasure(pipe, "concept 1")
+    assert tiny.same(clean, tiny.bits(pipe))
+    unload_erasure(pipe)
+    assert tiny.same(clean, tiny.bits(pipe))
+
+
+def test_an_edit_where_an_erasure_is_turned_off(pipe, file):
+    load_erasure(pipe, file, scale=0)
+    layer = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight
+    layer.data += 0.01  # which PyTorch does not count, as peft's fuse_lora
+    lost(pipe)
+
+
+def test_an_edit_behind_pytorch(pipe, file):
+    load_erasure(pipe, file)
+    pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.detach().numpy()[3, 5] += 1
+    lost(pipe)
+
+
+def test_in_inference_mode(pipe, file):
+    clean = tiny.bits(pipe)
+    with torch.inference_mode():
+        load_erasure(pipe, file)
+        set_erasure_scale(pipe, "concept 0", 0.5)
+    set_erasure_scale(pipe, "concept 0", 2)
+    with torch.inference_mode():
+        unload_erasure(pipe)
+    assert tiny.same(clean, tiny.bits(pipe))
+
+
+def test_group_offloading_to_memory(pipe, file):
+    clean = tiny.bits(pipe)
+    load_erasure(pipe, file)
+    erased = picture(pipe)
+    device = torch.device("cpu")
+    pipe.unet.enable_group_offload(device, device, "leaf_level")
+    places = {name: weight.data_ptr() for name, weight in pipe.unet.named_parameters()}
+    for scale in (0, 1):
+        set_erasure_scale(pipe, "concept 0", scale)
+    assert torch.equal(picture(pipe), erased) and list_erasures(pipe)[0]["intact"] is True
+    unload_erasure(pipe)
+    load_erasure(pipe, file)
+    assert torch.equal(picture(pipe), erased)
+    unload_erasure(pipe)
+    assert tiny.same(clean, tiny.bits(pipe))
+    assert places == {name: weight.data_ptr() for name, weight in pipe.unet.named_parameters()}  # its hooks hold these
+
+
 @pytest.mark.parametrize("fuse", [True, False])
 def test_a_saved_pipeline_says_that_it_is_erased(pipe, file, tmp_path, fuse):
     load_erasure(pipe, file)

@@ -14,9 +14,11 @@ import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, StableDiffusionPipeline
 from safetensors.torch import save_file
 
+from benchmarks.slow_loader import SlowErasure
 from salun_diffusion import SalunError, fuse_erasure, list_erasures, load_erasure, unload_erasure
-from salun_diffusion.erasures.delta import Delta, merge
+from salun_diffusion.erasures.delta import Delta
 from salun_diffusion.erasures.fingerprint import fingerprint
+from salun_diffusion.erasures.originals import put
 from salun_diffusion.loader import STATE
 from salun_diffusion.models.load import denoiser
 from salun_diffusion.tensors import read_safetensors
@@ -98,6 +100,27 @@ def test_the_pictures_change_and_come_back(pipe, file):
     assert abs(picture() - before).max() > 1e-4
     unload_erasure(pipe)
     assert (picture() == before).all()
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, HALF, BRAIN])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_slow_twin_writes_the_same_bits(base, file, dtype, threads):
+    pipe, slow = open_pipe(base, dtype), SlowErasure(file)
+    before, digest, usual = tiny.bits(pipe), Delta.load(file).digest(), torch.get_num_threads()
+    assert slow.digest == digest
+    try:
+        torch.set_num_threads(threads)
+        for scale in (1.0, 0.37, -300):
+            slow.load(pipe.unet, scale)
+            wanted = tiny.bits(pipe)
+            slow.unload(pipe.unet)
+            assert tiny.same(before, tiny.bits(pipe))
+            load_erasure(pipe, file, scale=scale)
+            assert tiny.same(wanted, tiny.bits(pipe)) and not tiny.same(before, wanted)
+            unload_erasure(pipe)
+            assert tiny.same(before, tiny.bits(pipe))
+    finally:
+        torch.set_num_threads(usual)
 
 
 def test_scale(pipe, file, delta):
@@ -193,25 +216,29 @@ def test_an_interruption_leaves_nothing_half_done(pipe, tmp_path, monkeypatch, d
     for action in actions:
         left = [done]
 
-        def interrupted(weight, terms, left=left):
-            merge(weight, terms)
+        def interrupted(*arguments, left=left):
+            put(*arguments)
             left[0] -= 1
             if left[0] == -1:
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr("salun_diffusion.erasures.weights.merge", interrupted)
+            patch.setattr("salun_diffusion.erasures.weights.put", interrupted)
             action()
         assert tiny.same(before, tiny.bits(pipe)) and list_erasures(pipe) == listed
     unload_erasure(pipe)
     assert tiny.same(clean, tiny.bits(pipe))
 
 
-def test_the_originals_of_changed_weights_alone_are_kept(pipe, file, delta):
+def test_the_originals_of_changed_parameters_alone_are_kept(pipe, file, delta):
+    before = {name: weight.data_ptr() for name, weight in pipe.unet.named_parameters()}
     load_erasure(pipe, file)
     (erasure,) = getattr(pipe.unet, STATE)
-    sizes = {name: original.shape for name, original in erasure.memory.items()}
-    assert sizes == {name: value.shape for name, value in delta.values.items()}
+    assert {name: original.base.data_ptr() for name, original in erasure.memory.items()} == {
+        name: before[name] for name in delta.masks
+    }
+    unload_erasure(pipe)
+    assert {name: weight.data_ptr() for name, weight in pipe.unet.named_parameters()} == before
 
 
 def test_a_copy_of_the_pipeline_unloads_on_its_own(pipe, file):
