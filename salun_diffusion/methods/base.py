@@ -28,7 +28,9 @@ class Batch:
     ``timesteps`` ``(batch,)``, and the prompts' ``condition``. In a forget batch also that of the anchor prompts, and
     which ``tokens`` are the "concept" and which the "end" of the prompt, bool ``(batch, sequence)``.
 
-    ``step`` counts the steps of the training from 0. ``noisy`` and ``target`` are unused for sets of names.
+    ``step`` counts the steps of the training from 0; ``rows`` are the places of the pictures in the step's global
+    batch, whatever processes and accumulation make of that, and ``index`` those in their set. ``noisy`` and ``target``
+    are unused for sets of names.
     """
 
     noisy: torch.Tensor
@@ -39,6 +41,8 @@ class Batch:
     anchor_condition: Condition | None
     tokens: dict[str, torch.Tensor]
     step: int
+    index: torch.Tensor
+    rows: torch.Tensor
 
 
 class Change(Protocol):
@@ -62,7 +66,11 @@ class Batches(Protocol):
     retain: Any  # the retain set, or None
     seed: int
     num_inference_steps: int
+    max_train_steps: int
     accelerator: Any
+
+    def generator(self, *key: Any) -> torch.Generator:
+        """Random numbers on the CPU that depend on the seed and ``key`` alone."""
 
     def noised(self, images: Any, index: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> Batch:
         """The pictures ``index`` of a set with ``noise`` at timesteps ``t``."""

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler
 
 from ..models.base import Condition
 from ..options import option
-from .base import NEEDS_RETAIN, GradientMethod
+from .base import NEEDS_RETAIN, Batch, GradientMethod
 from .losses import denoising
 
 
@@ -47,6 +47,12 @@ class ESD(GradientMethod):
         self.sampler.set_timesteps(batches.num_inference_steps)
 
     def losses(self, forget, retain):
+        noisy, t, target = self.aim(forget)
+        erased = self.predict(noisy, t, forget.condition)
+        return denoising(erased, target), erased.new_zeros(())
+
+    def aim(self, forget: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Half-denoised pictures, their timesteps, and what is to be predicted for them."""
         steps = self.sampler.timesteps.tolist()
         done = random.Random(repr((self.batches.seed, "esd", forget.step))).randrange(len(steps))
         noisy = self.partly_denoised(forget.noise, forget.condition, steps[:done])
@@ -55,9 +61,7 @@ class ESD(GradientMethod):
         three = {key: torch.cat([forget.condition[key], empty[key], wider[key]]) for key in empty}
         with self.change.at_base(), torch.no_grad():
             concept, nothing, origin = self.predict(noisy.repeat(3, 1, 1, 1), t.repeat(3), three).chunk(3)
-        target = origin - self.options.negative_guidance * (concept - nothing)
-        erased = self.predict(noisy, t, forget.condition)
-        return denoising(erased, target), erased.new_zeros(())
+        return noisy, t, origin - self.options.negative_guidance * (concept - nothing)
 
     @torch.no_grad()
     def partly_denoised(self, noise: torch.Tensor, condition: Condition, steps: list[int]) -> torch.Tensor:

@@ -139,6 +139,13 @@ class Model:
             return self.schedule.get_velocity(clean, noise, timesteps)
         raise SalunError(f"The scheduler's prediction_type is '{kind}': epsilon and v_prediction can be trained.")
 
+    def noise_in(self, predicted: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The noise in ``noisy`` as what the network ``predicted`` for it tells, of the same shape."""
+        if self.schedule.config.prediction_type == "epsilon":
+            return predicted
+        alpha = self.schedule.alphas_cumprod.to(noisy.device)[timesteps].view(-1, *[1] * (noisy.ndim - 1))
+        return alpha.sqrt() * predicted + (1 - alpha).sqrt() * noisy
+
     def draw(self, rows: "Sequence[Row]", **how) -> list:
         """One picture (or latent) for each row, from its own seed; ``how`` is as for :func:`.sampling.sample`."""
         return sample(self.pipe, rows, **how)

@@ -49,6 +49,10 @@ class TextUNet(Model):
         """The embedding of each token, ``(batch, tokens, width)``."""
         return condition["encoder_hidden_states"]
 
+    def with_tokens(self, condition: Condition, tokens: torch.Tensor) -> Condition:
+        """``condition`` with other embeddings of its tokens, ``(batch, tokens, width)``."""
+        return condition | {"encoder_hidden_states": tokens.to(condition["encoder_hidden_states"].dtype)}
+
     def differing_tokens(self, prompt: str, other: str) -> slice:
         """As :func:`differing_tokens`."""
         return differing_tokens(self.pipe, prompt, other)

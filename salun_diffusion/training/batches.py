@@ -27,6 +27,7 @@ class Batches:
         size: pictures of each set at once; it may shrink while memory is short.
         num_inference_steps: of the model's sampler, for methods that denoise themselves.
         data_dir: where :meth:`cached` keeps files.
+        max_train_steps: of the whole training, for methods that have phases.
     """
 
     def __init__(
@@ -38,9 +39,10 @@ class Batches:
         size: int,
         num_inference_steps: int,
         data_dir: str,
+        max_train_steps: int = 0,
     ):
         self.accelerator, self.model, self.sets, self.seed, self.size = accelerator, model, sets, seed, size
-        self.num_inference_steps, self.data_dir = num_inference_steps, data_dir
+        self.num_inference_steps, self.data_dir, self.max_train_steps = num_inference_steps, data_dir, max_train_steps
 
     @property
     def retain(self) -> ImageSet | None:
@@ -51,9 +53,17 @@ class Batches:
         return cached_tensors(self.data_dir, kind, settings, make, self.accelerator)
 
     def noised(
-        self, images: ImageSet, index: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, step: int = 0
+        self,
+        images: ImageSet,
+        index: torch.Tensor,
+        noise: torch.Tensor,
+        t: torch.Tensor,
+        step: int = 0,
+        rows: torch.Tensor | None = None,
     ) -> Batch:
-        """The pictures ``index`` of a set with ``noise`` at timesteps ``t``."""
+        """The pictures ``index`` of a set with ``noise`` at timesteps ``t``; ``rows`` are their places in the global
+        batch of the step, the first ones without it.
+        """
         device, dtype = self.accelerator.device, self.model.dtype
         clean = images.latents[index]
 
@@ -69,11 +79,17 @@ class Batches:
             anchor_condition=None if images.anchor_index is None else condition(images.anchor_index),
             tokens={kind: marked[index].to(device) for kind, marked in images.tokens.items()},
             step=step,
+            index=index,
+            rows=torch.arange(len(index)) if rows is None else rows,
         )
+
+    def generator(self, *key) -> torch.Generator:
+        """Random numbers on the CPU that depend on the seed and ``key`` alone."""
+        return torch.Generator().manual_seed(random.Random(repr((self.seed, *key))).getrandbits(63))
 
     def draw(self, images: ImageSet, count: int, *key) -> tuple[torch.Tensor, torch.Tensor]:
         """``count`` noises and timesteps that depend on the seed and ``key`` alone."""
-        generator = torch.Generator().manual_seed(random.Random(repr((self.seed, *key))).getrandbits(63))
+        generator = self.generator(*key)
         noise = torch.randn(count, *images.latents.shape[1:], generator=generator)
         return noise, torch.randint(self.model.schedule.config.num_train_timesteps, (count,), generator=generator)
 
@@ -82,4 +98,4 @@ class Batches:
         noise, t = self.draw(images, len(index), name, step)
         share = torch.arange(len(index)).chunk(self.accelerator.num_processes)[self.accelerator.process_index]
         for rows in share.split(self.size):
-            yield self.noised(images, index[rows], noise[rows], t[rows], step)
+            yield self.noised(images, index[rows], noise[rows], t[rows], step, rows)

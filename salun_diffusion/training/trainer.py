@@ -48,8 +48,9 @@ class Trainer:
         if config.gradient_checkpointing:
             model.network.enable_gradient_checkpointing()
         self.batches = Batches(
-            accelerator, model, sets, config.seed, config.train_batch_size, config.num_inference_steps, config.data_dir
-        )
+            accelerator, model, sets, config.seed, config.train_batch_size, config.num_inference_steps, config.data_dir,
+            config.max_train_steps,
+        )  # fmt: skip
         method = find_method(config.method)
         self.method: GradientMethod = method(model, method.parse(config.method_option), self.batches)
 

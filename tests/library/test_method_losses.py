@@ -56,6 +56,11 @@ def plain_concept_ablation(net, base, forget, retain, trainer):
 
 
 def plain_esd(net, base, forget, retain, trainer):
+    x, t, target = plain_esd_target(net, base, forget, trainer)
+    return F.mse_loss(net(x, t, told(forget)).sample, target)
+
+
+def plain_esd_target(net, base, forget, trainer):
     """DDIM (Song et al. 2021, eq. 12, η = 0) written out, one prediction a call."""
     signal = torch.cat(
         [trainer.model.schedule.alphas_cumprod, trainer.model.schedule.alphas_cumprod[:1]]
@@ -76,8 +81,27 @@ def plain_esd(net, base, forget, retain, trainer):
             x = later.sqrt() * clean + (1 - later).sqrt() * guided
         t = torch.full((len(x),), steps[done])
         nothing, concept = base(x, t, empty).sample, base(x, t, told(forget)).sample
-        target = nothing - 1.0 * (concept - nothing)
-    return F.mse_loss(net(x, t, told(forget)).sample, target)
+        return x, t, nothing - 1.0 * (concept - nothing)
+
+
+def plain_race(net, base, forget, retain, trainer):
+    """Each picture attacked by itself, entry by entry within the radius and the range of its own embedding."""
+    x, t, target = plain_esd_target(net, base, forget, trainer)
+    options, attacked = trainer.method.options, []
+    for i, clean in enumerate(told(forget)):
+        generator = trainer.batches.generator("race", forget.step, i)
+        moving = clean + options.radius * (torch.rand(clean.shape, generator=generator) * 2 - 1)
+        moving = moving.clip(clean.min(), clean.max())
+        for _ in range(options.attack_steps if forget.step >= 1 else 0):
+            moving.requires_grad_()
+            loss = (net(x[i : i + 1], t[i : i + 1], moving[None]).sample - forget.noise[i]).square().mean()
+            moving = (moving - 0.25 * options.radius * torch.autograd.grad(loss, moving)[0].sign()).detach()
+            moving = torch.maximum(torch.minimum(moving, clean + options.radius), clean - options.radius)
+            moving = moving.clip(clean.min(), clean.max())
+        attacked.append(moving if forget.step >= 1 else clean)
+    pairs = [(net.get_parameter(name), base.get_parameter(name)) for name, _ in scoped_names(net, "cross-attention")]
+    lasso = sum((one - other.detach()).abs().mean() for one, other in pairs)
+    return F.mse_loss(net(x, t, torch.stack(attacked)).sample, target) + 0.1 * lasso
 
 
 def plain_forget_me_not(net, base, forget, retain, trainer):
@@ -132,7 +156,9 @@ PLAIN = {
     "salun_esd": plain_esd,
     "forget_me_not": plain_forget_me_not,
     "selective_amnesia": plain_selective_amnesia,
+    "race": plain_race,
 }
+OPTIONS = {"race": ["warm_up=0.3", "radius=0.5", "attack_steps=3", "lasso=0.1"]}  # one step of three without its attack
 
 
 def scoped_names(network, scope):
@@ -158,7 +184,7 @@ def trainer_for(method, folder, tmp_path, **changes):
 @pytest.mark.parametrize("method", PLAIN)
 def test_steps_match_a_plain_loop(method, folders, tmp_path):
     """Three steps of dense Adam on the plain loss, every pass on its own."""
-    trainer, parameters, base = trainer_for(method, folders["sd1"], tmp_path)
+    trainer, parameters, base = trainer_for(method, folders["sd1"], tmp_path, method_option=OPTIONS.get(method))
     plain = copy.deepcopy(base)
     masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
     trainer.train(MaskedChange(parameters, masks), tmp_path / "log.jsonl", Checkpoints(tmp_path, {}, 2))

@@ -69,7 +69,7 @@ def test_a_gradient_method_takes_any_mask(method, folders, tmp_path):
     assert everything.metadata["density"] == 1.0
 
 
-@pytest.mark.parametrize("method", ["esd", "selective_amnesia"])
+@pytest.mark.parametrize("method", ["esd", "selective_amnesia", "race"])
 def test_resumed_is_uninterrupted(method, folders, tmp_path):
     """For the methods that draw more than noise, or keep more than weights."""
     whole = erase(folders["sd1"], method, tmp_path / "run", "--max_train_steps", "4", "--checkpointing_steps", "2")
@@ -127,6 +127,7 @@ def test_what_is_set_for_a_method_holds_for_those_made_from_it():
         ("salun", ["--method_option", "ewc=1"], "no option 'ewc'. Its own: target=current"),
         ("salun", ["--method_option", "target=base"], "choose one of current, frozen"),
         ("esd", ["--method_option", "negative_guidance=far"], "'far' must be of type float"),
+        ("race", ["--method_option", "attack_steps=0"], "attack_steps is 0: give a number of at least 1"),
     ],
 )
 def test_what_a_method_cannot_use_is_said(method, more, message, folders, tmp_path):
