@@ -15,6 +15,7 @@ METHODS = {
     "rece": "rece.RECE",
     "selective_amnesia": "selective_amnesia.SelectiveAmnesia",
     "race": "race.RACE",
+    "salun_adv": "salun_adv.SalUnAdv",
 }
 NEEDS_DRAWING = ("guidance_scale", "sample_batch_size")  # and those that only pictures have that a run draws
 NEEDS_SALIENCY = ("density", "threshold", "saliency_guidance")  # settings that only a saliency mask has a use for

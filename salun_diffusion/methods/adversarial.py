@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from ..models.base import Condition, Model
+from ..process import progress
 from .base import Batch, Batches
 
 
@@ -23,7 +25,7 @@ def embedding_pgd(
     loss: Callable[[torch.Tensor], torch.Tensor],
     embeddings: torch.Tensor,
     start: torch.Tensor,
-    radius: float,
+    radius: float | torch.Tensor,
     steps: int,
     step_size: float,
 ) -> torch.Tensor:
@@ -34,7 +36,7 @@ def embedding_pgd(
         loss: of embeddings; a sum over the rows, so that no row's attack depends on the others.
         embeddings: what is attacked, ``(batch, tokens, width)``.
         start: of δ in units of ``radius``, in [-1, 1], of the same shape; where it is 0, δ stays so.
-        radius: the largest change of an entry.
+        radius: the largest change of an entry, or of each row's, ``(batch, 1, 1)``.
         steps: of descent.
         step_size: of one, in units of ``radius``.
 
@@ -50,3 +52,73 @@ def embedding_pgd(
             (gradient,) = torch.autograd.grad(loss(attacked), attacked)
         change = (attacked.detach() - step_size * radius * gradient.sign() * moves - origin).clamp(-radius, radius)
     return (origin + change).clamp(floor, ceiling)
+
+
+class Inversion:
+    """Textual inversion on the model that is being erased (Gal et al., ICLR 2023, eq. 2).
+
+    It finds for each concept a word with which its pictures in the forget set are predicted best, as concept inversion
+    does afterwards (Pham et al., ICLR 2024). The word stands for what tells a prompt of the concept from its anchor's.
+
+    Args:
+        model: whose network is attacked.
+        batches: with a forget set.
+        steps: of AdamW.
+        rate: its learning rate.
+        size: pictures a step.
+    """
+
+    def __init__(self, model: Model, batches: Batches, steps: int, rate: float, size: int):
+        self.model, self.batches, self.steps, self.rate, self.size = model, batches, steps, rate, size
+        forget = batches.sets["forget"]
+        both = zip(forget.prompt_index.tolist(), forget.anchor_index.tolist(), strict=True)
+        prompts = [model.opened(*(forget.prompts[i] for i in pair)) for pair in both]
+        concepts = [number for number, share in enumerate(forget.shares) for _ in range(share)]
+        pairs = list(zip(prompts, concepts, strict=True))
+        self.pairs = list(dict.fromkeys(pairs))  # distinct prompts, each with the number of its concept
+        place = {pair: i for i, pair in enumerate(self.pairs)}
+        self.pair_of = torch.tensor([place[pair] for pair in pairs])  # by picture
+
+    def search(self, key: object) -> list[torch.Tensor]:
+        """For each text encoder the words of all concepts, ``(concepts, width)``, fp32, on the CPU.
+
+        A word starts at random, where words of the vocabulary are; ``key`` and the seed alone fix what is drawn. All
+        processes share a step's pictures.
+        """
+        batches, accelerator = self.batches, self.batches.accelerator
+        random, words, count = batches.generator("words", key), [], len(batches.sets["forget"].shares)
+        for table in self.model.word_tables():
+            mean, deviation = (part.float().cpu() for part in (table.mean(0), table.std(0)))
+            words.append(mean + deviation * torch.randn(count, len(mean), generator=random))
+        words = [torch.nn.Parameter(word.to(accelerator.device)) for word in words]
+        adam, forget = torch.optim.AdamW(words, lr=self.rate), batches.sets["forget"]
+        self.model.move_others(accelerator.device)
+        for step in progress(
+            "searching words", self.steps, "step", accelerator.is_main_process, over=range(self.steps)
+        ):
+            noise, t = batches.draw(forget, self.size, "words", key, step)
+            index = torch.randint(len(forget), (self.size,), generator=random)
+            rows = torch.arange(self.size)[accelerator.process_index :: accelerator.num_processes]
+            loss = sum(word.sum() * 0 for word in words)  # a process may have no picture
+            if len(rows):
+                batch = batches.noised(forget, index[rows], noise[rows], t[rows])
+                predicted = self.model.predict(
+                    batch.noisy, batch.timesteps, self._condition(self.pair_of[index[rows]], words)
+                )
+                loss = loss + (predicted.float() - batch.target.float()).square().sum()
+            for word, gradient in zip(words, torch.autograd.grad(loss, words), strict=True):
+                word.grad = accelerator.reduce(gradient, "sum")
+            adam.step()
+        self.model.move_others("cpu")
+        return [word.detach().cpu() for word in words]
+
+    def _condition(self, pairs: torch.Tensor, words: list[torch.Tensor]) -> Condition:
+        """That of some of the distinct prompts, with the ``words`` of their concepts in them."""
+        prompts, concepts = zip(*(self.pairs[i] for i in pairs.tolist()), strict=True)
+        return self.model.encode_words(list(prompts), [word[list(concepts)] for word in words])
+
+    @torch.no_grad()
+    def encoded(self, words: list[torch.Tensor]) -> Condition:
+        """The conditions of all distinct prompts with these words, on the CPU; :attr:`pair_of` says which is whose."""
+        parts = [self._condition(part, words) for part in torch.arange(len(self.pairs)).split(64)]
+        return {key: torch.cat([part[key].cpu() for part in parts]) for key in parts[0]}

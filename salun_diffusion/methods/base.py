@@ -63,6 +63,7 @@ class Change(Protocol):
 class Batches(Protocol):
     """What a method may ask of the sets (:class:`salun_diffusion.training.batches.Batches`)."""
 
+    sets: dict[str, Any]  # by kind
     retain: Any  # the retain set, or None
     seed: int
     num_inference_steps: int
@@ -154,6 +155,17 @@ class GradientMethod(Method):
     def begin(self, change: Change) -> None:
         """Called once before the first step, with the change that is trained (still zero)."""
         self.change = change
+
+    def retained(self, retain: Batch) -> Batch:
+        """The retain batch as the method wants it; called before the base model's predictions become its target."""
+        return retain
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint must hold besides the change, for a method that finds something on its way."""
+        return {}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from :meth:`state`; called after :meth:`begin`, with the trained weights in place."""
 
     def predict_both(self, forget: Batch, retain: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The predictions for a forget and a retain batch by their own conditions, in one call."""

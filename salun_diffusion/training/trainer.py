@@ -30,6 +30,8 @@ from .change import MaskedChange
 from .checkpoints import Checkpoint, Checkpoints, threads_of
 from .optimizer import PackedAdam
 
+METHOD = "method."  # before the names of what a method keeps in a checkpoint
+
 
 class Trainer:
     """Makes the method, and trains by it.
@@ -144,6 +146,8 @@ class Trainer:
         if resumed:
             start = resumed.step
             adam.load_state(resumed.tensors, resumed.state["updates"])
+            found = {name: value for name, value in resumed.tensors.items() if name.startswith(METHOD)}
+            self.method.load_state({name.removeprefix(METHOD): value for name, value in found.items()})
             learning_rate.load_state_dict(resumed.state["learning_rate"])
             adam.adam.param_groups[0]["lr"] = learning_rate.get_last_lr()[0]
             if accelerator.scaler:
@@ -158,7 +162,8 @@ class Trainer:
                 "threads": threads_of(resumed),
             }
             if accelerator.is_main_process:
-                checkpoints.save(step, adam.state(), change.masks, {"concept": ", ".join(config.concept)}, log, state)
+                tensors = adam.state() | {METHOD + name: value for name, value in self.method.state().items()}
+                checkpoints.save(step, tensors, change.masks, {"concept": ", ".join(config.concept)}, log, state)
             accelerator.wait_for_everyone()
 
         with (
@@ -223,6 +228,7 @@ class Trainer:
         forgets = parts(sets[self.method.forget_set], forget_index, "forget", step)
         retains = parts(sets["retain"], retain_index, "retain", step) if "retain" in sets else repeat(None)
         for forget, retain in zip(forgets, retains, strict=False):  # the same number of each, or endless Nones
+            retain = self.method.retained(retain) if retain else None
             if retain and config.retain_target == "base":
                 with self.change.at_base(), torch.no_grad():
                     retain.target = self.model.predict(retain.noisy, retain.timesteps, retain.condition)

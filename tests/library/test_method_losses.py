@@ -147,6 +147,74 @@ def plain_selective_amnesia(net, base, forget, retain, trainer):
     return plain_denoising(net, forget) + ewc * elastic + trainer.config.alpha * plain_denoising(net, retain)
 
 
+def plain_salun_adv(net, base, forget, retain, trainer):
+    """Picture by picture, each kind of condition made where it is needed."""
+    options, batches, kept, step = trainer.method.options, trainer.batches, trainer.batches.retain, forget.step
+    empty = trainer.model.empty["encoder_hidden_states"][0]
+    if step == 1:  # after the first half of three steps
+        trainer.plain_word = plain_word(net, trainer)
+    conditions = []
+    for i, condition in enumerate(told(forget)):
+        kind, which = torch.rand(2, generator=batches.generator("kinds", step, i)).tolist()
+        if kind < 0.4:
+            goal = (forget.noisy[i : i + 1], forget.timesteps[i : i + 1], forget.target[i])
+            marked = forget.tokens["concept"][i] | forget.tokens["end"][i]
+            condition = plain_attack(net, *goal, condition, marked, batches.generator("attack", step, i), options)
+        elif kind < 0.7:
+            prompt = batches.sets["forget"].prompts[batches.sets["forget"].prompt_index[forget.index[i]]]
+            condition = with_word(trainer.model.pipe, trainer.plain_word, prompt)[0] if step else condition
+        elif kind < 0.9:
+            condition = empty if kind < 0.8 else kept.condition["encoder_hidden_states"][
+                kept.prompt_index[int(which * len(kept))]
+            ]  # fmt: skip
+        conditions.append(condition.detach())
+    anchor = base(forget.noisy, forget.timesteps, told(forget, "anchor_condition")).sample.detach()
+    loss = F.mse_loss(net(forget.noisy, forget.timesteps, torch.stack(conditions)).sample, anchor)
+    chances = [torch.rand(2, generator=batches.generator("retained", step, i))[0] for i in range(3)]
+    conditions = [empty if chance < 0.1 else own for chance, own in zip(chances, told(retain), strict=True)]
+    predicted = net(retain.noisy, retain.timesteps, torch.stack(conditions)).sample
+    return loss + trainer.config.alpha * F.mse_loss(predicted, retain.target)
+
+
+def plain_attack(net, noisy, t, target, clean, marked, generator, options):
+    radius = options.radius * clean.square().mean().sqrt()
+    start = (torch.rand(clean.shape, generator=generator) * 2 - 1) * marked[:, None]
+    moving = (clean + radius * start).clip(clean.min(), clean.max())
+    for _ in range(options.attack_steps):
+        moving.requires_grad_()
+        loss = (net(noisy, t, moving[None]).sample[0] - target).square().mean()
+        step = options.step_size * radius * torch.autograd.grad(loss, moving)[0].sign() * marked[:, None]
+        moving = (clean + (moving - step - clean).clip(-radius, radius)).clip(clean.min(), clean.max()).detach()
+    return moving
+
+
+def with_word(pipe, word, prompt):
+    """The condition of ``prompt`` with the token ``*``, whose row of the table is ``word``, for the concept's words."""
+    table, place = pipe.text_encoder.get_input_embeddings().weight, pipe.tokenizer("*").input_ids[1]
+    table.data[place] = word
+    assert "steam engine" in prompt
+    return pipe.encode_prompt(prompt.replace("steam engine", "*"), "cpu", 1, False)[0]
+
+
+def plain_word(net, trainer):
+    """Textual inversion by the gradient of the table, one picture a pass."""
+    pipe, batches, forget = trainer.model.pipe, trainer.batches, trainer.batches.sets["forget"]
+    table, place = pipe.text_encoder.get_input_embeddings().weight, pipe.tokenizer("*").input_ids[1]
+    generator = batches.generator("words", 0)
+    word = torch.nn.Parameter(table.mean(0) + table.std(0) * torch.randn(table.shape[1], generator=generator))
+    adam = torch.optim.AdamW([word], lr=5e-3)
+    for step in range(2):
+        noise, t = batches.draw(forget, 4, "words", 0, step)
+        table.grad = None
+        for number, i in enumerate(torch.randint(len(forget), (4,), generator=generator).tolist()):
+            batch = batches.noised(forget, torch.tensor([i]), noise[[number]], t[[number]])
+            condition = with_word(pipe, word.detach(), forget.prompts[forget.prompt_index[i]])
+            (net(batch.noisy, batch.timesteps, condition).sample - batch.target).square().sum().backward()
+        word.grad = table.grad[place].clone()
+        adam.step()
+    return word.detach()
+
+
 PLAIN = {
     "salun": plain_salun,
     "random_label": plain_salun,
@@ -157,8 +225,14 @@ PLAIN = {
     "forget_me_not": plain_forget_me_not,
     "selective_amnesia": plain_selective_amnesia,
     "race": plain_race,
+    "salun_adv": plain_salun_adv,
 }
-OPTIONS = {"race": ["warm_up=0.3", "radius=0.5", "attack_steps=3", "lasso=0.1"]}  # one step of three without its attack
+OPTIONS = {  # every part of these methods has its turn within three steps
+    "race": ["warm_up=0.3", "radius=0.5", "attack_steps=3", "lasso=0.1"],
+    "salun_adv": [
+        "attacked=0.4", "inverted=0.3", "empty=0.1", "unrelated=0.1", "rounds=1", "search_steps=2", "search_batch=4",
+    ],
+}  # fmt: skip
 
 
 def scoped_names(network, scope):
