@@ -23,8 +23,8 @@ SHORT = {"salun_adv": ["--search_steps", "2"]}  # options of methods that take l
 GRADIENT = [name for name in METHODS if not find_method(name).closed_form]
 
 
-def erase(base, method, output, *more, concept="steam engine"):
-    """``erase_concept.py`` in this process: imports would be most of a process's time."""
+def command(base, method, output, *more, concept="steam engine"):
+    """The words after ``erase_concept.py`` of a short erasure."""
     kind = find_method(method)
     words = [] if kind.closed_form else ["--max_train_steps", "2", "--train_batch_size", "2", "--learning_rate", "1e-3"]
     words += ["--num_retain_images", "4"] if kind.uses_retain or kind.closed_form else []
@@ -33,8 +33,12 @@ def erase(base, method, output, *more, concept="steam engine"):
     words += ["--pretrained_model_name_or_path", str(base), "--concept", concept, "--method", method]
     words += ["--output_dir", str(output), "--data_dir", str(output.parent / "data")]
     words += [] if kind.closed_form else ["--num_inference_steps", "3"]
-    words += SHORT.get(method, [])
-    run_erasure(parse([*words, *more], ""))
+    return [*words, *SHORT.get(method, []), *more]
+
+
+def erase(base, method, output, *more, **which):
+    """``erase_concept.py`` in this process: imports would be most of a process's time."""
+    run_erasure(parse(command(base, method, output, *more, **which), ""))
     return Delta.load(output / "erasure.safetensors")
 
 
@@ -81,6 +85,25 @@ def test_resumed_is_uninterrupted(method, folders, tmp_path):
         cached.unlink()  # computed again, it must still be the base model's
     again = ["--max_train_steps", "4", "--checkpointing_steps", "2", "--resume_from_checkpoint", "latest"]
     assert erase(folders["sd1"], method, tmp_path / "run", *again).digest() == whole.digest()
+
+
+@pytest.mark.parametrize("method", ["race", "salun_adv"])
+def test_attacks_do_not_depend_on_how_a_step_is_shared(method, folders, tmp_path):
+    """Two accumulated batches, or two processes, meet the same attacks as one batch."""
+    words = ["--save_dtype", "fp32", "--mask", "none"]
+    whole = erase(folders["sd1"], method, tmp_path / "whole", *words, "--train_batch_size", "4")
+    erase(folders["sd1"], method, tmp_path / "two", *words, "--gradient_accumulation_steps", "2")
+    runs = ["two"]
+    if method == "salun_adv":
+        line = command(folders["sd1"], method, tmp_path / "shared")
+        run("torchrun", "--nproc_per_node", "2", "erase_concept.py", *line, *words, ACCELERATE_USE_CPU="true")
+        runs.append("shared")
+    for name in runs:
+        other, norms = Delta.load(tmp_path / name / "erasure.safetensors"), []
+        for key, value in whole.values.items():
+            norms.append([float((other.values[key] - value).square().sum()), float(value.square().sum())])
+        apart, change = map(sum, zip(*norms, strict=True))
+        assert apart**0.5 < 0.01 * change**0.5, name
 
 
 def test_attention_maps_survive_gradient_checkpointing(folders, tmp_path):
