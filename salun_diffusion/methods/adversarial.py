@@ -5,12 +5,15 @@ resumed run nor another number of processes finds anything else.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from ..models.base import Condition, Model
 from ..process import progress
 from .base import Batch, Batches
+
+Words = list[torch.Tensor]  # for each text encoder, the token embedding of each concept's word, ``(concepts, width)``
 
 
 def uniform(batches: Batches, batch: Batch, purpose: str, shape: torch.Size) -> torch.Tensor:
@@ -54,6 +57,51 @@ def embedding_pgd(
     return (origin + change).clamp(floor, ceiling)
 
 
+class OpenPrompts:
+    """The prompts of a set with a place in each for a word that stands for its concept.
+
+    Args:
+        model: that encodes them.
+        images: the set; what tells a prompt from its anchor's is the concept.
+    """
+
+    def __init__(self, model: Model, images: Any):
+        both = zip(images.prompt_index.tolist(), images.anchor_index.tolist(), strict=True)
+        prompts = [model.opened(*(images.prompts[i] for i in pair)) for pair in both]
+        concepts = [number for number, share in enumerate(images.shares) for _ in range(share)]
+        pairs = list(zip(prompts, concepts, strict=True))
+        self.model, self.pairs = model, list(dict.fromkeys(pairs))  # distinct prompts, each with its concept's number
+        place = {pair: i for i, pair in enumerate(self.pairs)}
+        self.pair_of = torch.tensor([place[pair] for pair in pairs])  # by picture
+
+    def condition(self, index: torch.Tensor, words: Words) -> Condition:
+        """That of the pictures ``index``, with a gradient to the words, where the network is."""
+        return self._condition(self.pair_of[index], words)
+
+    @torch.no_grad()
+    def encoded(self, words: Words) -> Condition:
+        """The conditions of all distinct prompts, on the CPU; :attr:`pair_of` says which is whose."""
+        parts = [self._condition(part, words) for part in torch.arange(len(self.pairs)).split(64)]
+        return {key: torch.cat([part[key].cpu() for part in parts]) for key in parts[0]}
+
+    def _condition(self, pairs: torch.Tensor, words: Words) -> Condition:
+        prompts, concepts = zip(*(self.pairs[i] for i in pairs.tolist()), strict=True)
+        return self.model.encode_words(list(prompts), [word[list(concepts)] for word in words])
+
+
+def stored(rounds: list[Words]) -> dict[str, torch.Tensor]:
+    """The words of several rounds as a checkpoint holds them."""
+    return {f"words.{i}.{j}": word for i, words in enumerate(rounds) for j, word in enumerate(words)}
+
+
+def restored(state: dict[str, torch.Tensor]) -> list[Words]:
+    """What was :func:`stored`."""
+    rounds: dict[int, Words] = {}
+    for name in sorted(state, key=lambda name: [int(part) for part in name.split(".")[1:]]):
+        rounds.setdefault(int(name.split(".")[1]), []).append(state[name])
+    return list(rounds.values())
+
+
 class Inversion:
     """Textual inversion on the model that is being erased (Gal et al., ICLR 2023, eq. 2).
 
@@ -70,17 +118,10 @@ class Inversion:
 
     def __init__(self, model: Model, batches: Batches, steps: int, rate: float, size: int):
         self.model, self.batches, self.steps, self.rate, self.size = model, batches, steps, rate, size
-        forget = batches.sets["forget"]
-        both = zip(forget.prompt_index.tolist(), forget.anchor_index.tolist(), strict=True)
-        prompts = [model.opened(*(forget.prompts[i] for i in pair)) for pair in both]
-        concepts = [number for number, share in enumerate(forget.shares) for _ in range(share)]
-        pairs = list(zip(prompts, concepts, strict=True))
-        self.pairs = list(dict.fromkeys(pairs))  # distinct prompts, each with the number of its concept
-        place = {pair: i for i, pair in enumerate(self.pairs)}
-        self.pair_of = torch.tensor([place[pair] for pair in pairs])  # by picture
+        self.prompts = OpenPrompts(model, batches.sets["forget"])
 
-    def search(self, key: object) -> list[torch.Tensor]:
-        """For each text encoder the words of all concepts, ``(concepts, width)``, fp32, on the CPU.
+    def search(self, key: object) -> Words:
+        """The words found, fp32, on the CPU.
 
         A word starts at random, where words of the vocabulary are; ``key`` and the seed alone fix what is drawn. All
         processes share a step's pictures.
@@ -102,23 +143,11 @@ class Inversion:
             loss = sum(word.sum() * 0 for word in words)  # a process may have no picture
             if len(rows):
                 batch = batches.noised(forget, index[rows], noise[rows], t[rows])
-                predicted = self.model.predict(
-                    batch.noisy, batch.timesteps, self._condition(self.pair_of[index[rows]], words)
-                )
+                condition = self.prompts.condition(index[rows], words)
+                predicted = self.model.predict(batch.noisy, batch.timesteps, condition)
                 loss = loss + (predicted.float() - batch.target.float()).square().sum()
             for word, gradient in zip(words, torch.autograd.grad(loss, words), strict=True):
                 word.grad = accelerator.reduce(gradient, "sum")
             adam.step()
         self.model.move_others("cpu")
         return [word.detach().cpu() for word in words]
-
-    def _condition(self, pairs: torch.Tensor, words: list[torch.Tensor]) -> Condition:
-        """That of some of the distinct prompts, with the ``words`` of their concepts in them."""
-        prompts, concepts = zip(*(self.pairs[i] for i in pairs.tolist()), strict=True)
-        return self.model.encode_words(list(prompts), [word[list(concepts)] for word in words])
-
-    @torch.no_grad()
-    def encoded(self, words: list[torch.Tensor]) -> Condition:
-        """The conditions of all distinct prompts with these words, on the CPU; :attr:`pair_of` says which is whose."""
-        parts = [self._condition(part, words) for part in torch.arange(len(self.pairs)).split(64)]
-        return {key: torch.cat([part[key].cpu() for part in parts]) for key in parts[0]}

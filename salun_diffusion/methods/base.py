@@ -4,6 +4,7 @@ its own and gets a line in ``METHODS``. Data, masks, checkpoints, the delta file
 A method sees the model, its own options, the batches and the change: never the trainer that calls it.
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -50,6 +51,17 @@ class Change(Protocol):
     :mod:`salun_diffusion.training`).
     """
 
+    values: dict[str, torch.nn.Parameter]  # what an optimizer moves, fp32
+
+    def clear_gradients(self) -> None:
+        """Drop what an earlier backward left in the gradients of :attr:`values`."""
+
+    def reduce(self, accelerator: Any) -> None:
+        """Replace those gradients by the processes' mean."""
+
+    def write(self) -> None:
+        """Give the network what :attr:`values` are by now."""
+
     def deltas(self) -> dict[str, torch.Tensor]:
         """By parameter, the change of the weights that may move, fp32, with a gradient: packed row-major, or whole."""
 
@@ -66,6 +78,7 @@ class Batches(Protocol):
     sets: dict[str, Any]  # by kind
     retain: Any  # the retain set, or None
     seed: int
+    size: int  # pictures of each set at once
     num_inference_steps: int
     max_train_steps: int
     accelerator: Any
@@ -78,6 +91,11 @@ class Batches(Protocol):
 
     def draw(self, images: Any, count: int, *key: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """``count`` noises and timesteps that depend on the seed and ``key`` alone."""
+
+    def micro_batches(self, images: Any, index: torch.Tensor, name: str, step: int) -> Iterator[Batch]:
+        """This process's share of the pictures ``index`` of a set, noised, in parts that fit; ``name`` and ``step`` are
+        the key of their noise.
+        """
 
     def cached(self, kind: str, settings: dict, make: Any) -> dict[str, torch.Tensor]:
         """The tensors that ``make`` gives, from the cache if it holds some of these ``settings``."""

@@ -12,7 +12,7 @@ import torch
 from ..errors import SalunError
 from ..models.base import Condition
 from ..options import option
-from .adversarial import Inversion, embedding_pgd, uniform
+from .adversarial import Inversion, Words, embedding_pgd, restored, stored, uniform
 from .base import Batch
 from .losses import denoising, misaligned_prompt
 from .salun import SalUn
@@ -70,7 +70,7 @@ class SalUnAdv(SalUn):
             raise SalunError(
                 f"The shares attacked, inverted, empty and unrelated are {total:g} in all: give at most 1."
             )
-        self.words: list[list[torch.Tensor]] = []  # by round and text encoder
+        self.words: list[Words] = []  # by round
         self.conditions: list[Condition] = []  # by round, of the forget set's prompts with that round's words
         rounds = options.rounds if options.inverted else 0
         self.starts = [batches.max_train_steps * (i + 1) // (rounds + 1) for i in range(rounds)]
@@ -78,15 +78,15 @@ class SalUnAdv(SalUn):
             self.inversion = Inversion(model, batches, options.search_steps, options.search_rate, options.search_batch)
 
     def state(self):
-        return {f"word.{i}.{j}": word for i, words in enumerate(self.words) for j, word in enumerate(words)}
+        return stored(self.words)
 
     def load_state(self, state):
-        for i in range(len({name.split(".")[1] for name in state})):
-            self._learn([state[name] for name in sorted(state) if name.startswith(f"word.{i}.")])
+        for words in restored(state):
+            self._learn(words)
 
-    def _learn(self, words: list[torch.Tensor]) -> None:
+    def _learn(self, words: Words) -> None:
         self.words.append(words)
-        self.conditions.append(self.inversion.encoded(words))
+        self.conditions.append(self.inversion.prompts.encoded(words))
 
     def retained(self, retain):
         kinds = self._chances(retain, "retained")[:, 0] < self.options.empty
@@ -115,7 +115,7 @@ class SalUnAdv(SalUn):
         condition = forget.condition
         for number in range(len(self.words)):
             rows = (kind == 1) & ((which * len(self.words)).long() == number)
-            own = self.inversion.pair_of[forget.index]
+            own = self.inversion.prompts.pair_of[forget.index]
             found = {key: self.model.moved(value[own]) for key, value in self.conditions[number].items()}
             condition = self._filled(condition, rows, found)
         condition = self._filled(condition, kind == 2, self.model.empty)

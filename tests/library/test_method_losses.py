@@ -176,6 +176,40 @@ def plain_salun_adv(net, base, forget, retain, trainer):
     return loss + trainer.config.alpha * F.mse_loss(predicted, retain.target)
 
 
+def plain_stereo(net, base, forget, retain, trainer):
+    """The words first, on a copy of the base model; then each picture by its own pick of name and words."""
+    options, batches, model = trainer.method.options, trainer.batches, trainer.model
+    names, pictures = batches.sets["name"], batches.sets["forget"]
+    empty = model.empty["encoder_hidden_states"]
+    if forget.step == 0:
+        erased, trainer.plain_words = copy.deepcopy(base), []
+        for number in range(options.rounds):
+            parameters = [p for _, p in scoped_names(erased, trainer.config.scope)]
+            adam = torch.optim.Adam(parameters, lr=options.round_rate)
+            for step in range(options.round_steps):
+                batch = next(batches.micro_batches(names, torch.zeros(3, dtype=torch.long), f"stereo {number}", step))
+                if number:
+                    told(batch)[:] = with_word(model.pipe, trainer.plain_words[-1], "steam engine").detach()
+                x, t, _ = plain_esd_target(erased, base, batch, trainer)
+                target = base(x, t, empty.expand_as(told(batch))).sample.detach()
+                erased.zero_grad()
+                F.mse_loss(erased(x, t, told(batch)).sample, target).backward()
+                adam.step()
+            trainer.plain_words.append(plain_word(erased, trainer, number))
+    own = [told(forget)[0]]
+    own += [with_word(model.pipe, word, "steam engine")[0].detach() for word in trainer.plain_words]
+    chances = [torch.rand(2, generator=batches.generator("stereo", forget.step, i)) for i in range(3)]
+    forget = copy.copy(forget)
+    forget.condition = {"encoder_hidden_states": torch.stack([own[int(chance[0] * len(own))] for chance in chances])}
+    x, t, _ = plain_esd_target(net, base, forget, trainer)
+    rows = pictures.anchor_index[[int(chance[1] * len(pictures)) for chance in chances]]
+    with torch.no_grad():
+        nothing = base(x, t, empty.expand_as(told(forget))).sample
+        anchor = base(x, t, pictures.condition["encoder_hidden_states"][rows]).sample
+        negative = sum(base(x, t, one.expand_as(told(forget))).sample for one in own) / len(own)
+    return F.mse_loss(net(x, t, told(forget)).sample, nothing + (anchor - nothing) - 3.0 * (negative - nothing))
+
+
 def plain_attack(net, noisy, t, target, clean, marked, generator, options):
     radius = options.radius * clean.square().mean().sqrt()
     start = (torch.rand(clean.shape, generator=generator) * 2 - 1) * marked[:, None]
@@ -191,23 +225,25 @@ def plain_attack(net, noisy, t, target, clean, marked, generator, options):
 def with_word(pipe, word, prompt):
     """The condition of ``prompt`` with the token ``*``, whose row of the table is ``word``, for the concept's words."""
     table, place = pipe.text_encoder.get_input_embeddings().weight, pipe.tokenizer("*").input_ids[1]
-    table.data[place] = word
+    before, table.data[place] = table[place].detach().clone(), word
     assert "steam engine" in prompt
-    return pipe.encode_prompt(prompt.replace("steam engine", "*"), "cpu", 1, False)[0]
+    condition = pipe.encode_prompt(prompt.replace("steam engine", "*"), "cpu", 1, False)[0]
+    table.data[place] = before
+    return condition
 
 
-def plain_word(net, trainer):
+def plain_word(net, trainer, number=0):
     """Textual inversion by the gradient of the table, one picture a pass."""
     pipe, batches, forget = trainer.model.pipe, trainer.batches, trainer.batches.sets["forget"]
     table, place = pipe.text_encoder.get_input_embeddings().weight, pipe.tokenizer("*").input_ids[1]
-    generator = batches.generator("words", 0)
+    generator = batches.generator("words", number)
     word = torch.nn.Parameter(table.mean(0) + table.std(0) * torch.randn(table.shape[1], generator=generator))
     adam = torch.optim.AdamW([word], lr=5e-3)
     for step in range(2):
-        noise, t = batches.draw(forget, 4, "words", 0, step)
+        noise, t = batches.draw(forget, 4, "words", number, step)
         table.grad = None
-        for number, i in enumerate(torch.randint(len(forget), (4,), generator=generator).tolist()):
-            batch = batches.noised(forget, torch.tensor([i]), noise[[number]], t[[number]])
+        for row, i in enumerate(torch.randint(len(forget), (4,), generator=generator).tolist()):
+            batch = batches.noised(forget, torch.tensor([i]), noise[[row]], t[[row]])
             condition = with_word(pipe, word.detach(), forget.prompts[forget.prompt_index[i]])
             (net(batch.noisy, batch.timesteps, condition).sample - batch.target).square().sum().backward()
         word.grad = table.grad[place].clone()
@@ -226,12 +262,14 @@ PLAIN = {
     "selective_amnesia": plain_selective_amnesia,
     "race": plain_race,
     "salun_adv": plain_salun_adv,
+    "stereo": plain_stereo,
 }
 OPTIONS = {  # every part of these methods has its turn within three steps
     "race": ["warm_up=0.3", "radius=0.5", "attack_steps=3", "lasso=0.1"],
     "salun_adv": [
         "attacked=0.4", "inverted=0.3", "empty=0.1", "unrelated=0.1", "rounds=1", "search_steps=2", "search_batch=4",
     ],
+    "stereo": ["rounds=2", "round_steps=2", "round_rate=0.001", "search_steps=2", "search_batch=4"],
 }  # fmt: skip
 
 
@@ -242,7 +280,7 @@ def scoped_names(network, scope):
 def trainer_for(method, folder, tmp_path, **changes):
     settings = {"learning_rate": 1e-3, "max_train_steps": 3, "train_batch_size": 3}
     settings |= {"num_inference_steps": 4}
-    settings |= {"num_forget_images": 6, "guidance_scale": 3.0} if find_method(method).forget_set != "name" else {}
+    settings |= {"num_forget_images": 6, "guidance_scale": 3.0} if find_method(method).sets("none") != ["name"] else {}
     settings |= {"num_retain_images": 6} if find_method(method).uses_retain else {}
     config = EraseConfig(["steam engine"], method=method, data_dir=str(tmp_path / "data"), **(settings | changes))
     config.fill({}, "test")

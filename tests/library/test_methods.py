@@ -19,7 +19,10 @@ from salun_diffusion.methods import METHODS, find_method, names_of
 from salun_diffusion.models.load import load_pipeline
 from salun_diffusion.models.text_unet import differing_tokens, token_ids
 
-SHORT = {"salun_adv": ["--search_steps", "2"]}  # options of methods that take long by themselves
+SHORT = {  # options of methods that take long by themselves
+    "salun_adv": ["--search_steps", "2"],
+    "stereo": ["--rounds", "2", "--round_steps", "2", "--search_steps", "2"],
+}
 GRADIENT = [name for name in METHODS if not find_method(name).closed_form]
 
 
@@ -75,7 +78,7 @@ def test_a_gradient_method_takes_any_mask(method, folders, tmp_path):
     assert everything.metadata["density"] == 1.0
 
 
-@pytest.mark.parametrize("method", ["esd", "selective_amnesia", "race", "salun_adv"])
+@pytest.mark.parametrize("method", ["esd", "selective_amnesia", "race", "salun_adv", "stereo"])
 def test_resumed_is_uninterrupted(method, folders, tmp_path):
     """For the methods that draw more than noise, or keep more than weights."""
     whole = erase(folders["sd1"], method, tmp_path / "run", "--max_train_steps", "4", "--checkpointing_steps", "2")
@@ -87,7 +90,7 @@ def test_resumed_is_uninterrupted(method, folders, tmp_path):
     assert erase(folders["sd1"], method, tmp_path / "run", *again).digest() == whole.digest()
 
 
-@pytest.mark.parametrize("method", ["race", "salun_adv"])
+@pytest.mark.parametrize("method", ["race", "salun_adv", "stereo"])
 def test_attacks_do_not_depend_on_how_a_step_is_shared(method, folders, tmp_path):
     """Two accumulated batches, or two processes, meet the same attacks as one batch."""
     words = ["--save_dtype", "fp32", "--mask", "none"]
