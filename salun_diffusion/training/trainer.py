@@ -19,7 +19,7 @@ from ..config import EraseConfig
 from ..data.sets import ImageSet, batches
 from ..errors import SalunError
 from ..files import writing
-from ..masks.saliency import scores
+from ..masks.saliency import contrast, magnitudes, random_scores, scores, times_weights
 from ..methods import find_method
 from ..methods.base import GradientMethod
 from ..methods.losses import denoising, guided
@@ -57,16 +57,42 @@ class Trainer:
         self.method: GradientMethod = method(model, method.parse(config.method_option), self.batches)
 
     def saliency(self, parameters: dict[str, torch.nn.Parameter], rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Scores of ``parameters`` from one pass over ``rows`` of the forget set (indices: one concept's), with the
-        reference's loss: minus the denoising error of the guided prediction, averaged over them.
+        """Scores of ``parameters``, by the config's ``saliency``, from ``rows`` of the forget set (one concept's).
+
+        ``contrast`` looks at as many pictures of the retain set.
         """
-        guidance, count, forget = self.config.saliency_guidance, len(rows), self.batches.sets["forget"]
+        kind, sets = self.config.saliency, self.batches.sets
+        if kind == "magnitude":
+            return magnitudes(parameters)
+        if kind == "random":
+            return random_scores(parameters, self.batches.generator("random saliency", int(rows[0])))
+        found = self._gradients(parameters, "forget", rows, "saliency", square=kind == "fisher")
+        if kind == "gradient-weight":
+            return times_weights(found, parameters)
+        if kind == "contrast":
+            others = torch.arange(min(len(rows), len(sets["retain"])))
+            return contrast(found, self._gradients(parameters, "retain", others, "retain saliency"))
+        return found
+
+    def _gradients(
+        self,
+        parameters: dict[str, torch.nn.Parameter],
+        which: str,
+        rows: torch.Tensor,
+        purpose: str,
+        square: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        """The absolute sum of the gradients of one pass over ``rows`` of a set, or with ``square`` the sum of each
+        picture's squared one, with the reference's loss: minus the denoising error of the guided prediction, averaged
+        over them.
+        """
+        guidance, count, images = self.config.saliency_guidance, len(rows), self.batches.sets[which]
         predict = self.model.predict
 
         def loss(index: torch.Tensor) -> torch.Tensor:
-            drawn = [self.batches.draw(forget, 1, "saliency", i) for i in index.tolist()]
+            drawn = [self.batches.draw(images, 1, purpose, i) for i in index.tolist()]
             noise, t = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-            batch, share = self.batches.noised(forget, index, noise, t), len(index) / count
+            batch, share = self.batches.noised(images, index, noise, t), len(index) / count
             if guidance <= 1:  # as everywhere in diffusers: no guidance
                 return -share * denoising(predict(batch.noisy, batch.timesteps, batch.condition), batch.target)
             empty = self.model.repeated(self.model.empty, len(index))
@@ -80,9 +106,9 @@ class Trainer:
         share_of_rows = rows[accelerator.process_index :: accelerator.num_processes]
 
         def work() -> dict[str, torch.Tensor]:
-            parts = share_of_rows.split(self.batches.size)
-            bar = progress("saliency", len(parts), "batch", accelerator.is_main_process, over=parts)
-            return scores(parameters, ((lambda part=part: loss(part)) for part in bar), accelerator.reduce)
+            parts = share_of_rows.split(1 if square else self.batches.size)
+            bar = progress(purpose, len(parts), "batch", accelerator.is_main_process, over=parts)
+            return scores(parameters, ((lambda part=part: loss(part)) for part in bar), accelerator.reduce, square)
 
         return self.fitting(work)
 

@@ -10,7 +10,6 @@ from salun_diffusion import erase
 from salun_diffusion.command_line import parse
 from salun_diffusion.methods import METHODS, find_method
 
-
 SHORT = {  # the attacks within a training, as short as they go
     "race": ["attack_steps=1"],
     "stereo": ["rounds=1", "round_steps=8", "search_steps=4"],

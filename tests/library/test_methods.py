@@ -14,6 +14,7 @@ from salun_diffusion import erase as run_erasure
 from salun_diffusion.command_line import parse
 from salun_diffusion.config import EraseConfig
 from salun_diffusion.erasures.mask import load_masks
+from salun_diffusion.masks import SALIENCY
 from salun_diffusion.masks.scope import SCOPES
 from salun_diffusion.methods import METHODS, find_method, names_of
 from salun_diffusion.models.load import load_pipeline
@@ -90,6 +91,19 @@ def test_resumed_is_uninterrupted(method, folders, tmp_path):
     assert erase(folders["sd1"], method, tmp_path / "run", *again).digest() == whole.digest()
 
 
+def test_every_saliency_chooses_as_many_weights_and_others(folders, tmp_path):
+    chosen = {}
+    for kind in SALIENCY:
+        delta = erase(folders["sd1"], "salun", tmp_path / kind, "--density", "0.25", "--saliency", kind)
+        masks = load_masks(tmp_path / kind / "mask.safetensors")[0]
+        chosen[kind] = torch.cat([mask.flatten() for mask in masks.values()])
+        assert delta.metadata["settings"]["saliency"] == kind
+    assert {int(mask.sum()) for mask in chosen.values()} == {len(chosen["random"]) // 4}
+    share = {kind: float((mask & chosen["gradient"]).sum() / mask.sum()) for kind, mask in chosen.items()}
+    assert 0.15 < share["random"] < 0.35 and all(0.35 < share[kind] < 1 for kind in ("gradient-weight", "fisher"))
+    assert 0.5 < share["contrast"] < 1 and share["magnitude"] < 0.5
+
+
 @pytest.mark.parametrize("method", ["race", "salun_adv", "stereo"])
 def test_attacks_do_not_depend_on_how_a_step_is_shared(method, folders, tmp_path):
     """Two accumulated batches, or two processes, meet the same attacks as one batch."""
@@ -150,6 +164,9 @@ def test_what_is_set_for_a_method_holds_for_those_made_from_it():
         ("esd", ["--num_forget_images", "9"], "--num_forget_images means nothing to --method esd"),
         ("uce", ["--learning_rate", "1"], "--learning_rate means nothing to --method uce"),
         ("rece", ["--mask", "saliency"], "solves for whole matrices"),
+        ("salun_esd", ["--saliency", "contrast"], "looks at a retain set, which --method salun_esd has not"),
+        ("salun", ["--saliency", "random", "--saliency_guidance", "2"], "means nothing to --saliency random"),
+        ("random_label", ["--saliency", "fisher"], "--saliency means nothing to --method random_label without --mask"),
         ("uce", ["--scope", "all"], "use --scope cross-attention-kv"),
         ("concept_ablation", ["--forget_data", "tests"], "--forget_data means nothing"),
         ("salun", ["--method_option", "ewc=1"], "no option 'ewc'. Its own: target=current"),
