@@ -120,6 +120,7 @@ class Method:
     uses_retain = True  # whether it has a retain term
     ignores: tuple[str, ...] = ()  # settings that it has no use for: giving one is an error
     closed_form = False
+    phased = False  # whether what a step does depends on how many there are in all
 
     @classmethod
     def sets(cls, mask: str | None) -> list[str]:

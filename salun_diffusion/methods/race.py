@@ -36,6 +36,7 @@ class RACE(ESD):
     settings = {"max_train_steps": 2000, "learning_rate": 1e-5, "train_batch_size": 1}
     Options = RACEOptions
     needs = ("text",)
+    phased = True
 
     def losses(self, forget, retain):
         options, noisy, t, target = self.options, *self.aim(forget)

@@ -46,6 +46,12 @@ class SalUnAdvOptions:
     empty: float = option(0.125, "share under the empty prompt, and of the retain pictures too", least=0)
     unrelated: float = option(0.0, "share under prompts of the retain set", least=0)
 
+    def __post_init__(self):
+        if (total := self.attacked + self.inverted + self.empty + self.unrelated) > 1:
+            raise SalunError(
+                f"The shares attacked, inverted, empty and unrelated are {total:g} in all: give at most 1."
+            )
+
 
 class SalUnAdv(SalUn):
     """SalUn's loss where the condition of a forget picture is not always its own prompt's.
@@ -63,13 +69,10 @@ class SalUnAdv(SalUn):
     title = "SalUn, adversarial"
     Options = SalUnAdvOptions
     needs = ("text",)
+    phased = True
 
     def __init__(self, model, options, batches):
         super().__init__(model, options, batches)
-        if (total := options.attacked + options.inverted + options.empty + options.unrelated) > 1:
-            raise SalunError(
-                f"The shares attacked, inverted, empty and unrelated are {total:g} in all: give at most 1."
-            )
         self.words: list[Words] = []  # by round
         self.conditions: list[Condition] = []  # by round, of the forget set's prompts with that round's words
         rounds = options.rounds if options.inverted else 0

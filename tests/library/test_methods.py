@@ -91,6 +91,14 @@ def test_resumed_is_uninterrupted(method, folders, tmp_path):
     assert erase(folders["sd1"], method, tmp_path / "run", *again).digest() == whole.digest()
 
 
+def test_a_run_of_phases_does_not_go_on_for_more_steps(folders, tmp_path):
+    erase(folders["sd1"], "race", tmp_path / "run", "--checkpointing_steps", "1")
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(SalunError, match="the number of steps, on which their phases depend, is 4, was 2"):
+        erase(folders["sd1"], "race", tmp_path / "run", "--checkpointing_steps", "1", "--max_train_steps", "4",
+              "--resume_from_checkpoint", "latest")  # fmt: skip
+
+
 def test_every_saliency_chooses_as_many_weights_and_others(folders, tmp_path):
     chosen = {}
     for kind in SALIENCY:
@@ -164,6 +172,11 @@ def test_what_is_set_for_a_method_holds_for_those_made_from_it():
         ("esd", ["--num_forget_images", "9"], "--num_forget_images means nothing to --method esd"),
         ("uce", ["--learning_rate", "1"], "--learning_rate means nothing to --method uce"),
         ("rece", ["--mask", "saliency"], "solves for whole matrices"),
+        (
+            "salun_adv",
+            ["--attacked", "0.6", "--inverted", "0.6"],
+            "empty and unrelated are 1.325 in all: give at most 1",
+        ),
         ("salun_esd", ["--saliency", "contrast"], "looks at a retain set, which --method salun_esd has not"),
         ("salun", ["--saliency", "random", "--saliency_guidance", "2"], "means nothing to --saliency random"),
         ("random_label", ["--saliency", "fisher"], "--saliency means nothing to --method random_label without --mask"),
