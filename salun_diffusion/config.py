@@ -11,6 +11,7 @@ from typing import ClassVar
 from .concepts.concept import TYPES
 from .errors import SalunError
 from .files import key_of
+from .masks import SALIENCY
 from .methods import METHODS, NEEDS_DRAWING, NEEDS_SALIENCY, find_method, names_of
 from .options import checked, option
 
@@ -89,6 +90,13 @@ class EraseConfig:
         ADAPTERS,
     )
     rank: int | None = option(None, "rank of an adapter's layer of mean saliency; 16 unless given (docs/export.md)")
+    saliency: str = option(
+        "gradient",
+        "what the saliency mask scores weights by: the forget loss's gradient (published), that times the weight, its "
+        "square picture by picture (fisher, slower), the gradient in contrast to the retain set's, or as controls "
+        "random numbers or the weights' magnitude",
+        tuple(SALIENCY),
+    )
     density: float = option(0.5, "share of the scoped weights that saliency lets change, between 0 and 1")
     scope: str | None = option(
         None,
@@ -252,6 +260,8 @@ class EraseConfig:
         self.unused = [*method.unused(mask), *self._check_adapter(method, mask)]
         if self.validation_steps:  # those pictures are drawn whatever the method trains on
             self.unused = [name for name in self.unused if name not in NEEDS_DRAWING]
+        if mask == "saliency":
+            self._check_saliency(method, given)
         for setting in self.unused:
             if setting in given and getattr(self, setting) is not None:
                 without = " without --mask saliency" if setting in NEEDS_SALIENCY else ""
@@ -282,6 +292,21 @@ class EraseConfig:
         self.check()
         self.filled = True
         return self
+
+    def _check_saliency(self, method: type, given: dict[str, str]) -> None:
+        """Note what the score has no use for.
+
+        Raises:
+            SalunError: a score that the method's sets do not allow, or a setting that it has no use for.
+        """
+        if self.saliency == "contrast" and not method.uses_retain:
+            raise SalunError(
+                f"--saliency contrast looks at a retain set, which --method {self.method} has not: choose another."
+            )
+        if self.saliency in ("random", "magnitude"):
+            if "saliency_guidance" in given:
+                raise SalunError(f"--saliency_guidance means nothing to --saliency {self.saliency}: leave it out.")
+            self.unused = [*self.unused, "saliency_guidance"]
 
     def _check_adapter(self, method: type, mask: str) -> tuple[str, ...]:
         """Put the rank in where an adapter is trained; the settings that it has no use for.
@@ -410,6 +435,8 @@ class EraseConfig:
         that a run must share with the checkpoint it goes on from.
         """
         left_out = (*HUB, *(FREE if resumable else ()))
+        if resumable and self.saliency == "gradient":
+            left_out = (*left_out, "saliency")  # checkpoints of before there were others stay valid
         names = [item.name for item in fields(EraseConfig) if item.name not in left_out]
         return {name: value for name, value in asdict(self).items() if name in names}
 

@@ -253,10 +253,11 @@ def _check_counts(config: EraseConfig, concepts: list[Concept], processes: int) 
 
 def _same(config: EraseConfig, run: RunFolder, concepts: list[Concept], sources: dict, processes: int) -> dict:
     """What a run must share with the checkpoint that it goes on from."""
-    file = config.mask not in ("saliency", "none")
+    file, phased = config.mask not in ("saliency", "none"), find_method(config.method).phased
     return (
         config.as_dict(resumable=True)
         | ({"mask_digest": sha256(config.mask)} if file else {})
+        | ({"the number of steps, on which their phases depend,": config.max_train_steps} if phased else {})
         | {
             "base": run.base.digest(),
             "processes": processes,

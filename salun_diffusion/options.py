@@ -223,7 +223,7 @@ def assigned(kind: type, words: list[str], flag: str, whose: str) -> Any:
         whose: whose options they are, for messages.
 
     Raises:
-        SalunError: a name that ``kind`` lacks, or a value of another type.
+        SalunError: a name that ``kind`` lacks, a value of another type, or a number below its least.
     """
     hints = get_type_hints(kind)
     known = {item.name: item for item in fields(kind)}
@@ -240,6 +240,9 @@ def assigned(kind: type, words: list[str], flag: str, whose: str) -> Any:
             values[name] = hints[name](value)
         except ValueError:
             raise SalunError(f"{flag}{text}: '{value}' must be of type {hints[name].__name__}.") from None
+        least = known[name].metadata["least"]
+        if least is not None and not least <= values[name] < float("inf"):
+            raise SalunError(f"{flag}{name} is {values[name]}: give a number of at least {least:g}.")
     return kind(**values)
 
 

@@ -11,7 +11,7 @@ the published ones), ``SMALL`` (those of ``--budget small``), and
 It sees the model through :class:`~.target.Target` alone. Nothing heavy is imported at its top but torch.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -92,8 +92,4 @@ def chosen_options(names: list[str], budget: str, given: list[str]) -> dict[str,
         module = find_attack(name)
         small = [f"{key}={value}" for key, value in (module.SMALL if budget == "small" else {}).items()]
         found[name] = assigned(module.Options, [*small, *words], f"--attack_option {name}.", f"{name}")
-        for item in fields(module.Options):
-            least, value = item.metadata["least"], getattr(found[name], item.name)
-            if least is not None and not least <= value < float("inf"):
-                raise SalunError(f"--attack_option {name}.{item.name} is {value}: give a number of at least {least:g}.")
     return found

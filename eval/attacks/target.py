@@ -170,11 +170,7 @@ class Target:
     def epsilon(self, noisy: torch.Tensor, timestep: int, condition: Condition) -> torch.Tensor:
         """The noise that the network sees in ``noisy``, whatever it predicts."""
         times = torch.full((len(noisy),), timestep, device=self.model.device)
-        predicted = self.model.predict(noisy, times, condition)
-        if self.model.schedule.config.prediction_type == "epsilon":
-            return predicted
-        alpha = self.model.schedule.alphas_cumprod[timestep].to(noisy.device)
-        return alpha.sqrt() * predicted + (1 - alpha).sqrt() * noisy
+        return self.model.noise_in(self.model.predict(noisy, times, condition), noisy, times)
 
     def guided(self, cases: Sequence[Case]) -> Callable[[torch.Tensor, int], torch.Tensor]:
         """The noise that the network sees in samples of ``cases`` at a timestep, by prompt and guidance, fp32."""

@@ -1,7 +1,8 @@
 """Which weights carry a concept: gradients → scores → the exact global top ρ → a mask (SalUn, eq. 3-4).
 
-The score of a weight is ``|Σ_batches ∇_θ ℓ_f(θ0)|`` over one pass of the forget set. Its mask is 1 for exactly ⌊ρN⌋ of
-all N scored weights, chosen over all layers together; equal scores are taken in parameter order, then row-major.
+The score of a weight is ``|Σ_batches ∇_θ ℓ_f(θ0)|`` over one pass of the forget set, or another of ``SALIENCY``. Its
+mask is 1 for exactly ⌊ρN⌋ of all N scored weights, chosen over all layers together; equal scores are taken in parameter
+order, then row-major.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,8 +20,9 @@ def scores(
     parameters: dict[str, torch.nn.Parameter],
     losses: Iterable[Callable[[], torch.Tensor]],
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda total: total,
+    square: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """``|Σ ∇loss|`` per parameter, fp32, of the parameters' shapes.
+    """``|Σ ∇loss|`` per parameter, fp32, of the parameters' shapes; ``Σ (∇loss)²`` with ``square``.
 
     Each loss is made, differentiated and dropped; besides the running sum only one parameter's dense gradient exists at
     a time (and the sum is fp32 also where the weights are not). ``reduce`` adds up the sums of several processes.
@@ -33,7 +35,7 @@ def scores(
     total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
 
     def add(parameter: torch.nn.Parameter, name: str) -> None:
-        total[name] += parameter.grad
+        total[name] += parameter.grad.float().square() if square else parameter.grad
         parameter.grad = None
 
     earlier = {name: p.grad for name, p in parameters.items()}
@@ -58,6 +60,31 @@ def scores(
     if not any(score.any() for score in total.values()):
         raise SalunError("The saliency is zero everywhere: the loss does not depend on any weight in the scope.")
     return total
+
+
+def times_weights(
+    scores: dict[str, torch.Tensor], parameters: dict[str, torch.nn.Parameter]
+) -> dict[str, torch.Tensor]:
+    """``scores · |θ|``, of their shapes."""
+    return {name: score * magnitudes({name: parameters[name]})[name] for name, score in scores.items()}
+
+
+def contrast(forget: dict[str, torch.Tensor], retain: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``forget / (1 + retain / mean(retain))``, the mean over all weights: what the rest needs more than usual is
+    scored down, and what it needs less is as the forget set says.
+    """
+    mean = sum(float(score.double().sum()) for score in retain.values()) / sum(map(torch.numel, retain.values()))
+    return {name: score / (1 + retain[name] / mean) for name, score in forget.items()}
+
+
+def magnitudes(parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """``|θ|``, fp32, of the parameters' shapes."""
+    return {name: p.detach().float().abs() for name, p in parameters.items()}
+
+
+def random_scores(parameters: dict[str, torch.nn.Parameter], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Numbers in [0, 1), fp32, of the parameters' shapes, on the CPU."""
+    return {name: torch.rand(p.shape, generator=generator) for name, p in parameters.items()}
 
 
 def select(scores: dict[str, torch.Tensor], density: float, threshold: str = "global") -> dict[str, torch.Tensor]:

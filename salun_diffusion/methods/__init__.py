@@ -15,9 +15,17 @@ METHODS = {
     "uce": "uce.UCE",
     "rece": "rece.RECE",
     "selective_amnesia": "selective_amnesia.SelectiveAmnesia",
+    "race": "race.RACE",
+    "stereo": "stereo.STEREO",
+    "salun_adv": "salun_adv.SalUnAdv",
 }
 NEEDS_DRAWING = ("guidance_scale", "sample_batch_size")  # and those that only pictures have that a run draws
-NEEDS_SALIENCY = ("density", "threshold", "saliency_guidance")  # settings that only a saliency mask has a use for
+NEEDS_SALIENCY = (
+    "saliency",
+    "density",
+    "threshold",
+    "saliency_guidance",
+)  # settings that only a saliency mask has a use for
 
 
 def find_method(name: str) -> type:

@@ -4,6 +4,7 @@ its own and gets a line in ``METHODS``. Data, masks, checkpoints, the delta file
 A method sees the model, its own options, the batches and the change: never the trainer that calls it.
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,7 +30,9 @@ class Batch:
     ``timesteps`` ``(batch,)``, and the prompts' ``condition``. In a forget batch also that of the anchor prompts, and
     which ``tokens`` are the "concept" and which the "end" of the prompt, bool ``(batch, sequence)``.
 
-    ``step`` counts the steps of the training from 0. ``noisy`` and ``target`` are unused for sets of names.
+    ``step`` counts the steps of the training from 0; ``rows`` are the places of the pictures in the step's global
+    batch, whatever processes and accumulation make of that, and ``index`` those in their set. ``noisy`` and ``target``
+    are unused for sets of names.
     """
 
     noisy: torch.Tensor
@@ -40,12 +43,25 @@ class Batch:
     anchor_condition: Condition | None
     tokens: dict[str, torch.Tensor]
     step: int
+    index: torch.Tensor
+    rows: torch.Tensor
 
 
 class Change(Protocol):
     """What a method may do with the change that is trained (``MaskedChange`` or ``AdapterChange`` of
     :mod:`salun_diffusion.training`).
     """
+
+    values: dict[str, torch.nn.Parameter]  # what an optimizer moves, fp32
+
+    def clear_gradients(self) -> None:
+        """Drop what an earlier backward left in the gradients of :attr:`values`."""
+
+    def reduce(self, accelerator: Any) -> None:
+        """Replace those gradients by the processes' mean."""
+
+    def write(self) -> None:
+        """Give the network what :attr:`values` are by now."""
 
     def deltas(self) -> dict[str, torch.Tensor]:
         """By parameter, the change of the weights that may move, fp32, with a gradient: packed row-major, or whole."""
@@ -60,16 +76,27 @@ class Change(Protocol):
 class Batches(Protocol):
     """What a method may ask of the sets (:class:`salun_diffusion.training.batches.Batches`)."""
 
+    sets: dict[str, Any]  # by kind
     retain: Any  # the retain set, or None
     seed: int
+    size: int  # pictures of each set at once
     num_inference_steps: int
+    max_train_steps: int
     accelerator: Any
+
+    def generator(self, *key: Any) -> torch.Generator:
+        """Random numbers on the CPU that depend on the seed and ``key`` alone."""
 
     def noised(self, images: Any, index: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> Batch:
         """The pictures ``index`` of a set with ``noise`` at timesteps ``t``."""
 
     def draw(self, images: Any, count: int, *key: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """``count`` noises and timesteps that depend on the seed and ``key`` alone."""
+
+    def micro_batches(self, images: Any, index: torch.Tensor, name: str, step: int) -> Iterator[Batch]:
+        """This process's share of the pictures ``index`` of a set, noised, in parts that fit; ``name`` and ``step`` are
+        the key of their noise.
+        """
 
     def cached(self, kind: str, settings: dict, make: Any) -> dict[str, torch.Tensor]:
         """The tensors that ``make`` gives, from the cache if it holds some of these ``settings``."""
@@ -94,6 +121,7 @@ class Method:
     uses_retain = True  # whether it has a retain term
     ignores: tuple[str, ...] = ()  # settings that it has no use for: giving one is an error
     closed_form = False
+    phased = False  # whether what a step does depends on how many there are in all
 
     @classmethod
     def sets(cls, mask: str | None) -> list[str]:
@@ -147,6 +175,17 @@ class GradientMethod(Method):
     def begin(self, change: Change) -> None:
         """Called once before the first step, with the change that is trained (still zero)."""
         self.change = change
+
+    def retained(self, retain: Batch) -> Batch:
+        """The retain batch as the method wants it; called before the base model's predictions become its target."""
+        return retain
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint must hold besides the change, for a method that finds something on its way."""
+        return {}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from :meth:`state`; called after :meth:`begin`, with the trained weights in place."""
 
     def predict_both(self, forget: Batch, retain: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The predictions for a forget and a retain batch by their own conditions, in one call."""

@@ -30,6 +30,7 @@ Condition = dict[str, torch.Tensor]
 CAPABILITIES = {  # what a method or a measure may need, and how its lack is told
     "text": "encodes prompts as sequences of tokens",
     "cross-attention": "attends to the tokens of a prompt in layers of its own, called attn2",
+    "embeddings": "takes embeddings in place of a prompt's tokens, as CLIP's encoders do",
     "pictures": "encodes pictures as samples",
     "diffusion": "was trained on a diffusion's noise schedule, and not as a flow",
 }
@@ -166,6 +167,13 @@ class Model:
         if kind == "v_prediction":
             return self.schedule.get_velocity(clean, noise, timesteps)
         raise SalunError(f"The scheduler's prediction_type is '{kind}': epsilon and v_prediction can be trained.")
+
+    def noise_in(self, predicted: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The noise in ``noisy`` as what the network ``predicted`` for it tells, of the same shape."""
+        if self.schedule.config.prediction_type == "epsilon":
+            return predicted
+        alpha = self.schedule.alphas_cumprod.to(noisy.device)[timesteps].view(-1, *[1] * (noisy.ndim - 1))
+        return alpha.sqrt() * predicted + (1 - alpha).sqrt() * noisy
 
     def draw(self, rows: "Sequence[Row]", **how) -> list:
         """One picture (or latent) for each row, from its own seed; ``how`` is as for :func:`.sampling.sample`."""

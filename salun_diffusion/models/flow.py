@@ -39,6 +39,10 @@ class FlowModel(LatentModel):
         """The velocity ``noise − clean``."""
         return noise - clean
 
+    def noise_in(self, predicted, noisy, timesteps):
+        """``noisy + (1 − σ) velocity``, which is the noise at the path's end."""
+        return noisy + (1 - self.sigmas(timesteps, noisy)) * predicted
+
     def sampler(self, num_inference_steps):
         sampler = FlowMatchEulerDiscreteScheduler.from_config(self.pipe.scheduler.config)
         sampler.set_timesteps(num_inference_steps, **self.sampling(num_inference_steps))

@@ -13,13 +13,14 @@ from ..errors import SalunError
 from .base import Condition
 from .latents import LatentModel
 
+PLACE = "*"  # in a prompt, it stands for a word of one's own: one token of CLIP's vocabulary, and no word
 ADDED = ("text_embeds", "time_ids")  # what SDXL's U-Net takes as added_cond_kwargs
 
 
 class TextUNet(LatentModel):
     """One text encoder (SD 1.x, 2.x) or two (SDXL), a ``UNet2DConditionModel``, an autoencoder."""
 
-    capabilities = frozenset({"text", "cross-attention", "pictures", "diffusion"})
+    capabilities = frozenset({"text", "cross-attention", "embeddings", "pictures", "diffusion"})
 
     def __init__(self, pipe):
         super().__init__(pipe)
@@ -49,6 +50,42 @@ class TextUNet(LatentModel):
     def tokens(self, condition: Condition) -> torch.Tensor:
         """The embedding of each token, ``(batch, tokens, width)``."""
         return condition["encoder_hidden_states"]
+
+    def with_tokens(self, condition: Condition, tokens: torch.Tensor) -> Condition:
+        """``condition`` with other embeddings of its tokens, ``(batch, tokens, width)``."""
+        return condition | {"encoder_hidden_states": tokens.to(condition["encoder_hidden_states"].dtype)}
+
+    def word_tables(self) -> list[torch.Tensor]:
+        """The embedding of every token of the vocabulary, ``(vocabulary, width)``, of each text encoder."""
+        return [encoder.get_input_embeddings().weight.detach() for _, encoder in text_encoders(self.pipe)]
+
+    def opened(self, prompt: str, other: str) -> str:
+        """``prompt`` with ``PLACE`` for the tokens that ``other`` has not."""
+        ids, differing = token_ids(self.pipe, prompt), self.differing_tokens(prompt, other)
+        before, after = (
+            self.pipe.tokenizer.decode(part) for part in (ids[1 : differing.start], ids[differing.stop : -1])
+        )
+        return " ".join(f"{before} {PLACE} {after}".split())
+
+    def encode_words(self, prompts: list[str], words: list[torch.Tensor]) -> Condition:
+        """The conditions of a few ``prompts`` in which ``PLACE`` is a word of one's own, where the network is, with a
+        gradient to the words.
+
+        Args:
+            prompts: made by :meth:`opened`.
+            words: for each text encoder the token embedding of each prompt's word, ``(len(prompts), width)``.
+
+        Raises:
+            SalunError: a tokenizer that has no token for ``PLACE``.
+        """
+        hooks = []
+        try:
+            for (tokenizer, encoder), word in zip(text_encoders(self.pipe), words, strict=True):
+                hooks.append(encoder.get_input_embeddings().register_forward_hook(_putting(tokenizer, word)))
+            return {key: self.moved(value) for key, value in _encode(self.pipe, prompts).items()}
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def differing_tokens(self, prompt: str, other: str) -> slice:
         """As :func:`differing_tokens`."""
@@ -104,6 +141,25 @@ def differing_tokens(pipe: DiffusionPipeline, prompt: str, other: str) -> slice:
 def token_ids(pipe: DiffusionPipeline, prompt: str) -> list[int]:
     """The prompt's tokens with their start and end marks, cut to what the encoder reads, without padding."""
     return pipe.tokenizer(prompt, truncation=True, max_length=pipe.tokenizer.model_max_length).input_ids
+
+
+def text_encoders(pipe: DiffusionPipeline) -> list[tuple]:
+    """Each text encoder with its tokenizer, the tokenizer first."""
+    pairs = [(getattr(pipe, f"tokenizer{n}", None), getattr(pipe, f"text_encoder{n}", None)) for n in ("", "_2")]
+    return [(tokenizer, encoder) for tokenizer, encoder in pairs if encoder is not None]
+
+
+def _putting(tokenizer, word: torch.Tensor):
+    """A hook of an embedding layer that puts each prompt's row of ``word`` where its ``PLACE`` is."""
+    place = tokenizer(PLACE, add_special_tokens=False).input_ids
+    if len(place) != 1:
+        raise SalunError(f"The tokenizer has no token of its own for '{PLACE}', in whose place words are searched.")
+
+    def put(module, given, found):
+        where = (given[0] == place[0])[..., None]
+        return torch.where(where, word[:, None].to(found), found)
+
+    return put
 
 
 def _encode(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, torch.Tensor]:

@@ -28,6 +28,7 @@ class Batches:
         num_inference_steps: of the model's sampler, for methods that denoise themselves.
         data_dir: where :meth:`cached` keeps files.
         condition_dropout: share of a step's pictures whose condition, and the anchor's, is left out.
+        max_train_steps: of the whole training, for methods that have phases.
     """
 
     def __init__(
@@ -40,10 +41,11 @@ class Batches:
         num_inference_steps: int,
         data_dir: str,
         condition_dropout: float = 0.0,
+        max_train_steps: int = 0,
     ):
         self.accelerator, self.model, self.sets, self.seed, self.size = accelerator, model, sets, seed, size
         self.num_inference_steps, self.data_dir = num_inference_steps, data_dir
-        self.condition_dropout = condition_dropout
+        self.condition_dropout, self.max_train_steps = condition_dropout, max_train_steps
 
     @property
     def retain(self) -> ImageSet | None:
@@ -61,9 +63,11 @@ class Batches:
         t: torch.Tensor,
         step: int = 0,
         dropped: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
     ) -> Batch:
         """The pictures ``index`` of a set with ``noise`` at timesteps ``t``; those ``dropped``, bool ``(batch,)``, have
-        the empty condition, in place of their own and of the anchor's alike: a step compares the two.
+        the empty condition, in place of their own and of the anchor's alike: a step compares the two. ``rows`` are
+        their places in the global batch of the step, the first ones without it.
         """
         device, dtype = self.accelerator.device, self.model.dtype
         clean = images.latents[index]
@@ -87,11 +91,17 @@ class Batches:
             anchor_condition=None if images.anchor_index is None else condition(images.anchor_index),
             tokens={kind: marked[index].to(device) for kind, marked in images.tokens.items()},
             step=step,
+            index=index,
+            rows=torch.arange(len(index)) if rows is None else rows,
         )
+
+    def generator(self, *key) -> torch.Generator:
+        """Random numbers on the CPU that depend on the seed and ``key`` alone."""
+        return torch.Generator().manual_seed(random.Random(repr((self.seed, *key))).getrandbits(63))
 
     def draw(self, images: ImageSet, count: int, *key) -> tuple[torch.Tensor, torch.Tensor]:
         """``count`` noises and timesteps that depend on the seed and ``key`` alone."""
-        generator = torch.Generator().manual_seed(random.Random(repr((self.seed, *key))).getrandbits(63))
+        generator = self.generator(*key)
         noise = torch.randn(count, *images.latents.shape[1:], generator=generator)
         return noise, self.model.times(count, generator)
 
@@ -101,8 +111,7 @@ class Batches:
         share = torch.arange(len(index)).chunk(self.accelerator.num_processes)[self.accelerator.process_index]
         dropped = torch.zeros(len(index), dtype=torch.bool)
         if self.condition_dropout and images is not self.sets.get("name"):
-            key = random.Random(repr((self.seed, "dropped", name, step))).getrandbits(63)
-            generator = torch.Generator().manual_seed(key)
-            dropped = torch.rand(len(index), generator=generator) < self.condition_dropout
+            chances = torch.rand(len(index), generator=self.generator("dropped", name, step))
+            dropped = chances < self.condition_dropout
         for rows in share.split(self.size):
-            yield self.noised(images, index[rows], noise[rows], t[rows], step, dropped[rows])
+            yield self.noised(images, index[rows], noise[rows], t[rows], step, dropped[rows], rows)

@@ -1,7 +1,7 @@
 """Checkpoints of a training: whole or absent, checked before they are used, and only for the settings that made them.
 
-``checkpoint-STEP/`` holds ``state.safetensors`` (what the optimizer trains, and its moments), ``mask.safetensors``
-(where single weights are trained),
+``checkpoint-STEP/`` holds ``state.safetensors`` (what the optimizer trains, its moments, and what the method keeps),
+``mask.safetensors`` (where single weights are trained),
 ``training.jsonl`` (the log up to that step) and ``manifest.json``, which is written last and has the size and SHA-256
 of the others. The folder is made under another name, synced to the disk and renamed: one that has its name is complete,
 unless the disk has damaged it since.

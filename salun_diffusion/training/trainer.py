@@ -19,7 +19,7 @@ from ..config import EraseConfig
 from ..data.sets import ImageSet, batches
 from ..errors import SalunError
 from ..files import writing
-from ..masks.saliency import scores
+from ..masks.saliency import contrast, magnitudes, random_scores, scores, times_weights
 from ..methods import find_method
 from ..methods.base import GradientMethod
 from ..methods.losses import denoising, guided
@@ -29,6 +29,8 @@ from .batches import Batches
 from .change import MaskedChange
 from .checkpoints import Checkpoint, Checkpoints, threads_of
 from .optimizer import PackedAdam
+
+METHOD = "method."  # before the names of what a method keeps in a checkpoint
 
 
 class Trainer:
@@ -49,22 +51,48 @@ class Trainer:
             model.network.enable_gradient_checkpointing()
         self.batches = Batches(
             accelerator, model, sets, config.seed, config.train_batch_size, config.num_inference_steps, config.data_dir,
-            config.condition_dropout or 0.0,
+            config.condition_dropout or 0.0, config.max_train_steps,
         )  # fmt: skip
         method = find_method(config.method)
         self.method: GradientMethod = method(model, method.parse(config.method_option), self.batches)
 
     def saliency(self, parameters: dict[str, torch.nn.Parameter], rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Scores of ``parameters`` from one pass over ``rows`` of the forget set (indices: one concept's), with the
-        reference's loss: minus the denoising error of the guided prediction, averaged over them.
+        """Scores of ``parameters``, by the config's ``saliency``, from ``rows`` of the forget set (one concept's).
+
+        ``contrast`` looks at as many pictures of the retain set.
         """
-        guidance, count, forget = self.config.saliency_guidance, len(rows), self.batches.sets["forget"]
+        kind, sets = self.config.saliency, self.batches.sets
+        if kind == "magnitude":
+            return magnitudes(parameters)
+        if kind == "random":
+            return random_scores(parameters, self.batches.generator("random saliency", int(rows[0])))
+        found = self._gradients(parameters, "forget", rows, "saliency", square=kind == "fisher")
+        if kind == "gradient-weight":
+            return times_weights(found, parameters)
+        if kind == "contrast":
+            others = torch.arange(min(len(rows), len(sets["retain"])))
+            return contrast(found, self._gradients(parameters, "retain", others, "retain saliency"))
+        return found
+
+    def _gradients(
+        self,
+        parameters: dict[str, torch.nn.Parameter],
+        which: str,
+        rows: torch.Tensor,
+        purpose: str,
+        square: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        """The absolute sum of the gradients of one pass over ``rows`` of a set, or with ``square`` the sum of each
+        picture's squared one, with the reference's loss: minus the denoising error of the guided prediction, averaged
+        over them.
+        """
+        guidance, count, images = self.config.saliency_guidance, len(rows), self.batches.sets[which]
         predict = self.model.predict
 
         def loss(index: torch.Tensor) -> torch.Tensor:
-            drawn = [self.batches.draw(forget, 1, "saliency", i) for i in index.tolist()]
+            drawn = [self.batches.draw(images, 1, purpose, i) for i in index.tolist()]
             noise, t = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-            batch, share = self.batches.noised(forget, index, noise, t), len(index) / count
+            batch, share = self.batches.noised(images, index, noise, t), len(index) / count
             if guidance <= 1:  # as everywhere in diffusers: no guidance
                 return -share * denoising(predict(batch.noisy, batch.timesteps, batch.condition), batch.target)
             empty = self.model.repeated(self.model.empty, len(index))
@@ -78,9 +106,9 @@ class Trainer:
         share_of_rows = rows[accelerator.process_index :: accelerator.num_processes]
 
         def work() -> dict[str, torch.Tensor]:
-            parts = share_of_rows.split(self.batches.size)
-            bar = progress("saliency", len(parts), "batch", accelerator.is_main_process, over=parts)
-            return scores(parameters, ((lambda part=part: loss(part)) for part in bar), accelerator.reduce)
+            parts = share_of_rows.split(1 if square else self.batches.size)
+            bar = progress(purpose, len(parts), "batch", accelerator.is_main_process, over=parts)
+            return scores(parameters, ((lambda part=part: loss(part)) for part in bar), accelerator.reduce, square)
 
         return self.fitting(work)
 
@@ -144,6 +172,8 @@ class Trainer:
         if resumed:
             start = resumed.step
             adam.load_state(resumed.tensors, resumed.state["updates"])
+            found = {name: value for name, value in resumed.tensors.items() if name.startswith(METHOD)}
+            self.method.load_state({name.removeprefix(METHOD): value for name, value in found.items()})
             learning_rate.load_state_dict(resumed.state["learning_rate"])
             adam.adam.param_groups[0]["lr"] = learning_rate.get_last_lr()[0]
             if accelerator.scaler:
@@ -158,7 +188,8 @@ class Trainer:
                 "threads": threads_of(resumed),
             }
             if accelerator.is_main_process:
-                checkpoints.save(step, adam.state(), change.masks, {"concept": ", ".join(config.concept)}, log, state)
+                tensors = adam.state() | {METHOD + name: value for name, value in self.method.state().items()}
+                checkpoints.save(step, tensors, change.masks, {"concept": ", ".join(config.concept)}, log, state)
             accelerator.wait_for_everyone()
 
         with (
@@ -223,6 +254,7 @@ class Trainer:
         forgets = parts(sets[self.method.forget_set], forget_index, "forget", step)
         retains = parts(sets["retain"], retain_index, "retain", step) if "retain" in sets else repeat(None)
         for forget, retain in zip(forgets, retains, strict=False):  # the same number of each, or endless Nones
+            retain = self.method.retained(retain) if retain else None
             if retain and config.retain_target == "base":
                 with self.change.at_base(), torch.no_grad():
                     retain.target = self.model.predict(retain.noisy, retain.timesteps, retain.condition)

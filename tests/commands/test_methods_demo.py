@@ -11,6 +11,11 @@ from salun_diffusion.command_line import parse
 from salun_diffusion.methods import METHODS, find_method
 
 FORGETS = [name for name in METHODS if name != "finetune"]  # which is never shown the concept, and hopes
+SHORT = {  # the attacks within a training, as short as they go
+    "race": ["attack_steps=1"],
+    "stereo": ["rounds=1", "round_steps=8", "search_steps=4"],
+    "salun_adv": ["attack_steps=1", "rounds=1", "search_steps=4"],
+}
 
 
 def erased(folder, method, *concepts):
@@ -19,6 +24,7 @@ def erased(folder, method, *concepts):
     words = [] if kind.closed_form else ["--train_batch_size", "6", "--max_train_steps", "32"]
     words += ["--num_retain_images", "48"] if kind.uses_retain else []
     words += ["--num_forget_images", "32"] if kind.sets(kind.mask) != ["name"] else []
+    words += [word for text in SHORT.get(method, []) for word in ("--method_option", text)]
     words += [word for concept in concepts for word in ("--concept", concept)]
     words += ["--pretrained_model_name_or_path", "demo", "--method", method]
     words += ["--output_dir", str(folder / method), "--data_dir", str(folder / "data")]

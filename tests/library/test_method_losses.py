@@ -57,6 +57,11 @@ def plain_concept_ablation(net, base, forget, retain, trainer):
 
 
 def plain_esd(net, base, forget, retain, trainer):
+    x, t, target = plain_esd_target(net, base, forget, trainer)
+    return F.mse_loss(net(x, t, told(forget)).sample, target)
+
+
+def plain_esd_target(net, base, forget, trainer):
     """DDIM (Song et al. 2021, eq. 12, η = 0) written out, one prediction a call."""
     signal = torch.cat(
         [trainer.model.schedule.alphas_cumprod, trainer.model.schedule.alphas_cumprod[:1]]
@@ -77,8 +82,27 @@ def plain_esd(net, base, forget, retain, trainer):
             x = later.sqrt() * clean + (1 - later).sqrt() * guided
         t = torch.full((len(x),), steps[done])
         nothing, concept = base(x, t, empty).sample, base(x, t, told(forget)).sample
-        target = nothing - 1.0 * (concept - nothing)
-    return F.mse_loss(net(x, t, told(forget)).sample, target)
+        return x, t, nothing - 1.0 * (concept - nothing)
+
+
+def plain_race(net, base, forget, retain, trainer):
+    """Each picture attacked by itself, entry by entry within the radius and the range of its own embedding."""
+    x, t, target = plain_esd_target(net, base, forget, trainer)
+    options, attacked = trainer.method.options, []
+    for i, clean in enumerate(told(forget)):
+        generator = trainer.batches.generator("race", forget.step, i)
+        moving = clean + options.radius * (torch.rand(clean.shape, generator=generator) * 2 - 1)
+        moving = moving.clip(clean.min(), clean.max())
+        for _ in range(options.attack_steps if forget.step >= 1 else 0):
+            moving.requires_grad_()
+            loss = (net(x[i : i + 1], t[i : i + 1], moving[None]).sample - forget.noise[i]).square().mean()
+            moving = (moving - 0.25 * options.radius * torch.autograd.grad(loss, moving)[0].sign()).detach()
+            moving = torch.maximum(torch.minimum(moving, clean + options.radius), clean - options.radius)
+            moving = moving.clip(clean.min(), clean.max())
+        attacked.append(moving if forget.step >= 1 else clean)
+    pairs = [(net.get_parameter(name), base.get_parameter(name)) for name, _ in scoped_names(net, "cross-attention")]
+    lasso = sum((one - other.detach()).abs().mean() for one, other in pairs)
+    return F.mse_loss(net(x, t, torch.stack(attacked)).sample, target) + 0.1 * lasso
 
 
 def plain_forget_me_not(net, base, forget, retain, trainer):
@@ -128,6 +152,110 @@ def plain_finetune(net, base, forget, retain, trainer):
     return trainer.config.alpha * plain_denoising(net, retain)
 
 
+def plain_salun_adv(net, base, forget, retain, trainer):
+    """Picture by picture, each kind of condition made where it is needed."""
+    options, batches, kept, step = trainer.method.options, trainer.batches, trainer.batches.retain, forget.step
+    empty = trainer.model.empty["encoder_hidden_states"][0]
+    if step == 1:  # after the first half of three steps
+        trainer.plain_word = plain_word(net, trainer)
+    conditions = []
+    for i, condition in enumerate(told(forget)):
+        kind, which = torch.rand(2, generator=batches.generator("kinds", step, i)).tolist()
+        if kind < 0.4:
+            goal = (forget.noisy[i : i + 1], forget.timesteps[i : i + 1], forget.target[i])
+            marked = forget.tokens["concept"][i] | forget.tokens["end"][i]
+            condition = plain_attack(net, *goal, condition, marked, batches.generator("attack", step, i), options)
+        elif kind < 0.7:
+            prompt = batches.sets["forget"].prompts[batches.sets["forget"].prompt_index[forget.index[i]]]
+            condition = with_word(trainer.model.pipe, trainer.plain_word, prompt)[0] if step else condition
+        elif kind < 0.9:
+            condition = empty if kind < 0.8 else kept.condition["encoder_hidden_states"][
+                kept.prompt_index[int(which * len(kept))]
+            ]  # fmt: skip
+        conditions.append(condition.detach())
+    anchor = base(forget.noisy, forget.timesteps, told(forget, "anchor_condition")).sample.detach()
+    loss = F.mse_loss(net(forget.noisy, forget.timesteps, torch.stack(conditions)).sample, anchor)
+    chances = [torch.rand(2, generator=batches.generator("retained", step, i))[0] for i in range(3)]
+    conditions = [empty if chance < 0.1 else own for chance, own in zip(chances, told(retain), strict=True)]
+    predicted = net(retain.noisy, retain.timesteps, torch.stack(conditions)).sample
+    return loss + trainer.config.alpha * F.mse_loss(predicted, retain.target)
+
+
+def plain_stereo(net, base, forget, retain, trainer):
+    """The words first, on a copy of the base model; then each picture by its own pick of name and words."""
+    options, batches, model = trainer.method.options, trainer.batches, trainer.model
+    names, pictures = batches.sets["name"], batches.sets["forget"]
+    empty = model.empty["encoder_hidden_states"]
+    if forget.step == 0:
+        erased, trainer.plain_words = copy.deepcopy(base), []
+        for number in range(options.rounds):
+            parameters = [p for _, p in scoped_names(erased, trainer.config.scope)]
+            adam = torch.optim.Adam(parameters, lr=options.round_rate)
+            for step in range(options.round_steps):
+                batch = next(batches.micro_batches(names, torch.zeros(3, dtype=torch.long), f"stereo {number}", step))
+                if number:
+                    told(batch)[:] = with_word(model.pipe, trainer.plain_words[-1], "steam engine").detach()
+                x, t, _ = plain_esd_target(erased, base, batch, trainer)
+                target = base(x, t, empty.expand_as(told(batch))).sample.detach()
+                erased.zero_grad()
+                F.mse_loss(erased(x, t, told(batch)).sample, target).backward()
+                adam.step()
+            trainer.plain_words.append(plain_word(erased, trainer, number))
+    own = [told(forget)[0]]
+    own += [with_word(model.pipe, word, "steam engine")[0].detach() for word in trainer.plain_words]
+    chances = [torch.rand(2, generator=batches.generator("stereo", forget.step, i)) for i in range(3)]
+    forget = copy.copy(forget)
+    forget.condition = {"encoder_hidden_states": torch.stack([own[int(chance[0] * len(own))] for chance in chances])}
+    x, t, _ = plain_esd_target(net, base, forget, trainer)
+    rows = pictures.anchor_index[[int(chance[1] * len(pictures)) for chance in chances]]
+    with torch.no_grad():
+        nothing = base(x, t, empty.expand_as(told(forget))).sample
+        anchor = base(x, t, pictures.condition["encoder_hidden_states"][rows]).sample
+        negative = sum(base(x, t, one.expand_as(told(forget))).sample for one in own) / len(own)
+    return F.mse_loss(net(x, t, told(forget)).sample, nothing + (anchor - nothing) - 3.0 * (negative - nothing))
+
+
+def plain_attack(net, noisy, t, target, clean, marked, generator, options):
+    radius = options.radius * clean.square().mean().sqrt()
+    start = (torch.rand(clean.shape, generator=generator) * 2 - 1) * marked[:, None]
+    moving = (clean + radius * start).clip(clean.min(), clean.max())
+    for _ in range(options.attack_steps):
+        moving.requires_grad_()
+        loss = (net(noisy, t, moving[None]).sample[0] - target).square().mean()
+        step = options.step_size * radius * torch.autograd.grad(loss, moving)[0].sign() * marked[:, None]
+        moving = (clean + (moving - step - clean).clip(-radius, radius)).clip(clean.min(), clean.max()).detach()
+    return moving
+
+
+def with_word(pipe, word, prompt):
+    """The condition of ``prompt`` with the token ``*``, whose row of the table is ``word``, for the concept's words."""
+    table, place = pipe.text_encoder.get_input_embeddings().weight, pipe.tokenizer("*").input_ids[1]
+    before, table.data[place] = table[place].detach().clone(), word
+    assert "steam engine" in prompt
+    condition = pipe.encode_prompt(prompt.replace("steam engine", "*"), "cpu", 1, False)[0]
+    table.data[place] = before
+    return condition
+
+
+def plain_word(net, trainer, number=0):
+    """Textual inversion by the gradient of the table, one picture a pass."""
+    pipe, batches, forget = trainer.model.pipe, trainer.batches, trainer.batches.sets["forget"]
+    table, place = pipe.text_encoder.get_input_embeddings().weight, pipe.tokenizer("*").input_ids[1]
+    generator = batches.generator("words", number)
+    word = torch.nn.Parameter(table.mean(0) + table.std(0) * torch.randn(table.shape[1], generator=generator))
+    adam = torch.optim.AdamW([word], lr=5e-3)
+    for step in range(2):
+        noise, t = batches.draw(forget, 4, "words", number, step)
+        table.grad = None
+        for row, i in enumerate(torch.randint(len(forget), (4,), generator=generator).tolist()):
+            batch = batches.noised(forget, torch.tensor([i]), noise[[row]], t[[row]])
+            condition = with_word(pipe, word.detach(), forget.prompts[forget.prompt_index[i]])
+            (net(batch.noisy, batch.timesteps, condition).sample - batch.target).square().sum().backward()
+        word.grad = table.grad[place].clone()
+        adam.step()
+    return word.detach()
+
+
 PLAIN = {
     "salun": plain_salun,
     "random_label": plain_salun,
@@ -138,7 +266,17 @@ PLAIN = {
     "salun_esd": plain_esd,
     "forget_me_not": plain_forget_me_not,
     "selective_amnesia": plain_selective_amnesia,
+    "race": plain_race,
+    "salun_adv": plain_salun_adv,
+    "stereo": plain_stereo,
 }
+OPTIONS = {  # every part of these methods has its turn within three steps
+    "race": ["warm_up=0.3", "radius=0.5", "attack_steps=3", "lasso=0.1"],
+    "salun_adv": [
+        "attacked=0.4", "inverted=0.3", "empty=0.1", "unrelated=0.1", "rounds=1", "search_steps=2", "search_batch=4",
+    ],
+    "stereo": ["rounds=2", "round_steps=2", "round_rate=0.001", "search_steps=2", "search_batch=4"],
+}  # fmt: skip
 
 
 def scoped_names(network, scope):
@@ -148,7 +286,7 @@ def scoped_names(network, scope):
 def trainer_for(method, folder, tmp_path, **changes):
     settings = {"learning_rate": 1e-3, "max_train_steps": 3, "train_batch_size": 3}
     settings |= {"num_inference_steps": 4}
-    settings |= {"num_forget_images": 6, "guidance_scale": 3.0} if find_method(method).forget_set != "name" else {}
+    settings |= {"num_forget_images": 6, "guidance_scale": 3.0} if find_method(method).sets("none") != ["name"] else {}
     settings |= {"num_retain_images": 6} if find_method(method).uses_retain else {}
     config = EraseConfig(["steam engine"], method=method, data_dir=str(tmp_path / "data"), **(settings | changes))
     config.fill({}, "test")
@@ -164,7 +302,7 @@ def trainer_for(method, folder, tmp_path, **changes):
 @pytest.mark.parametrize("method", PLAIN)
 def test_steps_match_a_plain_loop(method, folders, tmp_path):
     """Three steps of dense Adam on the plain loss, every pass on its own."""
-    trainer, parameters, base = trainer_for(method, folders["sd1"], tmp_path)
+    trainer, parameters, base = trainer_for(method, folders["sd1"], tmp_path, method_option=OPTIONS.get(method))
     plain = copy.deepcopy(base)
     masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
     trainer.train(MaskedChange(parameters, masks), tmp_path / "log.jsonl", Checkpoints(tmp_path, {}, 2))

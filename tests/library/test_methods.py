@@ -14,16 +14,21 @@ from salun_diffusion import erase as run_erasure
 from salun_diffusion.command_line import parse
 from salun_diffusion.config import EraseConfig
 from salun_diffusion.erasures.mask import load_masks
+from salun_diffusion.masks import SALIENCY
 from salun_diffusion.methods import METHODS, find_method, names_of
 from salun_diffusion.models.load import load_pipeline
 from salun_diffusion.models.scopes import UNET as SCOPES
 from salun_diffusion.models.text_unet import differing_tokens, token_ids
 
+SHORT = {  # options of methods that take long by themselves
+    "salun_adv": ["--search_steps", "2"],
+    "stereo": ["--rounds", "2", "--round_steps", "2", "--search_steps", "2"],
+}
 GRADIENT = [name for name in METHODS if not find_method(name).closed_form]
 
 
-def erase(base, method, output, *more, concept="steam engine"):
-    """``erase_concept.py`` in this process: imports would be most of a process's time."""
+def command(base, method, output, *more, concept="steam engine"):
+    """The words after ``erase_concept.py`` of a short erasure."""
     kind = find_method(method)
     words = [] if kind.closed_form else ["--max_train_steps", "2", "--train_batch_size", "2", "--learning_rate", "1e-3"]
     words += ["--num_retain_images", "4"] if kind.uses_retain or kind.closed_form else []
@@ -32,7 +37,12 @@ def erase(base, method, output, *more, concept="steam engine"):
     words += ["--pretrained_model_name_or_path", str(base), "--concept", concept, "--method", method]
     words += ["--output_dir", str(output), "--data_dir", str(output.parent / "data")]
     words += [] if kind.closed_form else ["--num_inference_steps", "3"]
-    run_erasure(parse([*words, *more], ""))
+    return [*words, *SHORT.get(method, []), *more]
+
+
+def erase(base, method, output, *more, **which):
+    """``erase_concept.py`` in this process: imports would be most of a process's time."""
+    run_erasure(parse(command(base, method, output, *more, **which), ""))
     return Delta.load(output / "erasure.safetensors")
 
 
@@ -69,7 +79,7 @@ def test_a_gradient_method_takes_any_mask(method, folders, tmp_path):
     assert everything.metadata["density"] == 1.0
 
 
-@pytest.mark.parametrize("method", ["esd", "selective_amnesia"])
+@pytest.mark.parametrize("method", ["esd", "selective_amnesia", "race", "salun_adv", "stereo"])
 def test_resumed_is_uninterrupted(method, folders, tmp_path):
     """For the methods that draw more than noise, or keep more than weights."""
     whole = erase(folders["sd1"], method, tmp_path / "run", "--max_train_steps", "4", "--checkpointing_steps", "2")
@@ -79,6 +89,46 @@ def test_resumed_is_uninterrupted(method, folders, tmp_path):
         cached.unlink()  # computed again, it must still be the base model's
     again = ["--max_train_steps", "4", "--checkpointing_steps", "2", "--resume_from_checkpoint", "latest"]
     assert erase(folders["sd1"], method, tmp_path / "run", *again).digest() == whole.digest()
+
+
+def test_a_run_of_phases_does_not_go_on_for_more_steps(folders, tmp_path):
+    erase(folders["sd1"], "race", tmp_path / "run", "--checkpointing_steps", "1")
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(SalunError, match="the number of steps, on which their phases depend, is 4, was 2"):
+        erase(folders["sd1"], "race", tmp_path / "run", "--checkpointing_steps", "1", "--max_train_steps", "4",
+              "--resume_from_checkpoint", "latest")  # fmt: skip
+
+
+def test_every_saliency_chooses_as_many_weights_and_others(folders, tmp_path):
+    chosen = {}
+    for kind in SALIENCY:
+        delta = erase(folders["sd1"], "salun", tmp_path / kind, "--density", "0.25", "--saliency", kind)
+        masks = load_masks(tmp_path / kind / "mask.safetensors")[0]
+        chosen[kind] = torch.cat([mask.flatten() for mask in masks.values()])
+        assert delta.metadata["settings"]["saliency"] == kind
+    assert {int(mask.sum()) for mask in chosen.values()} == {len(chosen["random"]) // 4}
+    share = {kind: float((mask & chosen["gradient"]).sum() / mask.sum()) for kind, mask in chosen.items()}
+    assert 0.15 < share["random"] < 0.35 and all(0.35 < share[kind] < 1 for kind in ("gradient-weight", "fisher"))
+    assert 0.5 < share["contrast"] < 1 and share["magnitude"] < 0.5
+
+
+@pytest.mark.parametrize("method", ["race", "salun_adv", "stereo"])
+def test_attacks_do_not_depend_on_how_a_step_is_shared(method, folders, tmp_path):
+    """Two accumulated batches, or two processes, meet the same attacks as one batch."""
+    words = ["--save_dtype", "fp32", "--mask", "none"]
+    whole = erase(folders["sd1"], method, tmp_path / "whole", *words, "--train_batch_size", "4")
+    erase(folders["sd1"], method, tmp_path / "two", *words, "--gradient_accumulation_steps", "2")
+    runs = ["two"]
+    if method == "salun_adv":
+        line = command(folders["sd1"], method, tmp_path / "shared")
+        run("torchrun", "--nproc_per_node", "2", "erase_concept.py", *line, *words, ACCELERATE_USE_CPU="true")
+        runs.append("shared")
+    for name in runs:
+        other, norms = Delta.load(tmp_path / name / "erasure.safetensors"), []
+        for key, value in whole.values.items():
+            norms.append([float((other.values[key] - value).square().sum()), float(value.square().sum())])
+        apart, change = map(sum, zip(*norms, strict=True))
+        assert apart**0.5 < 0.01 * change**0.5, name
 
 
 def test_attention_maps_survive_gradient_checkpointing(folders, tmp_path):
@@ -122,11 +172,20 @@ def test_what_is_set_for_a_method_holds_for_those_made_from_it():
         ("esd", ["--num_forget_images", "9"], "--num_forget_images means nothing to --method esd"),
         ("uce", ["--learning_rate", "1"], "--learning_rate means nothing to --method uce"),
         ("rece", ["--mask", "saliency"], "solves for whole matrices"),
+        (
+            "salun_adv",
+            ["--attacked", "0.6", "--inverted", "0.6"],
+            "empty and unrelated are 1.325 in all: give at most 1",
+        ),
+        ("salun_esd", ["--saliency", "contrast"], "looks at a retain set, which --method salun_esd has not"),
+        ("salun", ["--saliency", "random", "--saliency_guidance", "2"], "means nothing to --saliency random"),
+        ("random_label", ["--saliency", "fisher"], "--saliency means nothing to --method random_label without --mask"),
         ("uce", ["--scope", "all"], "use --scope cross-attention-kv"),
         ("concept_ablation", ["--forget_data", "tests"], "--forget_data means nothing"),
         ("salun", ["--method_option", "ewc=1"], "no option 'ewc'. Its own: target=current"),
         ("salun", ["--method_option", "target=base"], "choose one of current, frozen"),
         ("esd", ["--method_option", "negative_guidance=far"], "'far' must be of type float"),
+        ("race", ["--method_option", "attack_steps=0"], "attack_steps is 0: give a number of at least 1"),
     ],
 )
 def test_what_a_method_cannot_use_is_said(method, more, message, folders, tmp_path):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from salun_diffusion import SalunError
-from salun_diffusion.masks import saliency
+from salun_diffusion.masks import SALIENCY, saliency
 from salun_diffusion.masks.saliency import top_density
 
 
@@ -79,6 +79,44 @@ def test_scores_are_the_absolute_sum_of_gradients():
     for name in total:
         torch.testing.assert_close(found[name], total[name].abs(), rtol=0, atol=0)
     assert all(p.grad is None for p in layer.parameters())
+
+
+def test_other_scores_are_what_they_say():
+    """Each weight by weight, against loops over single weights."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 3)
+    parameters = dict(layer.named_parameters())
+    losses = [lambda x=x: layer(x).square().mean() for x in torch.randn(5, 6, 4)]
+    others = [lambda x=x: layer(x).abs().mean() for x in torch.randn(5, 6, 4)]
+
+    def gradients(losses, name, place):
+        return [float(torch.autograd.grad(loss(), parameters[name])[0].flatten()[place]) for loss in losses]
+
+    found = {
+        "gradient-weight": saliency.times_weights(saliency.scores(parameters, losses), parameters),
+        "fisher": saliency.scores(parameters, losses, square=True),
+        "contrast": saliency.contrast(saliency.scores(parameters, losses), saliency.scores(parameters, others)),
+        "magnitude": saliency.magnitudes(parameters),
+        "random": saliency.random_scores(parameters, torch.Generator().manual_seed(1)),
+    }
+    assert {*found, "gradient"} == {*SALIENCY}
+    sums = [abs(sum(gradients(others, name, i))) for name, p in parameters.items() for i in range(p.numel())]
+    for name, parameter in parameters.items():
+        for i, weight in enumerate(parameter.flatten().tolist()):
+            own = gradients(losses, name, i)
+            other = abs(sum(gradients(others, name, i)))
+            wanted = {
+                "gradient-weight": abs(sum(own) * weight),
+                "fisher": sum(one**2 for one in own),
+                "contrast": abs(sum(own)) / (1 + other / (sum(sums) / len(sums))),
+                "magnitude": abs(weight),
+            }
+            for kind, value in wanted.items():
+                assert float(found[kind][name].flatten()[i]) == pytest.approx(value, rel=1e-5), (kind, name, i)
+    generator = torch.Generator().manual_seed(1)
+    assert all(
+        torch.equal(found["random"][name], torch.rand(p.shape, generator=generator)) for name, p in parameters.items()
+    )
 
 
 def test_scores_do_not_count_what_an_earlier_backward_left():

@@ -78,6 +78,13 @@ def test_erase_load_draw_unload(pipe, method, tmp_path):
     assert all(map(torch.equal, before, bits(pipe)))
 
 
+@pytest.mark.parametrize("method", ["race", "salun_adv", "stereo"])
+def test_methods_that_attack_embeddings_say_which_models_they_need(folder, tmp_path, method):
+    words = ["--pretrained_model_name_or_path", folder, "--concept", "airplane", "--output_dir", tmp_path / "run"]
+    done = here("python", "erase_concept.py", *words, "--method", method, check=False)
+    assert done.returncode == 1 and "takes embeddings in place of a prompt's tokens" in done.stderr
+
+
 @pytest.mark.parametrize("more", [{"guided": False}, {"t5": False}])
 def test_the_other_kinds_of_a_family_are_erased_too(more, tmp_path):
     """Flux schnell, which has no guidance, and SD3 without its third text encoder."""
@@ -139,6 +146,8 @@ def test_a_flow_is_noised_and_aimed_at_as_in_diffusers_training_scripts(folder):
     sigma = (t / 1000).view(3, 1, 1, 1)
     torch.testing.assert_close(model.noise(clean, noise, t), (1 - sigma) * clean + sigma * noise)
     assert torch.equal(model.target(clean, noise, t), noise - clean)
+    found = model.noise_in(noise - clean, model.noise(clean, noise, t), t)
+    torch.testing.assert_close(found, noise, rtol=1e-4, atol=1e-5)
 
 
 def test_uce_solves_for_the_tokens_that_pixarts_attention_sees(tmp_path):
