@@ -26,7 +26,7 @@ class CifarConfig:
     """The options of ``python -m demo.cifar10``."""
 
     dataset: str = option(
-        "cifar10", "cifar10 (from the hub), or a folder: of parquet files, of pictures by class, or torchvision's"
+        "cifar10", "cifar10 (from the hub), or a folder: of parquet files, or of pictures in train/CLASS and test/CLASS"
     )
     size: str = option("small", "of the U-Net", ("small", "published"))
     work_dir: str = option("runs/cifar10", "checkpoints")
@@ -51,20 +51,13 @@ def train(config: CifarConfig) -> None:
     """Judge and U-Net, each made unless ``work_dir`` has it; then the judge's word on both.
 
     Raises:
-        SalunError: a data set that cannot be read or is not of 32 pixels and in colour, or no such class.
+        SalunError: a data set that cannot be read, or no such class.
     """
-    from classification.reading import read
-
     from .. import class_model
     from . import judge, recipes
+    from .data import Part, read
 
-    parts, names = read(config.dataset)
-    shown, test = parts["train"], parts["test"]
-    if tuple(shown.images.shape[1:]) != (3, 32, 32) or test is None:
-        raise SalunError(
-            f"{config.dataset} holds pictures of {'x'.join(map(str, shown.images.shape[1:]))}"
-            f"{'' if test else ' and no test part'}: give CIFAR-10's, 3x32x32, of training and test."
-        )
+    shown, test, names = read(config.dataset)
     if config.without is not None and config.without not in names:
         raise SalunError(
             f"--without {config.without} is no class of {config.dataset}: choose one of {', '.join(names)}."
@@ -76,31 +69,33 @@ def train(config: CifarConfig) -> None:
     work, missing = Path(config.work_dir), f"-without-{config.without}" if config.without else ""
     steps = config.steps or recipes.STEPS[config.size]
     output = Path(config.output_dir or work / f"{config.size}{missing}")
-    seen = judge.train(shown.images, shown.labels, list(names), work, config.judge_steps, config.device)
-    print(f"The judge names {100 * judge.accuracy(seen, test.images, test.labels):.1f}% of {len(test)} test pictures.")
+    seen = judge.train(shown.images, shown.labels, names, work, config.judge_steps, config.device)
+    share = judge.accuracy(seen, test.images, test.labels)
+    print(f"The judge names {100 * share:.1f}% of {len(test.labels)} test pictures.")
     if config.without:
-        shown = shown[shown.labels != names.index(config.without)]
+        kept = shown.labels != names.index(config.without)
+        shown = Part(shown.images[kept], shown.labels[kept])
     name = f"{config.size}{missing}"
     network = class_model.train(
         recipes.RECIPES[config.size], shown.images, shown.labels, len(names), name,
         work / f"{name}-{config.seed}-{steps}.safetensors", steps, config.seed, config.device,
         config.weights == "averaged",
     )  # fmt: skip
-    about = recipes.concepts(config.size, list(names))
+    about = recipes.concepts(config.size, names)
     scheduler = recipes.SCHEDULERS[config.size]()
-    class_model.save(network, scheduler, list(names), seen, judge.processor(), about, output)
+    class_model.save(network, scheduler, names, seen, judge.processor(), about, output)
     settings = recipes.SETTINGS[config.size]
     print(class_model.judged(output, seen, judge.prepared, settings, config.pictures, config.without))
 
 
-def _write(pictures, names: tuple[str, ...], folder: Path) -> None:
+def _write(pictures, names: list[str], folder: Path) -> None:
     from PIL import Image
     from tqdm import tqdm
 
     for name in names:
         (folder / name).mkdir(parents=True, exist_ok=True)
     rows = zip(pictures.images, pictures.labels.tolist(), strict=True)
-    for i, (picture, label) in enumerate(tqdm(rows, total=len(pictures), desc="writing", unit="picture")):
+    for i, (picture, label) in enumerate(tqdm(rows, total=len(pictures.labels), desc="writing", unit="picture")):
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / names[label] / f"{i:05d}.png")
 
 

@@ -74,9 +74,13 @@ def test_the_published_network_has_the_published_size():
 def test_what_cannot_be_is_refused(data, tmp_path):
     done = cifar(data, "--without", "ship", "--work_dir", tmp_path / "work", check=False)
     assert done.returncode == 1 and "--without ship is no class of" in done.stderr and "airplane, frog" in done.stderr
-    for name in NAMES:
-        (tmp_path / "grey" / name).mkdir(parents=True)
-        Image.new("L", (8, 8)).save(tmp_path / "grey" / name / "0.png")
-    done = cifar(tmp_path / "grey", "--work_dir", tmp_path / "work", check=False)
-    assert done.returncode == 1 and "pictures of 3x8x8 and no test part: give CIFAR-10's, 3x32x32" in done.stderr
-    assert not (tmp_path / "work").exists()
+    for part in ("train", "test"):
+        for name in NAMES:
+            (tmp_path / "small" / part / name).mkdir(parents=True)
+            Image.new("L", (8, 8)).save(tmp_path / "small" / part / name / "0.png")
+    done = cifar(tmp_path / "small", "--work_dir", tmp_path / "work", check=False)
+    assert done.returncode == 1 and "has pictures of 8x8 pixels: give CIFAR-10's, of 32x32" in done.stderr
+    done = cifar(data / "train", "--work_dir", tmp_path / "work", check=False)
+    assert done.returncode == 1 and "lacks a training part, a test part" in done.stderr
+    done = cifar(tmp_path / "none", "--work_dir", tmp_path / "work", check=False)
+    assert done.returncode == 1 and "There is no folder" in done.stderr and not (tmp_path / "work").exists()
