@@ -13,9 +13,10 @@ from .config import BenchmarkConfig
 def main() -> None:
     name, options = sys.argv[1:]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice on optional packages helps nobody here
-    from . import attack, evaluation, measurements, memory
+    from . import attack, attack_memory, evaluation, measurements, memory
 
-    work = next(getattr(module, name) for module in (memory, evaluation, measurements, attack) if hasattr(module, name))
+    modules = (memory, evaluation, measurements, attack, attack_memory)
+    work = next(getattr(module, name) for module in modules if hasattr(module, name))
     print(json.dumps(work(BenchmarkConfig(**json.loads(options)))))
 
 
