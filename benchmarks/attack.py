@@ -29,7 +29,7 @@ def attack(config: BenchmarkConfig) -> dict:
         work = Path(folder)
         with (work / "prompts.csv").open("w", newline="") as file:
             csv.writer(file).writerows([["prompt", "seed"], *(["a picture of", seed] for seed in range(PROMPTS))])
-        _nudge(work / "erasure.safetensors")
+        nudge("demo", work / "erasure.safetensors")
         found = {at_once: _seconds(work, at_once) for at_once in (PROMPTS, 1)}
     (ours, texts), (plain, others) = found[PROMPTS], found[1]
     assert texts == others, f"{texts} {others}"
@@ -40,9 +40,9 @@ def attack(config: BenchmarkConfig) -> dict:
     }  # fmt: skip
 
 
-def _nudge(path: Path) -> None:
+def nudge(base: str | Path, path: Path) -> None:
     """An erasure of hardly anything: the command attacks the base model beside one."""
-    named = [(name, weight) for name, weight in load_model("demo").network.named_parameters()]
+    named = list(load_model(str(base)).network.named_parameters())
     name, weight = next((name, weight) for name, weight in named if "attn2.to_k" in name)
     mask = torch.ones(weight.shape, dtype=torch.bool)
     values = torch.full((weight.numel(),), 1e-3)

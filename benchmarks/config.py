@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from salun_diffusion.options import option
 
-MEASUREMENTS = ("reference_step", "our_step", "mask", "delta", "memory", "i2p", "attack")
+MEASUREMENTS = ("reference_step", "our_step", "mask", "delta", "memory", "i2p", "attack", "attack_memory")
 
 
 @dataclass

@@ -21,7 +21,7 @@ def memory(config: BenchmarkConfig) -> dict:
     """GB at 512 pixels with activations recomputed: ours in bf16 at density 0.5 and 0.1, and the reference in fp32."""
     found = {}
     for batch in (8, 1):
-        network, passes = _step(torch.bfloat16, batch)
+        network, passes = replayed(torch.bfloat16, 2 * batch)
         weights = 2 * sum(p.numel() for p in network.parameters())
         scoped = [p.numel() for p in scoped_parameters(network, "cross-attention+resnets").values()]
         for density in (0.5, 0.1):
@@ -29,38 +29,42 @@ def memory(config: BenchmarkConfig) -> dict:
             optimizer = density * sum(scoped) * (2 + 4 + 4 + 4 + 4)
             mask = sum(scoped) / 8 + max(scoped) * (1 + 8 * density)  # and one parameter's places at a time, as int64
             parts = {"weights": weights, "optimizer": optimizer, "mask": mask, "passes": passes}
-            found[f"ours, batch {batch}, bf16, density {density}"] = _giga(parts)
-    network, passes = _step(torch.float32, 8, dense=True)
+            found[f"ours, batch {batch}, bf16, density {density}"] = giga(parts)
+    network, passes = replayed(torch.float32, 16, dense=True)
     count = sum(p.numel() for p in network.parameters())
     # Adam's moments in fp32, the mask as the int64 that the reference saves; the gradients are among the passes
     parts = {"weights": 4 * count, "optimizer": 8 * count, "mask": 8 * count, "passes": passes}
-    return found | {"reference, batch 8, fp32": _giga(parts)}
+    return found | {"reference, batch 8, fp32": giga(parts)}
 
 
-def _giga(parts: dict[str, float]) -> dict[str, float]:
+def giga(parts: dict[str, float]) -> dict[str, float]:
+    """Bytes as GB, and their ``total``."""
     return {name: size / GIGA for name, size in (parts | {"total": sum(parts.values())}).items()}
 
 
-def _step(dtype: torch.dtype, batch: int, dense: bool = False) -> tuple[UNet2DConditionModel, int]:
-    """A fake network, and the bytes that the passes of one step take beside its weights. ``dense`` gradients stay;
-    otherwise each is gone as soon as it is packed.
+def replayed(
+    dtype: torch.dtype, samples: int, dense: bool = False, recompute: bool = True
+) -> tuple[UNet2DConditionModel, int]:
+    """A fake network, and the bytes that a pass of ``samples`` there and back takes beside its weights. ``dense``
+    gradients stay; otherwise each is gone as soon as it is packed. ``recompute``: activations are not kept.
     """
     with FakeTensorMode():
         torch.set_default_dtype(dtype)
         network = UNet2DConditionModel(sample_size=SIDE, cross_attention_dim=768, attention_head_dim=8).eval()
         torch.set_default_dtype(torch.float32)
-        network.enable_gradient_checkpointing()
+        if recompute:
+            network.enable_gradient_checkpointing()
         if not dense:
             for parameter in network.parameters():  # also those out of scope: the tracker cannot do with frozen ones
                 parameter.register_post_accumulate_grad_hook(_drop)
 
-        # the passes with gradients, of the forget and the retain batch; the anchor's pass alone needs less
-        latents = torch.randn(2 * batch, 4, SIDE, SIDE, dtype=dtype)
-        text = torch.randn(2 * batch, 77, 768, dtype=dtype)
+        # of a step, those of the forget and the retain batch together; the anchor's pass alone needs less
+        latents = torch.randn(samples, 4, SIDE, SIDE, dtype=dtype)
+        text = torch.randn(samples, 77, 768, dtype=dtype)
         tracker = MemTracker()
         tracker.track_external(network)
         with tracker:
-            network(latents, torch.zeros(2 * batch, dtype=torch.long), text).sample.float().square().mean().backward()
+            network(latents, torch.zeros(samples, dtype=torch.long), text).sample.float().square().mean().backward()
         peak = next(iter(tracker.get_tracker_snapshot("peak").values()))["Total"]
     return network, peak - sum(p.numel() * p.element_size() for p in network.parameters())
 

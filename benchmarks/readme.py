@@ -68,11 +68,15 @@ def _section(found: dict) -> str:
     if "attack" in found:
         a = found["attack"]
         rows.append(_row(f"a step of an attack ({a['how']})", a["plain"], a["ours"], "s"))
+    if "attack_memory" in found:
+        a = found["attack_memory"]
+        rows.append([f"memory of two attacks ({a['how']})", "", f"{a['peak_gib']:.2f} GiB", ""])
     lines.append(markdown(rows))
-    if "memory" in found:
-        parts = next(iter(found["memory"].values()))
+    counted = found.get("memory", {}) | found.get("attack_memory", {}).get("accounting", {})
+    if counted:
+        parts = next(iter(counted.values()))
         rows = [["GB at 512 px, by accounting", *parts]]
-        for what, sizes in found["memory"].items():
+        for what, sizes in counted.items():
             rows.append([what, *(f"{sizes[part]:.2f}" if part in sizes else "" for part in parts)])
         lines += ["", markdown(rows)]
     return "\n".join([*lines, ""])
