@@ -11,10 +11,10 @@ from salun_diffusion.command_line import parse
 from salun_diffusion.methods import METHODS, find_method
 
 FORGETS = [name for name in METHODS if name != "finetune"]  # which is never shown the concept, and hopes
-SHORT = {  # the attacks within a training, as short as they go
-    "race": ["attack_steps=1"],
-    "stereo": ["rounds=1", "round_steps=8", "search_steps=4"],
-    "salun_adv": ["attack_steps=1", "rounds=1", "search_steps=4"],
+SHORT = {  # those that attack within the training, with as little of that as there can be
+    "race": "--max_train_steps 16 --attack_steps 1",
+    "stereo": "--max_train_steps 16 --rounds 1 --round_steps 4 --search_steps 4",
+    "salun_adv": "--max_train_steps 20 --attack_steps 1 --rounds 1 --search_steps 4",
 }
 
 
@@ -24,11 +24,10 @@ def erased(folder, method, *concepts):
     words = [] if kind.closed_form else ["--train_batch_size", "6", "--max_train_steps", "32"]
     words += ["--num_retain_images", "48"] if kind.uses_retain else []
     words += ["--num_forget_images", "32"] if kind.sets(kind.mask) != ["name"] else []
-    words += [word for text in SHORT.get(method, []) for word in ("--method_option", text)]
     words += [word for concept in concepts for word in ("--concept", concept)]
     words += ["--pretrained_model_name_or_path", "demo", "--method", method]
     words += ["--output_dir", str(folder / method), "--data_dir", str(folder / "data")]
-    erase(parse(words, ""))
+    erase(parse([*words, *SHORT.get(method, "").split()], ""))
     return folder / method
 
 
