@@ -8,9 +8,9 @@ image = pipe("3").images[0]  # or its number; guidance_scale=3 unless given
 pipe.unload_erasure()
 """
 
-from salun_diffusion.models.class_pipeline import ClassConditionalPipeline
+from salun_diffusion.models import class_pipeline  # the class itself here would be a second one for diffusers
 from salun_diffusion.pipeline_methods import Erasures
 
 
-class SalunClassConditionalPipeline(Erasures, ClassConditionalPipeline):
+class SalunClassConditionalPipeline(Erasures, class_pipeline.ClassConditionalPipeline):
     """A `UNet2DModel` with class embeddings, and methods that load, scale, list, unload and fuse erasures."""

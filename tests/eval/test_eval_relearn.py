@@ -195,7 +195,7 @@ def test_the_report_has_curves_and_pictures_on_the_way(measured, base, tmp_path)
         num_probes=1, num_prompts=1, num_neighbours=1, timesteps=[500], output_dir=folder / "probe",
     ))  # fmt: skip
     page = report.report(folder).read_text()
-    assert page.count("<svg") == plain.count("<svg") + 2 and page.count("<img") == plain.count("<img") + 3 * 2
+    assert page.count("<svg") == plain.count("<svg") + 2 and page.count("<img") == plain.count("<img") + 3 * 3
     for text in (
         "Does it come back?", "optimizer steps of fine-tuning", "control: cat, called zarp", "step 3",
         "What changes inside the network", "neighbours", "mid · 0", "relearn/1: all weights", "probe/1 (ours)",
