@@ -4,6 +4,8 @@ transformers", section 3): straight paths from a sample to noise, whose velocity
 A timestep is 1000 σ, a float, as diffusers' ``FlowMatchEulerDiscreteScheduler`` has it.
 """
 
+from functools import cached_property
+
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -17,6 +19,23 @@ class FlowModel(LatentModel):
     capabilities = frozenset({"text", "pictures"})
     scopes = JOINT
     Schedule = FlowMatchEulerDiscreteScheduler
+
+    @torch.no_grad()
+    def encode(self, prompts):
+        """As the pipeline itself encodes them: ``encoder_hidden_states`` ``(batch, tokens, width)`` and
+        ``pooled_projections`` ``(batch, width)``.
+        """
+        parts = [self.embedded(prompts[i : i + 64]) for i in range(0, len(prompts), 64)]
+        keys = ("encoder_hidden_states", "pooled_projections")
+        return {key: torch.cat(found).cpu() for key, found in zip(keys, zip(*parts, strict=True), strict=True)}
+
+    def embedded(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the pipeline's ``encode_prompt`` makes of a few prompts: the tokens' embeddings, and the pooled ones."""
+        raise NotImplementedError
+
+    @cached_property
+    def empty(self):
+        return self.encode([""])
 
     def times(self, count, generator):
         """Logit-normal (0, 1) places in the schedule, shifted as the scheduler's config says: what diffusers' training

@@ -22,6 +22,7 @@ from ..errors import SalunError
 from ..files import listed
 from .base import Model
 from .class_pipeline import pixels
+from .load import denoiser
 from .sampling import denoise
 
 
@@ -116,7 +117,7 @@ class LabelUNet(Labels):
     @classmethod
     def accepts(cls, pipe):
         parts = {name for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-        return isinstance(getattr(pipe, "unet", None), UNet2DModel) and parts == {"unet"}
+        return isinstance(denoiser(pipe), UNet2DModel) and parts == {"unet"}
 
     def __init__(self, pipe):
         if not pipe.unet.config.num_class_embeds:
@@ -159,7 +160,7 @@ class DiT(Labels):
 
     @classmethod
     def accepts(cls, pipe):
-        return isinstance(getattr(pipe, "transformer", None), DiTTransformer2DModel)
+        return isinstance(denoiser(pipe), DiTTransformer2DModel)
 
     def id2label(self):
         found: dict[int, list[str]] = {}

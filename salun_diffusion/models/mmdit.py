@@ -1,9 +1,4 @@
-"""Stable Diffusion 3 and Flux: transformers in which a prompt's tokens and the latents attend to each other.
-
-The condition holds ``encoder_hidden_states`` ``(batch, tokens, width)`` and ``pooled_projections`` ``(batch, width)``.
-"""
-
-from functools import cached_property
+"""Stable Diffusion 3 and Flux: transformers in which a prompt's tokens and the latents attend to each other."""
 
 import numpy as np
 import torch
@@ -22,18 +17,11 @@ class SD3(FlowModel):
     def accepts(cls, pipe):
         return isinstance(pipe, StableDiffusion3Pipeline)
 
-    @torch.no_grad()
-    def encode(self, prompts):
-        options = {"do_classifier_free_guidance": False, "device": self.pipe.device}
-        parts = []
-        for i in range(0, len(prompts), 64):
-            embeds, _, pooled, _ = self.pipe.encode_prompt(prompts[i : i + 64], None, None, **options)
-            parts.append((embeds.cpu(), pooled.cpu()))
-        return _condition(parts)
-
-    @cached_property
-    def empty(self):
-        return self.encode([""])
+    def embedded(self, prompts):
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            prompts, None, None, do_classifier_free_guidance=False, device=self.pipe.device
+        )
+        return embeds, pooled
 
     def forward(self, noisy, timesteps, condition):
         return self.network(noisy, timestep=timesteps, return_dict=False, **condition)[0]
@@ -66,17 +54,8 @@ class Flux(FlowModel):
     def picture_side(self):
         return self.pipe.default_sample_size * self.pipe.vae_scale_factor
 
-    @torch.no_grad()
-    def encode(self, prompts):
-        parts = []
-        for i in range(0, len(prompts), 64):
-            embeds, pooled, _ = self.pipe.encode_prompt(prompts[i : i + 64], None, device=self.pipe.device)
-            parts.append((embeds.cpu(), pooled.cpu()))
-        return _condition(parts)
-
-    @cached_property
-    def empty(self):
-        return self.encode([""])
+    def embedded(self, prompts):
+        return self.pipe.encode_prompt(prompts, None, device=self.pipe.device)[:2]
 
     def forward(self, noisy, timesteps, condition):
         count, channels, height, width = noisy.shape
@@ -109,13 +88,6 @@ class Flux(FlowModel):
         _, height, width = self.sample_shape
         sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
         return {"sigmas": sigmas, "mu": _mu(self.pipe, height * width // 4)}
-
-
-def _condition(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {
-        "encoder_hidden_states": torch.cat([part[0] for part in parts]),
-        "pooled_projections": torch.cat([part[1] for part in parts]),
-    }
 
 
 def _mu(pipe, tokens: int) -> float:

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from ..errors import SalunError
 from .base import Condition
 from .latents import LatentModel
+from .load import denoiser
 
 PLACE = "*"  # in a prompt, it stands for a word of one's own: one token of CLIP's vocabulary, and no word
 ADDED = ("text_embeds", "time_ids")  # what SDXL's U-Net takes as added_cond_kwargs
@@ -34,7 +35,7 @@ class TextUNet(LatentModel):
 
     @classmethod
     def accepts(cls, pipe):
-        known = isinstance(getattr(pipe, "unet", None), UNet2DConditionModel)
+        known = isinstance(denoiser(pipe), UNet2DConditionModel)
         return known and hasattr(pipe, "tokenizer") and hasattr(pipe, "encode_prompt") and hasattr(pipe, "vae")
 
     def encode(self, prompts):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import tiny
+import tiny_labels
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from safetensors.torch import load_file, save_file
@@ -12,6 +13,7 @@ from shell import DEMO, QUICK, here
 
 from salun_diffusion import SalunError, load_erasure, unload_erasure
 from salun_diffusion.models import load_model, model_of
+from salun_diffusion.models.load import load_pipeline
 from salun_diffusion.models.text_unet import arguments, encode, encode_empty
 
 
@@ -163,3 +165,12 @@ def test_both_commands_refuse_a_base_that_is_not_whole(tmp_path):
         done = here("python", *command, *base, *more, check=False)
         assert done.returncode == 1 and "lacks final_layer_norm.weight" in done.stderr, done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_compiled_network_is_of_its_family_too(tiny_folder, tmp_path):
+    """What a family is known by is the network itself, which torch.compile wraps."""
+    tiny_labels.build(tmp_path / "labels")
+    for folder, family in ((tiny_folder, "TextUNet"), (tmp_path / "labels", "LabelUNet")):
+        pipe = load_pipeline(str(folder))
+        pipe.unet = torch.compile(pipe.unet)
+        assert type(model_of(pipe)).__name__ == family
