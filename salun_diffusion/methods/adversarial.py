@@ -89,17 +89,39 @@ class OpenPrompts:
         return self.model.encode_words(list(prompts), [word[list(concepts)] for word in words])
 
 
-def stored(rounds: list[Words]) -> dict[str, torch.Tensor]:
-    """The words of several rounds as a checkpoint holds them."""
-    return {f"words.{i}.{j}": word for i, words in enumerate(rounds) for j, word in enumerate(words)}
+class Rounds:
+    """Words that were found in one round after the other, and the conditions of a set's prompts with them.
 
+    Attributes:
+        words: by round.
+        conditions: by round, of the distinct ``prompts``, on the CPU.
 
-def restored(state: dict[str, torch.Tensor]) -> list[Words]:
-    """What was :func:`stored`."""
-    rounds: dict[int, Words] = {}
-    for name in sorted(state, key=lambda name: [int(part) for part in name.split(".")[1:]]):
-        rounds.setdefault(int(name.split(".")[1]), []).append(state[name])
-    return list(rounds.values())
+    Args:
+        prompts: None where there are no rounds.
+    """
+
+    def __init__(self, prompts: OpenPrompts | None):
+        self.prompts, self.words, self.conditions = prompts, [], []
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def add(self, words: Words) -> None:
+        """Those of the next round."""
+        self.words.append(words)
+        self.conditions.append(self.prompts.encoded(words))
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The words as a checkpoint holds them."""
+        return {f"words.{i}.{j}": word for i, words in enumerate(self.words) for j, word in enumerate(words)}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Of no rounds, become those of :meth:`state`."""
+        rounds: dict[int, Words] = {}
+        for name in sorted(state, key=lambda name: [int(part) for part in name.split(".")[1:]]):
+            rounds.setdefault(int(name.split(".")[1]), []).append(state[name])
+        for words in rounds.values():
+            self.add(words)
 
 
 class Inversion:

@@ -12,7 +12,7 @@ import torch
 from ..errors import SalunError
 from ..models.base import Condition
 from ..options import option
-from .adversarial import Inversion, Words, embedding_pgd, restored, stored, uniform
+from .adversarial import Inversion, Rounds, embedding_pgd, uniform
 from .base import Batch
 from .losses import denoising, misaligned_prompt
 from .salun import SalUn
@@ -73,31 +73,25 @@ class SalUnAdv(SalUn):
 
     def __init__(self, model, options, batches):
         super().__init__(model, options, batches)
-        self.words: list[Words] = []  # by round
-        self.conditions: list[Condition] = []  # by round, of the forget set's prompts with that round's words
-        rounds = options.rounds if options.inverted else 0
+        rounds, self.rounds = options.rounds if options.inverted else 0, Rounds(None)
         self.starts = [batches.max_train_steps * (i + 1) // (rounds + 1) for i in range(rounds)]
         if rounds:
             self.inversion = Inversion(model, batches, options.search_steps, options.search_rate, options.search_batch)
+            self.rounds = Rounds(self.inversion.prompts)
 
     def state(self):
-        return stored(self.words)
+        return self.rounds.state()
 
     def load_state(self, state):
-        for words in restored(state):
-            self._learn(words)
-
-    def _learn(self, words: Words) -> None:
-        self.words.append(words)
-        self.conditions.append(self.inversion.prompts.encoded(words))
+        self.rounds.load_state(state)
 
     def retained(self, retain):
         kinds = self._chances(retain, "retained")[:, 0] < self.options.empty
         return replace(retain, condition=self._filled(retain.condition, kinds, self.model.empty))
 
     def losses(self, forget, retain):
-        while len(self.words) < sum(start <= forget.step for start in self.starts):
-            self._learn(self.inversion.search(len(self.words)))
+        while len(self.rounds) < sum(start <= forget.step for start in self.starts):
+            self.rounds.add(self.inversion.search(len(self.rounds)))
         frozen = self.options.target == "frozen"
         with self.change.at_base() if frozen else nullcontext(), torch.no_grad():
             anchor = self.predict(forget.noisy, forget.timesteps, forget.anchor_condition)
@@ -116,10 +110,10 @@ class SalUnAdv(SalUn):
         shares = torch.tensor([options.attacked, options.inverted, options.empty, options.unrelated]).cumsum(0)
         kind = torch.bucketize(kind, shares, right=True)
         condition = forget.condition
-        for number in range(len(self.words)):
-            rows = (kind == 1) & ((which * len(self.words)).long() == number)
-            own = self.inversion.prompts.pair_of[forget.index]
-            found = {key: self.model.moved(value[own]) for key, value in self.conditions[number].items()}
+        for number, learned in enumerate(self.rounds.conditions):
+            rows = (kind == 1) & ((which * len(self.rounds)).long() == number)
+            own = self.rounds.prompts.pair_of[forget.index]
+            found = {key: self.model.moved(value[own]) for key, value in learned.items()}
             condition = self._filled(condition, rows, found)
         condition = self._filled(condition, kind == 2, self.model.empty)
         kept = self.batches.retain

@@ -11,7 +11,7 @@ import torch
 from ..models.base import Condition
 from ..options import option
 from ..process import progress
-from .adversarial import Inversion, OpenPrompts, Words, restored, stored, uniform
+from .adversarial import Inversion, OpenPrompts, Rounds, uniform
 from .base import Batch
 from .esd import HalfDenoising
 from .losses import denoising
@@ -64,23 +64,16 @@ class STEREO(HalfDenoising):
         super().__init__(model, options, batches)
         self.size = batches.size  # of a step in a round, whatever becomes of it where memory is short
         self.inversion = Inversion(model, batches, options.search_steps, options.search_rate, options.search_batch)
-        self.names = OpenPrompts(model, batches.sets["name"])
-        self.words: list[Words] = []  # by round
-        self.conditions: list[Condition] = []  # by round, of the names with that round's word
+        self.rounds = Rounds(OpenPrompts(model, batches.sets["name"]))
 
     def state(self):
-        return stored(self.words)
+        return self.rounds.state()
 
     def load_state(self, state):
-        for words in restored(state):
-            self._learn(words)
-
-    def _learn(self, words: Words) -> None:
-        self.words.append(words)
-        self.conditions.append(self.names.encoded(words))
+        self.rounds.load_state(state)
 
     def losses(self, forget, retain):
-        if not self.words:
+        if not len(self.rounds):
             self._search()
         chances = (uniform(self.batches, forget, "stereo", torch.Size([2])).cpu() + 1) / 2
         told = self._conditions(forget)
@@ -99,8 +92,10 @@ class STEREO(HalfDenoising):
 
     def _conditions(self, forget: Batch) -> list[Condition]:
         """Those of the batch's names, then of the words of each round in their place."""
-        rows = self.names.pair_of[forget.index]
-        words = [{key: self.model.moved(value[rows]) for key, value in found.items()} for found in self.conditions]
+        rows = self.rounds.prompts.pair_of[forget.index]
+        words = [
+            {key: self.model.moved(value[rows]) for key, value in found.items()} for found in self.rounds.conditions
+        ]
         return [forget.condition, *words]
 
     def _anchors(self, chances: torch.Tensor) -> Condition:
@@ -126,7 +121,7 @@ class STEREO(HalfDenoising):
                     self.change.reduce(accelerator)
                     adam.step()
                     self.change.write()
-                self._learn(self.inversion.search(number))
+                self.rounds.add(self.inversion.search(number))
 
     def _round_loss(self, forget: Batch) -> torch.Tensor:
         """ESD's, for the word found last, or the name."""
@@ -145,7 +140,8 @@ class STEREO(HalfDenoising):
         try:
             yield list(self.change.values.values())
         except BaseException:
-            self.words, self.conditions = [], []
+            self.rounds.words.clear()
+            self.rounds.conditions.clear()
             raise
         finally:
             with torch.no_grad():
