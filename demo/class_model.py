@@ -13,6 +13,7 @@ from salun_diffusion.files import write_json
 from salun_diffusion.models import load_model
 from salun_diffusion.models.class_pipeline import ClassConditionalPipeline
 
+from .class_judge import prepared, processor
 from .training import Checkpoint, loop
 
 
@@ -100,23 +101,23 @@ def train(
     return network.cpu().eval()
 
 
-def save(network: UNet2DModel, scheduler, names: list[str], judge, processor, settings: dict, folder: Path) -> None:
-    """A class-conditional pipeline in fp16, its judge (stock ``transformers``) and its settings, in ``folder``."""
+def save(network: UNet2DModel, scheduler, names: list[str], judge, side: int, settings: dict, folder: Path) -> None:
+    """A class-conditional pipeline in fp16, its judge of pictures of ``side`` px, and its settings, in ``folder``."""
     pipe = ClassConditionalPipeline(network, scheduler, dict(enumerate(names)))
     pipe.to(dtype=torch.float16).save_pretrained(folder)
     judge.half().save_pretrained(folder / "judge")
-    processor.save_pretrained(folder / "judge")
+    processor(side).save_pretrained(folder / "judge")
     judge.float()
     write_json(folder / "concepts.json", settings)
 
 
-def judged(folder: Path, judge, prepared: Callable, settings: dict, pictures: int, without: str | None) -> str:
+def judged(folder: Path, judge, side: int, settings: dict, pictures: int, without: str | None) -> str:
     """What the judge says of ``pictures`` drawn for each class, drawn as the model's settings say.
 
     Args:
         folder: of the model.
-        judge: names ``prepared(samples)``.
-        prepared: samples ``(n, channels, side, side)`` in −1…1 as the judge takes them.
+        judge: of pictures of ``side`` px.
+        side: pixels.
         settings: "num_inference_steps", "guidance_scale" and "sample_batch_size".
         pictures: of each class.
         without: a class that the model never saw.
@@ -128,7 +129,9 @@ def judged(folder: Path, judge, prepared: Callable, settings: dict, pictures: in
     how |= {"batch_size": settings["sample_batch_size"], "output_type": "latent"}
     drawn = torch.stack(model.draw(rows, progress="drawing", **how)).float().clamp(-1, 1)
     with torch.no_grad():
-        named = torch.cat([judge(prepared(part)).logits.argmax(1) for part in drawn.split(100)]).view(len(names), -1)
+        named = torch.cat([judge(prepared(part, side)).logits.argmax(1) for part in drawn.split(100)]).view(
+            len(names), -1
+        )
     right = (named == torch.arange(len(names)).view(-1, 1)).float()
     each = ", ".join(f"{name} {100 * share:.0f}%" for name, share in zip(names, right.mean(1).tolist(), strict=True))
     told = f"The judge sees what was asked for in {100 * right.mean():.1f}% of {len(rows)} pictures ({each})."

@@ -83,9 +83,9 @@ def train(config: CifarConfig) -> None:
     )  # fmt: skip
     about = recipes.concepts(config.size, names)
     scheduler = recipes.SCHEDULERS[config.size]()
-    class_model.save(network, scheduler, names, seen, judge.processor(), about, output)
+    class_model.save(network, scheduler, names, seen, judge.SIDE, about, output)
     settings = recipes.SETTINGS[config.size]
-    print(class_model.judged(output, seen, judge.prepared, settings, config.pictures, config.without))
+    print(class_model.judged(output, seen, judge.SIDE, settings, config.pictures, config.without))
 
 
 def _write(pictures, names: list[str], folder: Path) -> None:

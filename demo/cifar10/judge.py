@@ -6,36 +6,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+from transformers import ResNetForImageClassification
 
+from ..class_judge import build, prepared
 from ..training import Checkpoint, loop, to_model, warm_cosine
 
 SIDE = 64  # what a picture is resized to: the network's stem divides by four
 BATCH = 128
-
-
-def build(names: list[str]) -> ResNetForImageClassification:
-    return ResNetForImageClassification(
-        ResNetConfig(
-            embedding_size=64,
-            hidden_sizes=[64, 128, 256],
-            depths=[2, 2, 2],
-            layer_type="basic",
-            id2label=dict(enumerate(names)),
-            label2id={name: i for i, name in enumerate(names)},
-        )  # fmt: skip
-    )
-
-
-def processor() -> ViTImageProcessor:
-    """Pictures of any size → 64 px, −1…1."""
-    return ViTImageProcessor(size={"height": SIDE, "width": SIDE}, resample=Image.Resampling.BILINEAR)
-
-
-def prepared(pictures: torch.Tensor) -> torch.Tensor:
-    """Pictures ``(n, 3, 32, 32)`` in −1…1 as :func:`processor` gives them to the network, ``(n, 3, 64, 64)``."""
-    return F.interpolate(pictures, SIDE, mode="bilinear")
 
 
 def _varied(x: torch.Tensor) -> torch.Tensor:
@@ -50,12 +27,12 @@ def _varied(x: torch.Tensor) -> torch.Tensor:
 def train(pictures: torch.Tensor, labels: torch.Tensor, names: list[str], work: Path, steps: int, device: str):
     """Cross-entropy on uint8 ``pictures`` ``(n, 3, 32, 32)``; the network in eval mode, on the CPU."""
     torch.manual_seed(0)
-    judge = build(names).to(device).train()
+    judge = build(names, first=64, widths=[64, 128, 256], blocks=2).to(device).train()
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05, fused=True)
 
     def loss_of(step: int) -> torch.Tensor:
         rows = torch.randint(len(pictures), (BATCH,))
-        x = prepared(_varied(to_model(pictures[rows]))).to(device)
+        x = prepared(_varied(to_model(pictures[rows])), SIDE).to(device)
         with torch.autocast(device, torch.bfloat16):
             logits = judge(x).logits
         return F.cross_entropy(logits.float(), labels[rows].to(device), label_smoothing=0.05)
@@ -68,5 +45,5 @@ def train(pictures: torch.Tensor, labels: torch.Tensor, names: list[str], work: 
 @torch.no_grad()
 def accuracy(judge: ResNetForImageClassification, pictures: torch.Tensor, labels: torch.Tensor) -> float:
     """The share of ``pictures``, uint8 ``(n, 3, 32, 32)``, that the judge names."""
-    found = torch.cat([judge(prepared(to_model(part))).logits.argmax(1) for part in pictures.split(500)])
+    found = torch.cat([judge(prepared(to_model(part), SIDE)).logits.argmax(1) for part in pictures.split(500)])
     return (found == labels).float().mean().item()

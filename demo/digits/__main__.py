@@ -61,9 +61,9 @@ def train(config: DigitsConfig) -> None:
     print(f"The judge names {100 * share:.1f}% of {count} held-out digits.")
     trained = network.train(work, config.steps, config.seed, config.without)
     about, settings = class_model.read_settings(HERE / "concepts.json", "digit")
-    class_model.save(trained, network.scheduler(), NAMES, seen, judge.processor(), about, output)
+    class_model.save(trained, network.scheduler(), NAMES, seen, judge.SIDE, about, output)
     without = None if config.without is None else NAMES[config.without]
-    print(class_model.judged(output, seen, judge.prepared, settings, config.pictures, without))
+    print(class_model.judged(output, seen, judge.SIDE, settings, config.pictures, without))
 
 
 if __name__ == "__main__":

@@ -4,37 +4,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+from transformers import ResNetForImageClassification
 
+from ..class_judge import build, prepared
 from ..training import Checkpoint, loop, warm_cosine
 from .data import NAMES, digits
 
 SIDE = 32  # what a picture is resized to: the network's stem divides by four
 BATCH = 64
-
-
-def build() -> ResNetForImageClassification:
-    return ResNetForImageClassification(
-        ResNetConfig(
-            embedding_size=16,
-            hidden_sizes=[16, 32, 64],
-            depths=[1, 1, 1],
-            layer_type="basic",
-            id2label=dict(enumerate(NAMES)),
-            label2id={name: i for i, name in enumerate(NAMES)},
-        )  # fmt: skip
-    )
-
-
-def processor() -> ViTImageProcessor:
-    """Pictures of any size → 32 px, −1…1."""
-    return ViTImageProcessor(size={"height": SIDE, "width": SIDE}, resample=Image.Resampling.BILINEAR)
-
-
-def prepared(pictures: torch.Tensor) -> torch.Tensor:
-    """Pictures ``(n, 1, 8, 8)`` in −1…1 as :func:`processor` gives them to the network, ``(n, 3, 32, 32)``."""
-    return F.interpolate(pictures, SIDE, mode="bilinear").expand(-1, 3, -1, -1)
 
 
 def _varied(x: torch.Tensor) -> torch.Tensor:
@@ -52,12 +29,12 @@ def train(work: Path, steps: int) -> ResNetForImageClassification:
     pictures, labels, held_out = digits()
     pictures, labels = pictures[~held_out], labels[~held_out]
     torch.manual_seed(0)
-    judge = build().train()
+    judge = build(NAMES, first=16, widths=[16, 32, 64], blocks=1).train()
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05, fused=True)
 
     def loss_of(step: int) -> torch.Tensor:
         rows = torch.randint(len(pictures), (BATCH,))
-        logits = judge(_varied(prepared(pictures[rows]))).logits
+        logits = judge(_varied(prepared(pictures[rows], SIDE))).logits
         return F.cross_entropy(logits, labels[rows], label_smoothing=0.02)
 
     loop("judge", steps, Checkpoint(work / f"judge-{steps}.safetensors", judge, optimizer), warm_cosine(3e-3, steps),
@@ -69,5 +46,5 @@ def train(work: Path, steps: int) -> ResNetForImageClassification:
 def accuracy(judge: ResNetForImageClassification) -> tuple[float, int]:
     """The share of the held-out digits that the judge names, and how many they are."""
     pictures, labels, held_out = digits()
-    found = judge(prepared(pictures[held_out])).logits.argmax(1)
+    found = judge(prepared(pictures[held_out], SIDE)).logits.argmax(1)
     return (found == labels[held_out]).float().mean().item(), len(found)

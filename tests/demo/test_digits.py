@@ -7,6 +7,7 @@ import torch
 from shell import ROOT, here, run
 from transformers import AutoModelForImageClassification
 
+from demo.class_judge import prepared
 from demo.digits import judge
 from demo.digits.data import NAMES, digits
 from salun_diffusion.concepts.concept import Row
@@ -31,7 +32,7 @@ def test_the_model_draws_what_is_asked_for(seen):
     rows = [Row(name, None, {}, 70_000 + i) for name in NAMES for i in range(20)]
     how = {"num_inference_steps": 25, "guidance_scale": 1.5, "batch_size": 100, "output_type": "latent"}
     drawn = torch.stack(model.draw(rows, **how))
-    named = seen(judge.prepared(drawn.clamp(-1, 1))).logits.argmax(1)
+    named = seen(prepared(drawn.clamp(-1, 1), judge.SIDE)).logits.argmax(1)
     assert (named == torch.arange(10).repeat_interleave(20)).float().mean() >= 0.98
 
 
