@@ -20,6 +20,7 @@ from salun_diffusion.export import ExportConfig
 from salun_diffusion.files import write_json
 from salun_diffusion.hub import PushConfig
 from salun_diffusion.models.load import load_pipeline
+from salun_diffusion.pruning import PruneConfig
 
 CONTENTS = {
     "empty": b"",
@@ -88,10 +89,13 @@ def paths(tmp_path_factory):
 
 def commands():
     """Words → the dataclass of the options that follow."""
+    from benchmarks.classwise import ClasswiseConfig
     from benchmarks.config import BenchmarkConfig
     from benchmarks.methods import MethodsConfig
     from benchmarks.ranks import RanksConfig
     from classification.__main__ import COMMANDS
+    from demo.cifar10.__main__ import CifarConfig
+    from demo.digits.__main__ import DigitsConfig
     from demo.measure import MeasureConfig
     from demo.train import TrainConfig
     from eval.measures import measures
@@ -105,10 +109,13 @@ def commands():
     found |= {("-m", "eval", module.NAME): module.Options for module in (*measures(), *pages)}
     found |= {("-m", "classification", name): options for name, (options, _) in COMMANDS.items()}
     found |= {("-m", "demo.train"): TrainConfig, ("-m", "demo.measure"): MeasureConfig}
+    found |= {("-m", "demo.digits"): DigitsConfig, ("-m", "demo.cifar10"): CifarConfig}
+    found |= {("-m", "salun_diffusion", "prune"): PruneConfig, ("-m", "benchmarks.classwise"): ClasswiseConfig}
     return found | {("-m", "benchmarks"): BenchmarkConfig, ("-m", "benchmarks.methods"): MethodsConfig}
 
 
 COMMANDS = commands()
+WRONG = {"demo.digits": ["without"], "benchmarks.classwise": ["methods"]}  # they would train for minutes, or hours
 
 
 def check(done):
@@ -131,7 +138,7 @@ def test_a_wrong_input_is_answered_in_a_sentence(command, paths, tmp_path_factor
         name
         for name in ("pretrained_model_name_or_path", "dataset", "stage", "only", "model_dir", "output", "comparison")
         if name in options
-    ]
+    ] + WRONG.get(command[-1], [])
     always = st.fixed_dictionaries(
         {name: st.sampled_from(paths) for name in wrong}
         | {name: values[name] for name, about in options.items() if about.get("required") and name not in wrong}
