@@ -5,12 +5,13 @@
 
 The model is demo/digits/model, Retrain is ``python -m demo.digits --without DIGIT``, each method trains on the same
 real digits, and one judge looks at all. First each method tries the same learning rates on two digits, with a seed and
-starting noise that the table does not have; that of the highest mean of UA and the others' accuracy is its own. A run
-that is in the results is not made again: a stopped command goes on where it was. Results go to
-docs/results/classwise.json, and docs/classwise.md is written anew from them.
+starting noise that the table does not have; that of the highest mean of UA and the others' accuracy is its own. Then
+``python -m eval relearn`` teaches every model the digit again, Retrain too. A run that is in the results is not made
+again: a stopped command goes on where it was. Results go to docs/results/classwise.json, and docs/classwise.md and its
+picture are written anew from them.
 """
 
-import json
+import shutil
 import subprocess
 import sys
 import time
@@ -19,13 +20,13 @@ from itertools import product
 from pathlib import Path
 
 from salun_diffusion.errors import SalunError
-from salun_diffusion.files import write_json
+from salun_diffusion.files import read_json, write_json
 from salun_diffusion.options import option, run_command
 
 from . import classwise_page
+from .classwise_bench import MODEL, ROOT, Bench
 
-ROOT = Path(__file__).parent.parent
-MODEL, RESULTS = ROOT / "demo" / "digits" / "model", ROOT / "docs" / "results" / "classwise.json"
+RESULTS = ROOT / "docs" / "results" / "classwise.json"
 METHODS = {  # row of the table → options of the erasure; the rest are the model's own (concepts.json)
     "FT": {"method": "finetune"},
     "GA": {"method": "gradient_ascent"},
@@ -36,6 +37,7 @@ METHODS = {  # row of the table → options of the erasure; the rest are the mod
     "SalUn without mask": {"method": "salun", "mask": "none"},
 }
 TUNING = {"digits": [0, 5], "seed": 0, "learning_rates": [3e-5, 1e-4, 3e-4]}
+RELEARN = {"num_pictures": 36, "steps": [0, 5, 10, 20, 40], "num_forget_images": 48, "num_retain_images": 9}
 
 
 @dataclass
@@ -50,99 +52,81 @@ class ClasswiseConfig:
     work_dir: str = option("runs/classwise", "trained models and erasures")
 
 
-class Bench:
-    """The base model, the judge and the real digits, and how a model is measured with them."""
+class Runs:
+    """The erasures and retrained models of one work folder."""
 
     def __init__(self, config: ClasswiseConfig):
-        import torch
-        from sklearn.datasets import load_digits
-        from transformers import AutoModelForImageClassification
+        self.config, self.work, self.bench = config, Path(config.work_dir), Bench(config)
 
-        from salun_diffusion.models import load_model
+    def path(self, name: str, digit: int, seed: int, rate: float) -> Path:
+        """Where an erasure is, or will be."""
+        return self.work / f"{name.lower().replace(' ', '-')}-{digit}-{seed}-{rate:g}"
 
-        self.config, self.model = config, load_model(str(MODEL))
-        self.judge = AutoModelForImageClassification.from_pretrained(MODEL / "judge", dtype=torch.float32).eval()
-        found = load_digits()
-        self.real = torch.from_numpy(found.images).float().unsqueeze(1) / 8 - 1
-        self.labels = torch.from_numpy(found.target)
+    def erase(self, name: str, digit: int, seed: int, rate: float) -> float:
+        """Make an erasure anew; the seconds that its mask and training took."""
+        from salun_diffusion import erase
 
-    def seen(self, pictures):
-        """What the judge names, int64 ``(n,)``, and the features that it names it by, ``(n, 64)``."""
-        import torch
-        import torch.nn.functional as F
-
-        x = F.interpolate(pictures.clamp(-1, 1), 32, mode="bilinear").expand(-1, 3, -1, -1)
-        with torch.no_grad():
-            features = self.judge.resnet(x).pooler_output.flatten(1)
-            return self.judge.classifier(features[:, :, None, None]).argmax(1), features
-
-    def drawn(self, model, digit: int, noise: int = 50_000):
-        """Pictures of the forgotten digit and of the others, and what each should be; every model's noise is of the
-        seeds from ``noise`` on.
-        """
-        import torch
-
-        from salun_diffusion.concepts.concept import Row
-
-        names = model.names
-        wanted = [digit] * self.config.forget_pictures
-        wanted += [one for one in range(len(names)) if one != digit for _ in range(self.config.kept_pictures)]
-        rows = [Row(names[one], None, {}, noise + i) for i, one in enumerate(wanted)]
-        how = {"num_inference_steps": 25, "guidance_scale": 1.5, "batch_size": 125, "output_type": "latent"}
-        return torch.stack(model.draw(rows, **how)), torch.tensor(wanted)
-
-    def erased(self, name: str, digit: int, seed: int, rate: float, retrain=None, noise: int = 50_000) -> dict:
-        """An erasure's scores, and the ``seconds`` of its mask and training."""
-        from salun_diffusion import erase, load_erasure, unload_erasure
-
-        work, options = Path(self.config.work_dir), METHODS[name]
-        data = {} if options["method"] == "esd" else {"retain_data": str(work / "data")}
+        options, pictures = METHODS[name], str(self.work / "data")
+        data = {} if options["method"] == "esd" else {"retain_data": pictures}
         if options["method"] in ("salun", "random_label", "gradient_ascent"):
-            data["forget_data"] = [str(work / "data")]
-        path = work / f"{name.lower().replace(' ', '-')}-{digit}-{seed}-{rate:g}"
-        run = erase(
-            str(MODEL), str(digit), output_dir=path, data_dir=str(work / "latents"), seed=seed, learning_rate=rate,
+            data["forget_data"] = [pictures]
+        path = self.path(name, digit, seed, rate)
+        if path.exists():
+            shutil.rmtree(path)  # of a command that was stopped
+        return erase(
+            str(MODEL), str(digit), output_dir=path, data_dir=str(self.work / "latents"), seed=seed, learning_rate=rate,
             **options, **data,
-        )  # fmt: skip
-        load_erasure(self.model.pipe, path)
-        scores, _ = self.measured(self.model, digit, retrain, noise)
-        unload_erasure(self.model.pipe)
-        return {"seconds": run.seconds} | scores
+        ).seconds  # fmt: skip
 
-    def measured(self, model, digit: int, retrain=None, noise: int = 50_000) -> tuple[dict, object]:
-        """The scores of a model, and the judge's features of its kept digits."""
-        import torch
+    def erased(self, name: str, digit: int, seed: int, rate: float, **how) -> dict:
+        """The scores of an erasure that is made anew, and its ``seconds``; ``how`` it is measured: see ``Bench``."""
+        from salun_diffusion import load_erasure, unload_erasure
 
-        pictures, wanted = self.drawn(model, digit, noise)
-        named, features = self.seen(pictures)
-        forgotten = wanted == digit
-        kept = features[~forgotten]
-        real = self.seen(self.real[self.labels != digit])[1]
-        scores = {
-            "ua": 100 * (named[forgotten] != digit).float().mean().item(),
-            "others": 100 * (named == wanted)[~forgotten].float().mean().item(),
-            "frechet_real": frechet(kept, real),
-            "frechet_retrain": None if retrain is None else frechet(kept, retrain),
-            "drawn_as": torch.bincount(named[forgotten], minlength=len(model.names)).tolist(),
-        }
-        return scores, kept
+        seconds, pipe = self.erase(name, digit, seed, rate), self.bench.model.pipe
+        load_erasure(pipe, self.path(name, digit, seed, rate))
+        scores, _ = self.bench.measured(self.bench.model, digit, **how)
+        unload_erasure(pipe)
+        return {"seconds": seconds} | scores
 
+    def retrain(self, digit: int, seed: int) -> tuple[Path, float | None]:
+        """The folder of the model that never saw ``digit``, and its seconds if it was made just now and at once."""
+        folder, training = self.work / f"retrain-{digit}-{seed}", self.work / "training" / f"{digit}-{seed}"
+        if (folder / "concepts.json").exists():
+            return folder, None
+        begun, fresh = time.perf_counter(), not list(training.glob("digits-*"))
+        _run("demo.digits", "--work_dir", training, "--without", digit, "--seed", seed, "--output_dir", folder)
+        return folder, round(time.perf_counter() - begun, 1) if fresh else None
 
-def frechet(one, two) -> float:
-    """Fréchet distance between two sets of features, ``(n, d)`` each, n > d (Heusel et al. 2017, eq. 6)."""
-    import numpy as np
-
-    one, two = one.double().numpy(), two.double().numpy()
-    cross = np.linalg.eigvals(np.cov(one.T) @ np.cov(two.T)).real.clip(min=0)  # of a product of two covariances: ≥ 0
-    apart = np.square(one.mean(0) - two.mean(0)).sum()
-    return float(apart + np.trace(np.cov(one.T)) + np.trace(np.cov(two.T)) - 2 * np.sqrt(cross).sum())
+    def relearned(self, digit: int, seed: int, rates: dict[str, float]) -> list[dict]:
+        """For Retrain and each erasure: the steps of training on real pictures of ``digit`` until it is drawn half
+        as often, and nine tenths as often, as by the base (None: not within the steps that were tried), and the curve.
+        """
+        paths = {name: self.path(name, digit, seed, rates[name]) for name in self.config.methods}
+        for name, path in paths.items():
+            if not path.exists():
+                self.erase(name, digit, seed, rates[name])
+        words = [
+            word for key, value in RELEARN.items() for word in (f"--{key}", *(value if key == "steps" else [value]))
+        ]
+        output = self.work / "relearn" / f"{digit}-{seed}"
+        _run("eval", "relearn", "--pretrained_model_name_or_path", MODEL, "--concept", digit, "--erasure",
+             *paths.values(), "--retrained", self.retrain(digit, seed)[0], "--no_control", "--pictures",
+             self.work / "data" / str(digit), "--seed", seed, "--output_dir", output, *words)  # fmt: skip
+        models = read_json(output / "results.json")["models"]
+        found = {model["name"]: model for model in models}
+        named = {"Retrain": found["retrained"]} | {name: found[path.name] for name, path in paths.items()}
+        return [
+            {"name": name, "digit": digit, "seed": seed, "half": model["half"], "most": model["most"],
+             "curve": [[point["step"], round(point["accuracy"]["percent"], 1)] for point in model["curve"]]}
+            for name, model in named.items()
+        ]  # fmt: skip
 
 
 def run(config: ClasswiseConfig) -> None:
     """Tune and measure what is not in the results yet, and write the page.
 
     Raises:
-        SalunError: a retraining or an erasure failed; the results before it are kept.
+        SalunError: a retraining, an erasure or a relearning failed; the results before it are kept.
     """
     import torch
 
@@ -150,53 +134,57 @@ def run(config: ClasswiseConfig) -> None:
 
     torch.set_num_threads(1)
     work = Path(config.work_dir)
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"trials": [], "runs": []}
+    results = {"trials": [], "runs": [], "relearning": []} | (read_json(RESULTS) if RESULTS.exists() else {})
     drawn = {"forget_pictures": config.forget_pictures, "kept_pictures": config.kept_pictures}
     if results["runs"] and results["pictures"] != drawn:
         raise SalunError(f"{RESULTS} is of other numbers of pictures, {results['pictures']}: give those, or move it.")
-    results |= {"pictures": drawn, "tuning": TUNING}
+    results |= {"pictures": drawn, "tuning": TUNING, "relearn": RELEARN}
     if not (work / "data").is_dir():
-        _digits("--data_dir", work / "data")
-    bench = Bench(config)
+        _run("demo.digits", "--data_dir", work / "data")
+    runs = Runs(config)
 
     def note(kind, row):
         results[kind] = [*results[kind], row]
         write_json(RESULTS, results)
         told = ", ".join(
-            f"{key} {row[key]:g}" for key in ("digit", "seed", "learning_rate") if row.get(key) is not None
+            f"{key} {row[key]:g}"
+            for key in ("digit", "seed", "learning_rate", "ua", "others")
+            if row.get(key) is not None
         )
-        print(f"{row['name']}, {told}: UA {row['ua']:.1f}, others {row['others']:.1f}", flush=True)
+        print(f"{row['name']}, {told}", flush=True)
 
     tried = {(row["name"], row["digit"], row["learning_rate"]) for row in results["trials"]}
     for key in product(config.methods, TUNING["digits"], TUNING["learning_rates"]):
         if key not in tried:
             name, digit, rate = key
-            scores = bench.erased(name, digit, TUNING["seed"], rate, noise=90_000)
+            scores = runs.erased(name, digit, TUNING["seed"], rate, noise=90_000)
             note("trials", {"name": name, "digit": digit, "learning_rate": rate} | scores)
     rates = chosen(results["trials"])
 
     done = {(row["digit"], row["seed"], row["name"]) for row in results["runs"]}
+    learned = {(row["digit"], row["seed"], row["name"]) for row in results["relearning"]}
     for digit, seed in product(config.digits, config.seeds):
-        missing = [name for name in ("Retrain", "Original", *config.methods) if (digit, seed, name) not in done]
-        if not missing:
-            continue
-        about, folder = {"digit": digit, "seed": seed}, work / f"retrain-{digit}-{seed}"
-        begun, seconds = time.perf_counter(), None
-        if not (folder / "concepts.json").exists():
-            fresh = not list((work / "training").glob(f"{digit}-{seed}/digits-*"))
-            _digits("--work_dir", work / "training" / f"{digit}-{seed}", "--without", digit, "--seed", seed,
-                    "--output_dir", folder)  # fmt: skip
-            seconds = round(time.perf_counter() - begun, 1) if fresh else None
-        scores, exact = bench.measured(load_model(str(folder)), digit)
+        keys = [(digit, seed, name) for name in ("Retrain", "Original", *config.methods)]
+        missing = [name for *_, name in keys if (digit, seed, name) not in done]
+        if missing:
+            folder, seconds = runs.retrain(digit, seed)
+            shown = lambda name: work / "pictures" / f"{name}-{digit}-{seed}.png"  # noqa: B023, E731
+            scores, exact = runs.bench.measured(load_model(str(folder)), digit, shown=shown("Retrain"))
+            how = {"retrain": exact}
         for name in missing:
             if name == "Retrain":
                 row = {"seconds": seconds} | scores | {"frechet_retrain": 0.0}
             elif name == "Original":
-                row = {"seconds": 0.0} | bench.measured(bench.model, digit, exact)[0]
+                row = {"seconds": 0.0} | runs.bench.measured(runs.bench.model, digit, **how, shown=shown(name))[0]
             else:
-                row = {"learning_rate": rates[name]} | bench.erased(name, digit, seed, rates[name], exact)
-            note("runs", about | {"name": name} | row)
-    classwise_page.write(results)
+                row = {"learning_rate": rates[name]}
+                row |= runs.erased(name, digit, seed, rates[name], **how, shown=shown(name))
+            note("runs", {"digit": digit, "seed": seed, "name": name} | row)
+        if any(key not in learned for key in keys if key[2] != "Original"):
+            for row in runs.relearned(digit, seed, rates):
+                if (digit, seed, row["name"]) not in learned:
+                    note("relearning", row)
+        classwise_page.write(results, work / "pictures")
 
 
 def chosen(trials: list[dict]) -> dict[str, float]:
@@ -210,8 +198,8 @@ def chosen(trials: list[dict]) -> dict[str, float]:
     return {name: max(found, key=found.get) for name, found in scores.items()}
 
 
-def _digits(*words) -> None:
-    command = [sys.executable, "-m", "demo.digits", *map(str, words)]
+def _run(*words) -> None:
+    command = [sys.executable, "-m", *map(str, words)]
     if subprocess.run(command, cwd=ROOT).returncode:
         raise SalunError(f"{' '.join(command[1:])} failed, as it says above.")
 

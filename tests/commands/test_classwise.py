@@ -2,7 +2,7 @@
 
 import json
 
-from benchmarks import classwise, classwise_page
+from benchmarks import classwise, classwise_bench, classwise_page
 
 
 def test_each_method_takes_the_learning_rate_that_did_best_on_the_tuning_digits():
@@ -19,8 +19,8 @@ def test_the_frechet_distance_of_shifted_features_is_the_shift():
     import torch
 
     one = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
-    assert abs(classwise.frechet(one, one)) < 1e-6
-    assert abs(classwise.frechet(one, one + torch.tensor([3.0, 0, 4.0, 0])) - 25) < 1e-3
+    assert abs(classwise_bench.frechet(one, one)) < 1e-6
+    assert abs(classwise_bench.frechet(one, one + torch.tensor([3.0, 0, 4.0, 0])) - 25) < 1e-3
 
 
 def test_the_page_has_a_row_for_each_method_and_the_gap_to_retrain():
@@ -34,6 +34,16 @@ def test_the_page_has_a_row_for_each_method_and_the_gap_to_retrain():
     assert rows[2].startswith("| Retrain | 97.0 ± 1.4 | 100.0 ± 0.0 |") and "| 0.00 ± 0.00 | – |" in rows[2]
     assert rows[3].startswith("| SalUn | 100.0 ± 0.0 | 99.0 ± 1.4 |") and rows[3].endswith("| 2.00 ± 1.41 | 0.0001 |")
     assert "| SalUn | 4 (90%), 0 (10%) |" in classwise_page.drawn_as({"runs": runs})
+
+
+def test_relearning_is_told_by_medians_and_what_was_not_reached_by_the_last_step():
+    def row(seed, half, most, share):
+        curve = [[0, 0.0], [5, share], [40, 80.0]]
+        return {"name": "SalUn", "digit": 3, "seed": seed, "half": half, "most": most, "curve": curve}
+
+    found = [row(1, 4.0, None, 50.0), row(2, 10.0, None, 20.0), row(3, 12.0, 36.0, 20.0)]
+    rows = classwise_page.relearning({"relearning": found, "relearn": {"steps": [0, 5, 40]}}).splitlines()
+    assert rows[2] == "| SalUn | 10 (4–12) | &gt;40 (36–&gt;40) | 30 ± 17 | 80 ± 0 |"
 
 
 def test_the_committed_page_is_of_the_committed_results():
