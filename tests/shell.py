@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import runpy
 import subprocess
@@ -78,6 +79,19 @@ def here(*words, check=True, cwd=ROOT, **environment):
     if check and code:
         raise AssertionError(f"{' '.join(words)} failed with {code}:\n{done.stdout}\n{done.stderr}")
     return done
+
+
+def together(*commands, cwd):
+    """The finished commands of one fresh process, whose working directory and packages are those of ``cwd``: each is
+    run there as :func:`here` does.
+    """
+    lines = [[str(word) for word in words] for words in commands]
+    code = f"""import json, sys
+from shell import here
+found = [here(*words, check=False, cwd={str(cwd)!r}) for words in json.loads(sys.argv[1])]
+print(json.dumps([[one.args, one.returncode, one.stdout, one.stderr] for one in found]))"""
+    done = run("python", "-c", code, json.dumps(lines), cwd=cwd, PYTHONPATH=str(ROOT / "tests"))
+    return [subprocess.CompletedProcess(*one) for one in json.loads(done.stdout.splitlines()[-1])]
 
 
 def erase(output, *more, concept="airplane", **options):

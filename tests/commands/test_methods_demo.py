@@ -11,8 +11,10 @@ from salun_diffusion.command_line import parse
 from salun_diffusion.methods import METHODS, find_method
 
 FORGETS = [name for name in METHODS if name != "finetune"]  # which is never shown the concept, and hopes
-SHORT = {  # as little as there can be of attacks within the training; and one that is slow to forget
-    "forget_me_not": "--max_train_steps 32 --train_batch_size 6",
+SHORT = {  # as little as there can be of attacks within the training; and those that are slow to forget
+    "forget_me_not": "--max_train_steps 48 --train_batch_size 6",
+    "salun_esd": "--max_train_steps 28",
+    "gradient_ascent": "--max_train_steps 28",
     "race": "--max_train_steps 16 --attack_steps 1",
     "stereo": "--max_train_steps 16 --rounds 1 --round_steps 4 --search_steps 4",
     "salun_adv": "--max_train_steps 20 --attack_steps 1 --rounds 1 --search_steps 4",
@@ -22,9 +24,9 @@ SHORT = {  # as little as there can be of attacks within the training; and one t
 def erased(folder, method, *concepts):
     """The run folder of a short erasure in ``folder``, with the demo model's own settings."""
     kind = find_method(method)
-    words = [] if kind.closed_form else ["--train_batch_size", "5", "--max_train_steps", "28"]
-    words += ["--num_retain_images", "48"] if kind.uses_retain else []
-    words += ["--num_forget_images", "32"] if kind.sets(kind.mask) != ["name"] else []
+    words = [] if kind.closed_form else ["--train_batch_size", "5", "--max_train_steps", "18"]
+    words += ["--num_retain_images", "24"] if kind.uses_retain else []
+    words += ["--num_forget_images", "20"] if kind.sets(kind.mask) != ["name"] else []
     words += [word for concept in concepts for word in ("--concept", concept)]
     words += ["--pretrained_model_name_or_path", "demo", "--method", method]
     words += ["--output_dir", str(folder / method), "--data_dir", str(folder / "data")]
@@ -36,7 +38,8 @@ def unlearned(folder, concept, runs):
     """UA by the names of ``runs`` and "base", as ``python -m eval accuracy`` says."""
     here(
         "python", "-m", "eval", "accuracy", "--pretrained_model_name_or_path", "demo", "--concept", concept,
-        "--erasure", *runs, "--output_dir", folder / concept, "--num_forget_images", "28", "--num_retain_images", "2",
+        "--erasure", *runs, "--output_dir", folder / concept, "--num_forget_images", "20", "--num_retain_images", "2",
+        "--num_inference_steps", "5",
     )  # fmt: skip
     models = json.loads((folder / concept / "results.json").read_text())["models"]
     return {model["name"]: model["ua"] for model in models}

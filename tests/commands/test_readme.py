@@ -56,7 +56,8 @@ def test_every_command_runs(clone):
     for line in lines:
         start = next((start for start in SMALL if line.startswith(start)), None)
         assert start, f"the README's command '{line}' is run by no test"
-        done = run(*shlex.split(line), *SMALL[start], cwd=clone, check=False, HF_HUB_OFFLINE="1")
+        how = run if "accelerate" in line or "nudity" in line else here  # a process of its own takes seconds to begin
+        done = how(*shlex.split(line), *SMALL[start], cwd=clone, check=False, HF_HUB_OFFLINE="1")
         # without a hub, SD v1.4 cannot be fetched; then the command must say so
         assert done.returncode == 0 or "nudity" in line and "the hub cannot be reached" in done.stderr, done.stderr
     assert (clone / "runs" / "ink-style" / "erasure.safetensors").exists()

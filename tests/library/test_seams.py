@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from safetensors.torch import save_file
-from shell import ROOT, run
+from shell import ROOT, together
 from transformers import ResNetConfig, ResNetForImageClassification
 
 FAMILY = '''
@@ -157,24 +157,8 @@ def test_a_family_in_one_file_goes_through_erase_load_eval_and_compare(digits, t
     where = clone(tmp_path, "salun_diffusion/models/toy_labels.py", FAMILY, registry, line)
     words = ["--pretrained_model_name_or_path", digits, "--concept", "three", "--scope", "all"]
     small = "--num_forget_images 4 --num_retain_images 6 --max_train_steps 3 --train_batch_size 2".split()
-    run(
-        "python", "erase_concept.py", *words, *small, "--learning_rate", "0.01", "--output_dir", tmp_path / "run",
-        "--data_dir", tmp_path / "data", cwd=where,
-    )  # fmt: skip
-    assert (tmp_path / "run" / "forget.png").exists()
-    done = run("python", "erase_concept.py", *words[:4], "--method", "uce", cwd=where, check=False)
-    assert done.returncode == 1
-    assert "--method uce needs a base model that encodes prompts as sequences of tokens (text), which" in done.stderr
+    small += ["--learning_rate", "0.01", "--output_dir", tmp_path / "run", "--data_dir", tmp_path / "data"]
     measured = ["--num_forget_images", "4", "--num_retain_images", "6", "--output_dir", tmp_path / "run"]
-    run(
-        "python", "-m", "eval", "accuracy", *words[:4], "--erasure", tmp_path / "run", *measured, cwd=where,
-    )  # fmt: skip
-    models = json.loads((tmp_path / "run" / "results.json").read_text())["models"]
-    assert models[0]["digest"] != models[1]["digest"] and models[1]["ua"]["n"] == 4
-    first = [(tmp_path / "run" / "pictures" / name / "forget-0000.png").read_bytes() for name in ("base", "run")]
-    assert first[0] != first[1]
-    run("python", "-m", "eval", "compare", tmp_path / "run", "--output_dir", tmp_path / "compared", cwd=where)
-    assert "| three | SalUn |" in (tmp_path / "compared" / "comparison.md").read_text()
     code = f"""
 import torch
 from diffusers import DiffusionPipeline
@@ -186,7 +170,23 @@ assert any(not torch.equal(before[name], p) for name, p in pipe.unet.named_param
 unload_erasure(pipe)
 assert all(torch.equal(before[name], p) for name, p in pipe.unet.named_parameters())
 """
-    run("python", "-c", code, cwd=where)
+    erased, refused, *rest = together(
+        ("python", "erase_concept.py", *words, *small),
+        ("python", "erase_concept.py", *words[:4], "--method", "uce"),
+        ("python", "-m", "eval", "accuracy", *words[:4], "--erasure", tmp_path / "run", *measured),
+        ("python", "-m", "eval", "compare", tmp_path / "run", "--output_dir", tmp_path / "compared"),
+        ("python", "-c", code),
+        cwd=where,
+    )
+    assert [one.returncode for one in (erased, *rest)] == [0] * 4, [one.stderr for one in (erased, *rest)]
+    assert (tmp_path / "run" / "forget.png").exists()
+    assert refused.returncode == 1
+    assert "--method uce needs a base model that encodes prompts as sequences of tokens (text), which" in refused.stderr
+    models = json.loads((tmp_path / "run" / "results.json").read_text())["models"]
+    assert models[0]["digest"] != models[1]["digest"] and models[1]["ua"]["n"] == 4
+    first = [(tmp_path / "run" / "pictures" / name / "forget-0000.png").read_bytes() for name in ("base", "run")]
+    assert first[0] != first[1]
+    assert "| three | SalUn |" in (tmp_path / "compared" / "comparison.md").read_text()
 
 
 def test_a_kind_of_erasure_in_one_file_is_loaded_listed_measured_and_compared(tiny_folder, tmp_path):
@@ -217,15 +217,17 @@ except SalunError as error:
 unload_erasure(pipe)
 assert not list_erasures(pipe) and (drawn() == before).all() and not pipe.unet._forward_hooks
 """
-    run("python", "-c", code, cwd=where)
     (tmp_path / "prompts.csv").write_text("prompt,evaluation_seed\na cat,1\na dog,2\n")
     out = tmp_path / "drawn"
-    run(
-        "python", "-m", "eval", "i2p", "--pretrained_model_name_or_path", tiny_folder, "--erasure",
-        tmp_path / "guarded", "--prompts", tmp_path / "prompts.csv", "--num_inference_steps", "2", "--output_dir", out,
+    base, few = ("--pretrained_model_name_or_path", tiny_folder), ("--num_inference_steps", "2", "--output_dir", out)
+    prompts = ("--prompts", tmp_path / "prompts.csv")
+    found = together(
+        ("python", "-c", code),
+        ("python", "-m", "eval", "i2p", *base, "--erasure", tmp_path / "guarded", *prompts, *few),
+        ("python", "-m", "eval", "compare", out, "--output_dir", tmp_path / "compared"),
         cwd=where,
-    )  # fmt: skip
+    )
+    assert [one.returncode for one in found] == [0] * 3, [one.stderr for one in found]
     models = json.loads((out / "results.json").read_text())["models"]
     assert [model["name"] for model in models] == ["base", "guarded"] and models[0]["digest"] != models[1]["digest"]
-    run("python", "-m", "eval", "compare", out, "--output_dir", tmp_path / "compared", cwd=where)
     assert "| guard |" in (tmp_path / "compared" / "comparison.md").read_text()
