@@ -99,13 +99,15 @@ class MaskedWeights(Erasure):
     @classmethod
     def change(cls, pipe, before, after):
         """Only the parameters that an arriving or leaving erasure names are written."""
-        module = (*before, *after)[0].erasure.network(pipe)
+        erasure = (*before, *after)[0].erasure  # they are all of one network
+        module = erasure.network(pipe)
         touched = {name for one in {*before} ^ {*after} for name in one.erasure.delta.masks}
         parameters = own_parameters(module)
         gone = touched - set(parameters)
         if gone:
             raise SalunError(
-                f"The network no longer has {listed(gone)}; undo what was added to it since, then try again."
+                f"The {erasure.component or 'denoiser'} no longer has {listed(gone)}; undo what was added to it since, "
+                "then try again."
             )
         check_editable(pipe, module)
         check_drawn_with(module, touched)
