@@ -35,10 +35,12 @@ def main(arguments: list[str] | None = None) -> None:
         audit.check(config)
     if config.scope == "help":
         from salun_diffusion.masks.scope import table
+        from salun_diffusion.methods import find_method
         from salun_diffusion.models import load_model
 
         model = load_model(config.pretrained_model_name_or_path, config.revision, variant=config.variant)
-        print(table(model.network, model.scopes))
+        model.edit(find_method(config.method).component)
+        print(table(model.edited, model.scopes))
         return
     run = erase(config)
     if config.audit:

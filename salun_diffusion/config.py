@@ -318,6 +318,11 @@ class EraseConfig:
             if self.rank is not None:
                 raise SalunError("--rank means nothing without --adapter lora: leave it out.")
             return ()
+        if method.component:
+            raise SalunError(
+                f"--adapter {self.adapter}: --method {self.method} edits the {method.component}, and adapters go onto "
+                "the denoiser: leave --adapter out."
+            )
         if method.closed_form:
             raise SalunError(
                 f"--adapter {self.adapter}: --method {self.method} trains nothing, but solves for whole matrices: "

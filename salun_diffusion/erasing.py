@@ -17,6 +17,7 @@ from .config import EraseConfig
 from .data.sets import ImageSet, contact_sheet, image_set
 from .data.sources import Source
 from .erasures.fingerprint import fingerprint
+from .erasures.live import own_parameters
 from .erasures.lora import check_adaptable
 from .erasures.mask import load_masks, union
 from .errors import SalunError
@@ -102,8 +103,9 @@ def _erase(config: EraseConfig, pipe) -> Run:
             model.need(method.needs, f"--method {config.method}")
             _check_guided(model, config)
             model.pipe.to(accelerator.device)
-            run = RunFolder(config, concepts, commit, fingerprint(model.network.named_parameters()))
-            parameters = scoped_parameters(model.network, config.scope, model.scopes)
+            model.edit(method.component)
+            run = RunFolder(config, concepts, commit, fingerprint(own_parameters(model.edited).items()))
+            parameters = scoped_parameters(model.edited, config.scope, model.scopes)
             if config.adapter:  # what cannot be adapted is refused before pictures are drawn
                 check_adaptable(model.pipe, f"--adapter {config.adapter}")
                 layers = adaptable_layers(model.network, parameters)
@@ -160,7 +162,7 @@ def _erase(config: EraseConfig, pipe) -> Run:
                     mask = union([select(score, config.density, config.threshold) for score in scores])
                 kept, total = run.save_mask(mask, write=is_main)
                 say(f"{kept:,} of the {total:,} weights in scope may change ({kept / total:.1%}).")
-                change = MaskedChange(parameters, mask)
+                change = MaskedChange(parameters, mask, component=method.component)
 
             # Train or solve those, keep the rest.
             if pipe is not None:
@@ -205,7 +207,7 @@ def _model(config: EraseConfig, pipe, commit: str | None) -> Iterator[Model]:
         yield load_model(name, commit, dtype, config.variant)
         return
     model = model_of(pipe)
-    check_is_base(model)
+    check_is_base(model, find_method(config.method).component)
     if model.dtype != DTYPES[config.mixed_precision]:
         raise SalunError(
             f"The pipeline's weights are {str(model.dtype).removeprefix('torch.')} and mixed_precision is "

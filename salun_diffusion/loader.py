@@ -15,17 +15,17 @@ from .erasures.locate import locate
 from .errors import SalunError
 from .files import key_of, listed
 from .models.base import Model
-from .models.load import denoiser, digest
+from .models.load import DENOISERS, WORN, components, denoiser, digest
 
-STATE = "_salun_erasures"  # the attribute of the denoiser that holds what is applied to it
-MARK = "_erased_by"  # the key of the denoiser's config, saved with it, that tells what its weights were erased by
+MARK = "_erased_by"  # the key of a network's config, saved with it, that tells what its weights were erased by
 LOCK = threading.RLock()  # a web server's threads share a pipeline: of what is applied, and of the weights, one a time
 
 
 def load_erasure(pipe, source, *, scale: float = 1.0, name=None, revision=None, check_base: bool = True) -> str:
     """Apply an erasure to the pipeline, in place.
 
-    The denoiser's weights may be float32, float16 or bfloat16, on any device but meta; they keep dtype and device.
+    It changes the denoiser, or the text encoder where its file names that. Those weights may be float32, float16 or
+    bfloat16, on any device but meta; they keep dtype and device.
 
     Args:
         pipe: the diffusers pipeline.
@@ -41,9 +41,9 @@ def load_erasure(pipe, source, *, scale: float = 1.0, name=None, revision=None, 
         The erasure's name.
 
     Raises:
-        SalunError: a scale that is not finite; a source that is not there or is no sound erasure; parameters that the
-            denoiser lacks or that have other shapes; another base model; an erasure that is applied already; a name in
-            use; weights that would overflow. The pipeline is untouched.
+        SalunError: a scale that is not finite; a source that is not there or is no sound erasure; a component or
+            parameters that the pipeline lacks, or that have other shapes; another base model; an erasure that is
+            applied already; a name in use; weights that would overflow. The pipeline is untouched.
     """
     denoiser(pipe)  # anything else has no weights to erase from, whatever the source is
     scale = _finite(scale)
@@ -67,7 +67,7 @@ def load_erasure(pipe, source, *, scale: float = 1.0, name=None, revision=None, 
                     f"{path} was made for another base model: this one is already erased by it, as {mark['name']!r}, "
                     "fused or saved with its weights; load the base model itself to apply it at another scale."
                 )
-        erasure.check_fit(pipe, path, check_base, applied)
+        erasure.check_fit(pipe, path, check_base, _on(pipe, erasure.network(pipe), applied))
         _change(pipe, (*applied, new))
     return name
 
@@ -116,33 +116,36 @@ def fuse_erasure(pipe) -> None:
                 "other weights: undo that first (unfuse_qkv_projections()), or load the pipeline anew."
             )
         applied = _applied(pipe)
-        for kind in dict.fromkeys(type(one.erasure) for one in applied):
-            kind.fuse(pipe, tuple(one for one in applied if type(one.erasure) is kind))
-        delattr(denoiser(pipe), STATE)
-        _mark(denoiser(pipe), [dict(mark.items()) for mark in _marks(pipe)])  # what they held is let go
+        for (kind, _), part in _grouped(pipe, applied).items():
+            kind.fuse(pipe, tuple(part))
+        for module in components(pipe):
+            if hasattr(module, WORN):
+                delattr(module, WORN)
+                _mark(module, [dict(mark.items()) for mark in _marks_of(module)])  # what they held is let go
 
 
 def list_erasures(pipe) -> list[dict]:
-    """The applied erasures in the order of loading, each a dict: name, scale, concept, method, density (None where
-    the file does not say), weights (how many it changes), source, revision (the hub commit or None), digest, intact.
+    """The applied erasures, each a dict: name, scale, concept, method, density (None where the file does not say),
+    component (the network of the pipeline that it changes), weights (how many of it), source, revision (the hub commit
+    or None), digest, intact. Those of the denoiser come first, then the text encoder's, in the order of loading.
 
     ``intact`` is False where its weights are no longer there as it wrote them, or not drawn with, because of something
     else that was done to the pipeline since, and None where they cannot be seen (on the meta device).
     """
     with LOCK:
         applied = _applied(pipe)
+        grouped = _grouped(pipe, applied)
         return [
             {
                 "name": one.name,
                 "scale": one.scale,
                 **{key: one.erasure.metadata.get(key) for key in ("concept", "method", "density")},
+                "component": one.erasure.component or _name_of(pipe),
                 **one.erasure.describe(),
                 "source": one.source,
                 "revision": one.revision,
                 "digest": one.digest,
-                "intact": one.erasure.intact(
-                    pipe, one, tuple(o for o in applied if type(o.erasure) is type(one.erasure))
-                ),
+                "intact": one.erasure.intact(pipe, one, tuple(next(p for p in grouped.values() if one in p))),
             }
             for one in applied
         ]
@@ -179,12 +182,37 @@ def identity(model: Model) -> str:
 
 
 def _applied(pipe) -> tuple[Applied, ...]:
-    return getattr(denoiser(pipe), STATE, ())
+    return tuple(one for module in components(pipe) for one in getattr(module, WORN, ()))
+
+
+def _on(pipe, module, erasures: tuple[Applied, ...]) -> tuple[Applied, ...]:
+    """Those of ``erasures`` that go onto the network ``module``."""
+    return tuple(one for one in erasures if one.erasure.network(pipe) is module)
+
+
+def _grouped(pipe, erasures: tuple[Applied, ...]) -> dict[tuple, list[Applied]]:
+    """By kind and network."""
+    groups: dict[tuple, list[Applied]] = {}
+    for one in erasures:
+        groups.setdefault((type(one.erasure), one.erasure.network(pipe)), []).append(one)
+    return groups
+
+
+def _name_of(pipe) -> str:
+    """What the pipeline calls its denoiser."""
+    return next(name for name in DENOISERS if getattr(pipe, name, None) is not None)
 
 
 def _marks(pipe) -> list[dict]:
-    """What the denoiser's config says that its weights were erased by: what is applied, fused, or was saved with it."""
-    return list(getattr(denoiser(pipe), "config", {}).get(MARK) or [])
+    """What the networks' configs say that their weights were erased by: what is applied, fused, or was saved with
+    them.
+    """
+    return [mark for module in components(pipe) for mark in _marks_of(module)]
+
+
+def _marks_of(module) -> list[dict]:
+    config = getattr(module, "config", {})
+    return list((config.get(MARK) if hasattr(config, "get") else getattr(config, MARK, None)) or [])
 
 
 def _named(pipe, name: str) -> Applied:
@@ -209,9 +237,10 @@ def _finite(scale) -> float:
 def _change(pipe, after: tuple[Applied, ...]) -> None:
     """Makes `after` the applied erasures, kind by kind; on a failure nothing changes."""
     before, done = _applied(pipe), []
+    groups = [_grouped(pipe, part) for part in (before, after)]
     try:
-        for kind in dict.fromkeys(type(one.erasure) for one in (*before, *after)):
-            parts = [tuple(one for one in part if type(one.erasure) is kind) for part in (before, after)]
+        for kind, module in dict.fromkeys([*groups[0], *groups[1]]):
+            parts = [tuple(part.get((kind, module), ())) for part in groups]
             if parts[0] != parts[1]:
                 kind.change(pipe, *parts)
                 done.append((kind, *parts))
@@ -219,13 +248,21 @@ def _change(pipe, after: tuple[Applied, ...]) -> None:
         for kind, old, new in done:
             kind.change(pipe, new, old)
         raise
-    module = denoiser(pipe)
+    for module in components(pipe):
+        _note(module, _on(pipe, module, before), _on(pipe, module, after))
+
+
+def _note(module, before: tuple[Applied, ...], after: tuple[Applied, ...]) -> None:
+    """What a network wears by now, on itself and in its config."""
+    if before == after:
+        return
     if after:
-        setattr(module, STATE, after)
+        setattr(module, WORN, after)
     else:
-        delattr(module, STATE)
-    leaving = {one.digest for one in before} if any(not isinstance(mark, Mark) for mark in _marks(pipe)) else set()
-    rest = [mark for mark in _marks(pipe) if not _is_of(mark, before) and mark["digest"] not in leaving]
+        delattr(module, WORN)
+    marks = _marks_of(module)
+    leaving = {one.digest for one in before} if any(not isinstance(mark, Mark) for mark in marks) else set()
+    rest = [mark for mark in marks if not _is_of(mark, before) and mark["digest"] not in leaving]
     _mark(module, rest + [Mark(one) for one in after])
 
 
@@ -255,8 +292,10 @@ def _is_of(mark: dict, applied: tuple[Applied, ...]) -> bool:
 
 
 def _mark(module, marks: list[dict]) -> None:
-    """Makes the denoiser's config say that ``marks`` erased it: save_pretrained() writes it beside the weights."""
+    """Makes a network's config say that ``marks`` erased it: save_pretrained() writes it beside the weights."""
     if not hasattr(module, "register_to_config"):
+        if hasattr(module, "config"):  # transformers' own
+            setattr(module.config, MARK, marks) if marks else vars(module.config).pop(MARK, None)
         return
     rest = {key: value for key, value in module.config.items() if key != MARK}
     changed = FrozenDict(rest | ({MARK: marks} if marks else {}))  # a key of it can be set, but not taken

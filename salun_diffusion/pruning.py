@@ -4,7 +4,7 @@ Our own reconstruction, of no paper: magnitude pruning, or of first order with t
 the weights. What is dropped is the base model's again, bit for bit; what stays is as it was.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -111,7 +111,7 @@ def run(options: PruneConfig, say=print) -> Pruned:
     metadata = delta.metadata | {"pruned": {key: value for key, value in about.items() if value is not None}}
     if isinstance(density, float | int):
         metadata["density"] = density * kept / of
-    Delta(masks, values, delta.fingerprint, metadata).save(output)
+    replace(delta, masks=masks, values=values, metadata=metadata).save(output)
     now, then = output.stat().st_size, source.stat().st_size
     say(
         f"{output}: {now / 1e6:.3g} MB of {then / 1e6:.3g}, {kept} of {of} changed weights, which are "

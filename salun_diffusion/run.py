@@ -21,6 +21,7 @@ from .errors import SalunError
 from .files import listed, make_folder, write_json, writing
 from .loader import list_erasures
 from .models.base import Model
+from .models.load import component
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -116,8 +117,8 @@ class RunFolder:
         shutil.rmtree(self.path / "previous", ignore_errors=True)
 
 
-def check_is_base(model: Model) -> None:
-    """Pass if nothing is applied to the pipeline.
+def check_is_base(model: Model, edited: str | None) -> None:
+    """Pass if nothing is applied to the pipeline, whose network ``edited`` (None: the denoiser) is to be trained.
 
     Raises:
         SalunError: an adapter is, or an erasure: what is trained now would hold on top of that one alone.
@@ -125,7 +126,11 @@ def check_is_base(model: Model) -> None:
     if applied := list_erasures(model.pipe):
         names = ", ".join(f"'{erasure['name']}'" for erasure in applied)
         raise SalunError(f"The pipeline has the erasure {names} applied: call unload_erasure(pipe) first.")
-    if added := {name for name, _ in model.network.named_parameters()} ^ set(own_parameters(model.network)):
+    added = set()
+    for module in (model.network, component(model.pipe, edited)):
+        own = own_parameters(module)
+        added |= {name.removeprefix("text_model.") for name, _ in module.named_parameters()} ^ own.keys()
+    if added:
         raise SalunError(
             f"The pipeline is not the base model alone: {listed(added, 3)} was added since it was loaded. Take it off "
             "(unload_lora_weights(), unload_ip_adapter()), or load the base model anew, uncompiled."
@@ -138,17 +143,16 @@ def borrowed(model: Model) -> Iterator[None]:
     devices, train and eval mode, gradients and what requires them, checkpointing, scheduler, progress bars.
     The weights are :meth:`.training.change.MaskedChange.restore`'s.
     """
-    network, pipe, scheduler = model.network, model.pipe, model.pipe.scheduler
+    pipe, scheduler = model.pipe, model.pipe.scheduler
     pipe.scheduler = copy.deepcopy(scheduler)  # drawing sets its timesteps
     modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     devices = [next((p.device for p in part.parameters()), None) for part in modules]
-    modes = [(module, module.training) for module in network.modules()]
+    inner = [module for part in modules for module in part.modules()]
+    modes = [(module, module.training) for module in inner]
     checkpointing = [
-        (module, module.gradient_checkpointing)
-        for module in network.modules()
-        if hasattr(module, "gradient_checkpointing")
+        (module, module.gradient_checkpointing) for module in inner if hasattr(module, "gradient_checkpointing")
     ]
-    parameters = [(p, p.requires_grad, p.grad) for p in network.parameters()]
+    parameters = [(p, p.requires_grad, p.grad) for part in modules for p in part.parameters()]
     bars = dict(getattr(pipe, "_progress_bar_config", {}))
     for parameter, _, _ in parameters:
         parameter.grad = None

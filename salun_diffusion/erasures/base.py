@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from ..models.load import component
+
 
 class Erasure:
     """One erasure, read from its file.
@@ -13,10 +17,12 @@ class Erasure:
     Attributes:
         FORMAT: what the file's metadata calls its ``format``.
         metadata: what the file says of itself: concept, method, density, base_model …
+        component: the network of the pipeline that it goes onto (``models.load.COMPONENTS``); None for the denoiser.
     """
 
     FORMAT: str
     metadata: dict
+    component: str | None = None
 
     @classmethod
     def load(cls, path: Path) -> "Erasure":
@@ -26,6 +32,14 @@ class Erasure:
             SalunError: it is damaged, or of another format.
         """
         raise NotImplementedError
+
+    def network(self, pipe) -> nn.Module:
+        """The network of ``pipe`` that it goes onto.
+
+        Raises:
+            SalunError: the pipeline has none of that name.
+        """
+        return component(pipe, self.component)
 
     def digest(self) -> str:
         """SHA-256 (hex) of all that it does to a pipeline, whatever file it came from."""
@@ -42,7 +56,7 @@ class Erasure:
             pipe: the diffusers pipeline.
             path: its file, for messages.
             check_base: refuse another base model than it was made for, even if it would fit.
-            applied: the erasures, of any kind, that the pipeline wears already.
+            applied: the erasures, of any kind, that its network wears already.
 
         Raises:
             SalunError: it does not.
@@ -51,8 +65,8 @@ class Erasure:
 
     @classmethod
     def change(cls, pipe, before: "tuple[Applied, ...]", after: "tuple[Applied, ...]") -> None:
-        """Take the erasures of this kind that ``pipe`` wears from ``before`` to ``after``: apply what is new, remove
-        what is gone. If that fails, the pipeline is as before.
+        """Take the erasures of this kind that one network of ``pipe`` wears from ``before`` to ``after``: apply what is
+        new, remove what is gone. If that fails, the pipeline is as before.
 
         Raises:
             SalunError: it cannot be done.
@@ -61,8 +75,8 @@ class Erasure:
 
     @classmethod
     def fuse(cls, pipe, applied: "tuple[Applied, ...]") -> None:
-        """Make ``applied``, all of this kind that ``pipe`` wears and intact, a part of the model for good. Where they
-        are that already, there is nothing to do.
+        """Make ``applied``, all of this kind that one network of ``pipe`` wears and intact, a part of the model for
+        good. Where they are that already, there is nothing to do.
 
         Raises:
             SalunError: it cannot be done; the pipeline is as before.

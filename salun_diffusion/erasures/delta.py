@@ -1,12 +1,15 @@
 """The masked-delta file: what an erasure changes in a model, one bit a weight and one value a changed weight.
 
-The format, `salun-delta` version 1
------------------------------------
-A safetensors file. For every parameter NAME of the denoiser that may have changed, it MUST hold
+The format, `salun-delta` versions 1 and 2
+------------------------------------------
+A safetensors file about one network of a pipeline, its COMPONENT: in version 1 the denoiser, whether the pipeline calls
+it unet or transformer; in version 2 what the metadata name. A writer SHOULD take version 1 where that says all.
+
+For every parameter NAME of the component that may have changed, it MUST hold
     NAME.mask   uint8, ceil(n / 8) bytes: one bit a weight, row-major; bit k (value 2**k) of byte j is weight 8*j + k;
                 bits past the last weight MUST be zero
     NAME.delta  one dimension, one value per set bit of NAME.mask, in the same row-major order
-and once, for the whole denoiser (its P parameters in the order of their names, changed or not),
+and once, for the whole component (its P parameters in the order of their names, changed or not),
     fingerprint float32 [P, 16]: weights number k * (n - 1) // 15, k = 0..15, of each parameter (zeros if n is 0)
 and no other tensor. All deltas MUST have one dtype: float32, float16 or bfloat16. No value may be NaN or Inf. At
 least one bit of one mask MUST be set; a single mask MAY be all zero.
@@ -17,9 +20,12 @@ claims more before it makes room for it. JSON MUST NOT hold NaN, Infinity or a n
 Metadata is text to text. Plain text:
     format      MUST be "salun-delta"
     structure   MUST be the SHA-256 (hex) of Python's json.dumps([[NAME, sizes], ...]), all P parameters sorted by NAME
+    component   in version 2, MUST be "unet", "transformer" or "text_encoder", as the pipeline calls it; version 1 has
+                none. The NAMEs of a text encoder MUST be without the "text_model." that some versions of transformers
+                begin them with
     concept, method, scope, base_model, base_revision    MAY be given
 Every other value MUST be JSON:
-    version     MUST be 1
+    version     MUST be 1 or 2
     shapes      MUST be {NAME: sizes} of the changed parameters
     density, settings, versions, ...    MAY be given; a reader MUST keep and MAY ignore keys that it does not know
 
@@ -46,18 +52,19 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..errors import SalunError
 from ..files import listed
+from ..models.load import COMPONENTS, DENOISERS
 from ..tensors import OUR_HEADER_LIMIT, is_finite, raw_bytes, read_safetensors, write_safetensors
 from .fingerprint import SAMPLES, Fingerprint
 from .format import RESERVED, check_keys, metadata_from_text, metadata_to_text, read_shapes
 from .mask import PackedMasks, check_not_empty, count_bits, pack, packed_masks, places
 
-FORMAT, VERSION = "salun-delta", 1
+FORMAT, VERSIONS = "salun-delta", (1, 2)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -69,8 +76,10 @@ class Delta:
         masks: parameter name → bool tensor of the parameter's shape, True where a weight changes. Of a delta that was
             read from a file they stay packed, and each is unpacked whenever it is asked for.
         values: parameter name → 1-D tensor, one delta per True, row-major; all float32, float16 or bfloat16.
-        fingerprint: of the base model, all its denoiser's parameters (``fingerprint(module.named_parameters())``).
+        fingerprint: of the base model, all the component's parameters (``fingerprint(module.named_parameters())``).
         metadata: concept, method, density, scope, base_model, base_revision, settings, versions …
+        component: the network of the pipeline that it changes, of ``COMPONENTS``; None for the denoiser, whatever its
+            name (version 1 of the format).
 
     Raises:
         SalunError: masks and values that do not fit, or NaN or Inf.
@@ -80,6 +89,7 @@ class Delta:
     values: dict[str, torch.Tensor]
     fingerprint: Fingerprint
     metadata: dict
+    component: str | None = None
 
     def __post_init__(self):
         self.check()
@@ -90,6 +100,8 @@ class Delta:
         Raises:
             SalunError: it is not; the message begins with ``what``.
         """
+        if self.component not in (None, *COMPONENTS):
+            raise SalunError(f"{what}: its component is {self.component!r}, and must be of {', '.join(COMPONENTS)}.")
         if set(self.masks) != set(self.values):
             odd = listed(set(self.masks) ^ set(self.values))
             raise SalunError(f"{what}: every parameter needs a mask and values, but {odd} has only one of them.")
@@ -129,7 +141,7 @@ class Delta:
                 f"The delta of {listed(broken)} overflows in {str(dtype).removeprefix('torch.')} "
                 f"(largest value {torch.finfo(dtype).max:g}); choose bfloat16 or float32."
             )
-        return Delta(self.masks, values, self.fingerprint, self.metadata)
+        return replace(self, values=values)
 
     def packed(self, name: str) -> torch.Tensor:
         """The mask of the parameter `name` as files hold it: uint8, one bit a weight, on the CPU."""
@@ -150,6 +162,8 @@ class Delta:
     def digest(self) -> str:
         """SHA-256 (hex) of what the delta does, whatever file it came from: names, shapes, masks and values."""
         sha = hashlib.sha256()
+        if self.component not in (None, *DENOISERS):
+            sha.update(self.component.encode())
         for name, shape in sorted(self.shapes().items()):
             value = self.values[name]
             sha.update(json.dumps([name, list(shape), str(value.dtype)]).encode())
@@ -170,7 +184,14 @@ class Delta:
         for name in shapes:
             tensors[f"{name}.mask"] = delta.packed(name)
             tensors[f"{name}.delta"] = delta.values[name]
-        reserved = dict(format=FORMAT, version=VERSION, shapes=shapes, structure=self.fingerprint.structure)
+        version = 1 if self.component is None else 2
+        reserved = dict(
+            format=FORMAT,
+            version=version,
+            component=self.component,
+            shapes=shapes,
+            structure=self.fingerprint.structure,
+        )
         write_safetensors(path, tensors, metadata_to_text(path, self.metadata, **reserved))
 
     @classmethod
@@ -181,7 +202,7 @@ class Delta:
             SalunError: any fault in it.
         """
         tensors, text = read_safetensors(path, OUR_HEADER_LIMIT)
-        metadata = metadata_from_text(path, text, FORMAT, VERSION)
+        metadata = metadata_from_text(path, text, FORMAT, *VERSIONS)
         shapes = read_shapes(path, metadata)
         check_keys(path, tensors, {"fingerprint"} | {f"{name}.{kind}" for name in shapes for kind in ("mask", "delta")})
         samples, structure = tensors["fingerprint"], metadata.get("structure")
@@ -196,8 +217,14 @@ class Delta:
             )
         masks = packed_masks(path, tensors, shapes)
         values = {name: tensors[f"{name}.delta"] for name in shapes}
+        component = metadata.get("component", "") if metadata["version"] == 2 else None
+        if component not in (None, *COMPONENTS):
+            raise SalunError(
+                f"{path} changes the component {component!r} of a pipeline, where {', '.join(COMPONENTS)} are known; "
+                "update salun_diffusion."
+            )
         metadata = {key: value for key, value in metadata.items() if key not in RESERVED}
         try:
-            return cls(masks, values, Fingerprint(structure, samples), metadata)
+            return cls(masks, values, Fingerprint(structure, samples), metadata, component)
         except SalunError as error:
             raise SalunError(f"{path} is damaged: {error}") from error

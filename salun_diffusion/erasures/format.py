@@ -6,9 +6,18 @@ import math
 from ..errors import SalunError
 from ..files import listed, strict_json
 
-TEXT = ("format", "concept", "method", "scope", "base_model", "base_revision", "structure")  # all other keys are JSON
+TEXT = (
+    "format",
+    "concept",
+    "method",
+    "scope",
+    "base_model",
+    "base_revision",
+    "structure",
+    "component",
+)  # all other keys are JSON
 DIMENSIONS, WEIGHTS = 16, 1 << 36  # of a parameter, and of all together: no model has as many
-RESERVED = ("format", "version", "shapes", "structure")  # written by the library, never by its caller
+RESERVED = ("format", "version", "shapes", "structure", "component")  # written by the library, never by its caller
 
 
 def metadata_to_text(path, metadata: dict, **reserved) -> dict[str, str]:
@@ -29,8 +38,8 @@ def metadata_to_text(path, metadata: dict, **reserved) -> dict[str, str]:
     return text
 
 
-def metadata_from_text(path, text: dict[str, str], format: str, version: int) -> dict:
-    """The inverse of `metadata_to_text`; refuses another format, or a version that is not ours."""
+def metadata_from_text(path, text: dict[str, str], format: str, *versions: int) -> dict:
+    """The inverse of `metadata_to_text`; refuses another format, or a version that is none of ours."""
     found = text.get("format")
     if found != format:
         raise SalunError(f"{path} is not a {format} file (its metadata says {found!r}); give one that this tool wrote.")
@@ -40,9 +49,10 @@ def metadata_from_text(path, text: dict[str, str], format: str, version: int) ->
             metadata[key] = value if key in TEXT else strict_json(value)
         except ValueError as error:
             raise SalunError(f"{path} is damaged: its metadata {key!r} is not JSON by its standard.") from error
-    if type(metadata.get("version")) is not int or metadata["version"] != version:  # 1.0 and true equal 1 too
+    if type(metadata.get("version")) is not int or metadata["version"] not in versions:  # 1.0 and true equal 1 too
+        known = " and ".join(map(str, versions)) + (" is" if len(versions) == 1 else " are")
         raise SalunError(
-            f"{path} has version {metadata.get('version')!r} of the {format} format where {version} is known; "
+            f"{path} has version {metadata.get('version')!r} of the {format} format where {known} known; "
             "update salun_diffusion."
         )
     return metadata

@@ -1,4 +1,4 @@
-"""A denoiser as others leave it: which of its parameters are the base model's own, which of these are drawn with, and
+"""A network as others leave it: which of its parameters are the base model's own, which of these are drawn with, and
 whether its weights can be edited where they are. Adapters, offloading and compilers each move something of that.
 """
 
@@ -10,10 +10,10 @@ from torch import nn
 
 from ..errors import SalunError
 from ..files import listed
-from ..models.load import denoiser
+from ..models.load import COMPONENTS
 
-# What stands in a name where peft has wrapped a layer or torch.compile a module.
-WRAPPED = re.compile(r"(^|\.)(base_layer|_orig_mod)(?=\.)")
+# What stands in a name where peft has wrapped a layer, torch.compile a module, or some transformers a text encoder.
+WRAPPED = re.compile(r"^text_model(?=\.)|(^|\.)(base_layer|_orig_mod)(?=\.)")
 # What adapters and fused projections add: a LoRA's factors, IP-Adapter's projections, fuse_qkv_projections()'s copies.
 ADDED = re.compile(
     r"(^|\.)(lora_\w+|processor|encoder_hid_proj\.image_projection_layers|to_qkv|to_kv|to_added_qkv)(\.|$)"
@@ -32,21 +32,20 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def check_editable(pipe) -> None:
-    """Pass if an edit of the denoiser's weights reaches what is drawn.
+def check_editable(pipe, module: nn.Module) -> None:
+    """Pass if an edit of the weights of ``module``, a network of ``pipe``, reaches what is drawn.
 
     Raises:
         SalunError: they are on disk, or compiled as constants.
     """
-    module = denoiser(pipe)
     if on_disk(module):
         raise SalunError(
             "The weights are offloaded to disk (offload_to_disk_path), from where an edit would not be read: load, "
             "scale and unload erasures before enable_group_offload(), or offload to memory."
         )
-    if _is_compiled(pipe) and _freezes():
+    if _is_compiled(pipe, module) and _freezes():
         raise SalunError(
-            "The denoiser is compiled with inductor's freezing, which keeps weights as constants: load, scale and "
+            "The network is compiled with inductor's freezing, which keeps weights as constants: load, scale and "
             "unload erasures before torch.compile(), or compile without TORCHINDUCTOR_FREEZING."
         )
 
@@ -88,9 +87,8 @@ def on_disk(module: nn.Module) -> dict[nn.Parameter, tuple[str, str]]:
     return found
 
 
-def _is_compiled(pipe) -> bool:
-    module = denoiser(pipe)
-    whole = module not in (getattr(pipe, "unet", None), getattr(pipe, "transformer", None))  # torch.compile(pipe.unet)
+def _is_compiled(pipe, module) -> bool:
+    whole = all(getattr(pipe, name, None) is not module for name in COMPONENTS)  # torch.compile(pipe.unet)
     parts = dict(module.named_modules()).items()
     return whole or any("_orig_mod" in name or part._compiled_call_impl is not None for name, part in parts)
 

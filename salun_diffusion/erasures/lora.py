@@ -67,7 +67,7 @@ class LowRankAdapter(Erasure):
                     f"{path} was made for another base model: {adapter.part}.{name} has a weight of shape {wanted} "
                     f"there and {here} here; load the model that it was made for{base}."
                 )
-        check_editable(pipe)
+        check_editable(pipe, module)
         check_have_values(parameters)
         if check_base:
             found = fingerprint(base_parameters(module, applied))
@@ -81,7 +81,7 @@ class LowRankAdapter(Erasure):
     @classmethod
     def change(cls, pipe, before, after):
         """By peft alone: an adapter is put on or deleted, and the scale is its strength. Others' stay as they are."""
-        check_editable(pipe)
+        check_editable(pipe, denoiser(pipe))
         if fused := [one.name for one in before if _merged(pipe, one)]:
             raise SalunError(
                 f"The erasure {listed(fused)} was fused with the weights by fuse_lora(): call pipe.unfuse_lora() first."
@@ -114,7 +114,7 @@ class LowRankAdapter(Erasure):
     @torch.no_grad()
     def fuse(cls, pipe, applied):
         network = denoiser(pipe)
-        check_editable(pipe)
+        check_editable(pipe, network)
         check_have_values(own_parameters(network))
         layers = _layers(network)
         for one in applied:

@@ -10,7 +10,6 @@ from safetensors import safe_open
 
 from ..errors import SalunError
 from ..files import listed
-from ..models.load import denoiser
 from .base import Erasure
 from .delta import DTYPES, FORMAT, Delta
 from .fingerprint import ROUNDINGS, check_have_values, fingerprint, matches
@@ -20,12 +19,12 @@ from .originals import SPARE, Kept, Original, Written, can_exchange, has_offload
 
 
 class MaskedWeights(Erasure):
-    """A :class:`Delta` that goes onto the denoiser's weights; ``memory`` holds parameter name -> :class:`Original`."""
+    """A :class:`Delta` that goes onto a network's weights; ``memory`` holds parameter name -> :class:`Original`."""
 
     FORMAT = FORMAT
 
     def __init__(self, delta: Delta):
-        self.delta, self.metadata = delta, delta.metadata
+        self.delta, self.metadata, self.component = delta, delta.metadata, delta.component
 
     @classmethod
     def load(cls, path):
@@ -64,13 +63,13 @@ class MaskedWeights(Erasure):
         return self.delta.packed(name), self.delta.values[name], scale
 
     def check_fit(self, pipe, path, check_base, applied):
-        module, delta = denoiser(pipe), self.delta
+        module, delta, where = self.network(pipe), self.delta, self.component or "denoiser"
         parameters = own_parameters(module)
         base = f" (base model {delta.metadata['base_model']})" if delta.metadata.get("base_model") else ""
         unknown = set(delta.masks) - set(parameters)
         if unknown:
             raise SalunError(
-                f"{path} changes {len(unknown)} of {len(delta.masks)} parameters that this pipeline's denoiser does "
+                f"{path} changes {len(unknown)} of {len(delta.masks)} parameters that this pipeline's {where} does "
                 f"not have: {listed(unknown)}; load the model that it was made for{base}."
             )
         for name, shape in delta.shapes().items():
@@ -85,29 +84,32 @@ class MaskedWeights(Erasure):
                 f"{path} can be applied to float32, float16 and bfloat16 weights only, which these are not: "
                 f"{listed(quantized)}; load the model unquantized."
             )
-        check_editable(pipe)  # before values are looked at: what is on disk has none here
+        check_editable(pipe, module)  # before values are looked at: what is on disk has none here
         check_have_values(parameters)
         if check_base:
             here = fingerprint(base_parameters(module, applied))
             if not matches(delta.fingerprint, here):
+                changed = _fused_lora(module) + _new_tokens(pipe, self)
                 raise SalunError(
                     f"{path} was made for another base model{base}: fingerprint {delta.fingerprint.digest()} there and "
-                    f"{here.digest()} here{_fused_lora(module)}; load that model, or pass check_base=False to apply it "
-                    "to this one all the same."
+                    f"{here.digest()} here{changed}; load that model, or pass check_base=False to apply it to this one "
+                    "all the same."
                 )
 
     @classmethod
     def change(cls, pipe, before, after):
         """Only the parameters that an arriving or leaving erasure names are written."""
-        module = denoiser(pipe)
+        erasure = (*before, *after)[0].erasure  # they are all of one network
+        module = erasure.network(pipe)
         touched = {name for one in {*before} ^ {*after} for name in one.erasure.delta.masks}
         parameters = own_parameters(module)
         gone = touched - set(parameters)
         if gone:
             raise SalunError(
-                f"The denoiser no longer has {listed(gone)}; undo what was added to it since, then try again."
+                f"The {erasure.component or 'denoiser'} no longer has {listed(gone)}; undo what was added to it since, "
+                "then try again."
             )
-        check_editable(pipe)
+        check_editable(pipe, module)
         check_drawn_with(module, touched)
         check_have_values({name: parameters[name] for name in touched})
         originals = {name: one.memory[name] for one in before for name in one.memory if name in touched}
@@ -123,11 +125,11 @@ class MaskedWeights(Erasure):
 
     @classmethod
     def fuse(cls, pipe, applied):
-        SPARE.pop(denoiser(pipe), None)
+        SPARE.pop(applied[0].erasure.network(pipe), None)
 
     @classmethod
     def intact(cls, pipe, one, applied):
-        module = denoiser(pipe)
+        module = one.erasure.network(pipe)
         parameters, disk = own_parameters(module), on_disk(module)
         try:
             check_drawn_with(module, one.memory)
@@ -147,6 +149,12 @@ class MaskedWeights(Erasure):
 def _fused_lora(module) -> str:
     fused = any(getattr(part, "merged", False) is True for part in module.modules())  # peft's layers have it
     return " (a LoRA is fused into it: load the erasure before fuse_lora())" if fused else ""
+
+
+def _new_tokens(pipe, erasure) -> str:
+    tokenizer = getattr(pipe, "tokenizer", None) if erasure.component == "text_encoder" else None
+    grown = tokenizer is not None and len(tokenizer) > tokenizer.vocab_size
+    return " (textual inversion has added tokens to it: load the erasure before that)" if grown else ""
 
 
 def _from_disk(file, key, weight):

@@ -18,6 +18,7 @@ FORMATS = {  # name → module, and what it gives
     "diffusers": ("folder", "the whole erased pipeline as a diffusers folder"),
     "unet": ("network", "the erased denoiser's weights, one file under diffusers' names"),
 }
+WHOLE = ("single_file", "diffusers")  # what holds the text encoder too
 NAMES = {"diffusers": "lora", "kohya": "lora", "lycoris": "diff"}  # whose names, and the format that has them
 
 
@@ -116,10 +117,11 @@ def export(erasure, format: str, output, **options) -> Exported:
 def run(options: ExportConfig, say=print) -> Exported:
     """:func:`export` from its options; ``say`` gets the summary."""
     from ..erasures import load
+    from ..erasures.live import own_parameters
     from ..erasures.locate import locate
     from ..erasures.weights import MaskedWeights
     from ..loader import load_erasure
-    from ..models.load import denoiser, load_pipeline
+    from ..models.load import load_pipeline
     from .check import compare, pictures
 
     if options.format != "lora":
@@ -136,6 +138,11 @@ def run(options: ExportConfig, say=print) -> Exported:
     erasure = load(locate(options.erasure)[0])
     if not isinstance(erasure, MaskedWeights):
         raise SalunError(f"{options.erasure} is no masked delta, and other erasures are written in no other format.")
+    if erasure.component == "text_encoder" and options.format not in WHOLE:
+        raise SalunError(
+            f"{options.erasure} changes the text encoder, which --format {options.format} does not hold: give "
+            f"{' or '.join(WHOLE)}."
+        )
     base = options.base or erasure.metadata.get("base_model")
     if not base:
         raise SalunError(f"{options.erasure} does not say which base model it is for: give it with --base.")
@@ -151,11 +158,11 @@ def run(options: ExportConfig, say=print) -> Exported:
     module = import_module(f".{FORMATS[options.format][0]}", __name__)
     prompts = options.prompts or []
     wanted = pictures(pipe, prompts, options)
-    erased = {name: weight.detach() for name, weight in denoiser(pipe).named_parameters()}
+    erased = {name: weight.detach() for name, weight in own_parameters(erasure.network(pipe)).items()}
     rank, left_out = module.write(request)
     again = load_pipeline(base, revision)
     module.read_back(request, again)
-    largest, relative = compare(delta, erased, denoiser(again))
+    largest, relative = compare(delta, erased, own_parameters(erasure.network(again)))
     found = pictures(again, prompts, options)
     apart = [abs(a - b) for a, b in zip(wanted, found, strict=True)]
     pixels = (

@@ -5,10 +5,10 @@ import torch
 
 
 @torch.no_grad()
-def compare(delta, erased: dict[str, torch.Tensor], network: torch.nn.Module) -> tuple[float, float]:
+def compare(delta, erased: dict[str, torch.Tensor], network: dict[str, torch.Tensor]) -> tuple[float, float]:
     """``(largest, relative)`` differences of ``network``'s weights to the ``erased`` ones, as ``Exported`` has them."""
     largest, off, moved = 0.0, 0.0, 0.0
-    for name, weight in network.named_parameters():
+    for name, weight in network.items():
         difference = (weight.float() - erased[name].float()).abs()
         largest, off = max(largest, float(difference.max())), off + float(difference.double().square().sum())
         if name in delta.values:

@@ -19,6 +19,7 @@ class About:
     file: Path
     digest: str
     weights: int
+    network: str
     config: dict
     concept: str
     base_id: str | None
@@ -44,9 +45,9 @@ def read_run(folder: Path) -> About:
     commit = told.get("base_revision")
     is_id = commit and re.fullmatch(r"[\w.-]+/[\w.-]+", named[2])
     weights = erasure.describe()["weights"]
-    return About(
-        folder, file, erasure.digest(), weights, told, named[0], named[2] if is_id else None, commit if is_id else None
-    )
+    network = "text encoder" if erasure.component == "text_encoder" else "denoiser"
+    base = (named[2], commit) if is_id else (None, None)
+    return About(folder, file, erasure.digest(), weights, network, told, named[0], *base)
 
 
 def card(about: About, repo_id: str, measured: list[Measured], picture: str | None, license: str | None) -> str:
@@ -117,7 +118,7 @@ def _head(about: About) -> str:
     if about.file.name == ADAPTER_NAME:
         how = f"It is a low-rank adapter of {about.weights:,} weights beside the denoiser's own"
     else:
-        how = f"It changes {about.weights:,} weights of the denoiser in place"
+        how = f"It changes {about.weights:,} weights of the {about.network} in place"
     return (
         f"# Forget: {concept}\n\n"
         f"A small file that makes {_base(about)} forget **{concept}**: with it, the model no longer draws that when a "

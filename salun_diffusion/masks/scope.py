@@ -4,6 +4,7 @@ import re
 
 import torch
 
+from ..erasures.live import own_parameters
 from ..errors import SalunError
 from ..models.scopes import UNET
 
@@ -11,7 +12,7 @@ from ..models.scopes import UNET
 def scoped_parameters(
     denoiser: torch.nn.Module, scope: str, scopes: dict[str, str] = UNET
 ) -> dict[str, torch.nn.Parameter]:
-    """The denoiser's parameters in ``scope``, which alone will require gradients from now on.
+    """The parameters of ``denoiser``, or another network, in ``scope``, which alone will require gradients from now on.
 
     Args:
         denoiser: the network.
@@ -26,7 +27,7 @@ def scoped_parameters(
         pattern = re.compile(scopes.get(scope, scope))
     except re.error as error:
         raise SalunError(f"--scope '{scope}' is no regular expression ({error}).") from None
-    found = {name: p for name, p in denoiser.named_parameters() if pattern.search(name)}
+    found = {name: p for name, p in own_parameters(denoiser).items() if pattern.search(name)}
     if not found:
         raise SalunError(
             f"No parameter of {type(denoiser).__name__} is in the scope '{scope}': choose {', '.join(scopes)}, or a "

@@ -17,6 +17,7 @@ METHODS = {
     "selective_amnesia": "selective_amnesia.SelectiveAmnesia",
     "race": "race.RACE",
     "stereo": "stereo.STEREO",
+    "advunlearn": "advunlearn.AdvUnlearn",
     "salun_adv": "salun_adv.SalUnAdv",
 }
 NEEDS_DRAWING = ("guidance_scale", "sample_batch_size")  # and those that only pictures have that a run draws

@@ -111,7 +111,8 @@ class Method:
     """What holds unless the user, or the concept's preset, says otherwise."""
 
     title: str  # for tables
-    scope = "cross-attention"  # which weights may move (masks.scope.SCOPES)
+    component: str | None = None  # the network that is edited (models.load.COMPONENTS); None for the denoiser
+    scope = "cross-attention"  # which weights of it may move (models.scopes)
     mask = "none"  # or "saliency"
     settings: dict[str, Any] = {}  # of EraseConfig: what the paper used, where it is not the general default
     Options: type = NoOptions  # the method's own options: a dataclass of `option` fields
@@ -175,6 +176,16 @@ class GradientMethod(Method):
     def begin(self, change: Change) -> None:
         """Called once before the first step, with the change that is trained (still zero)."""
         self.change = change
+
+    def told(self, batch: Batch, images: Any) -> Condition:
+        """What the network is told of a ``batch`` of the set ``images`` in the saliency's loss, with a gradient to what
+        is trained, where that makes it.
+        """
+        return batch.condition
+
+    def nothing(self) -> Condition:
+        """The empty prompt's condition there, a batch of one."""
+        return self.model.empty
 
     def retained(self, retain: Batch) -> Batch:
         """The retain batch as the method wants it; called before the base model's predictions become its target."""

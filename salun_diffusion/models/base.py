@@ -15,9 +15,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 
 from ..errors import SalunError
-from .load import denoiser
+from .load import component, denoiser
 from .sampling import sample
-from .scopes import UNET
+from .scopes import TEXT_ENCODER, UNET
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,6 +31,7 @@ CAPABILITIES = {  # what a method or a measure may need, and how its lack is tol
     "text": "encodes prompts as sequences of tokens",
     "cross-attention": "attends to the tokens of a prompt in layers of its own, called attn2",
     "embeddings": "takes embeddings in place of a prompt's tokens, as CLIP's encoders do",
+    "one text encoder": "reads prompts by one text encoder alone",
     "pictures": "encodes pictures as samples",
     "diffusion": "was trained on a diffusion's noise schedule, and not as a flow",
 }
@@ -41,7 +42,8 @@ class Model:
 
     Attributes:
         pipe: the diffusers pipeline; nothing outside this seam looks for its parts.
-        network: the denoiser that is edited.
+        network: the denoiser.
+        edited: the network that an erasure trains: the denoiser, unless :meth:`edit` says otherwise.
         schedule: the noise schedule of training.
         autocast: makes the context that :meth:`predict` runs in; the trainer puts accelerate's here.
     """
@@ -53,6 +55,7 @@ class Model:
 
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe, self.network = pipe, denoiser(pipe)
+        self.edited: torch.nn.Module = self.network
         self.schedule = self.Schedule.from_config(pipe.scheduler.config)
         self.autocast: Any = nullcontext
 
@@ -78,6 +81,19 @@ class Model:
                     f"{by} needs a base model that {CAPABILITIES[name]} ({name}), which {type(self.pipe).__name__} "
                     f"does not (it has: {able}): choose another method or model."
                 )
+
+    def edit(self, name: str | None) -> None:
+        """Make the pipeline's network ``name`` the one that is edited, in place of the denoiser (None).
+
+        The denoiser then asks for no gradients of its own: they only pass through it.
+
+        Raises:
+            SalunError: the pipeline has none of that name.
+        """
+        self.edited = component(self.pipe, name)
+        if self.edited is not self.network:
+            self.scopes = TEXT_ENCODER
+            self.network.requires_grad_(False)
 
     def check_guided(self, by: str) -> None:
         """Pass if there is an unconditional side, :attr:`empty`, to guide from.
@@ -193,7 +209,9 @@ class Model:
         return self.network.config.sample_size
 
     def move_others(self, device: torch.device | str) -> None:
-        """Move every module but the network to ``device``: the rest has nothing to do while the network trains."""
+        """Move every module but the network and the one that is edited to ``device``: the rest has nothing to do while
+        these train.
+        """
         for module in self.pipe.components.values():
-            if isinstance(module, torch.nn.Module) and module is not self.network:
+            if isinstance(module, torch.nn.Module) and module not in (self.network, self.edited):
                 module.to(device)

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
+DENOISERS = ("unet", "transformer")  # what a pipeline calls the network that predicts noise
+COMPONENTS = (*DENOISERS, "text_encoder")  # its networks that an erasure may change
+WORN = "_salun_erasures"  # the attribute of such a network that holds the erasures that are applied to it
+
 
 def packaged(name: str) -> Path | None:
     """The folder ``model/`` inside the importable Python package ``name``, or ``demo.name``, if that brings one: so do
@@ -208,11 +212,36 @@ def denoiser(pipe: "DiffusionPipeline") -> "torch.nn.Module":
     """
     import torch
 
-    for name in ("unet", "transformer"):
+    for name in DENOISERS:
         module = getattr(pipe, name, None)
         if isinstance(module, torch.nn.Module):
             return getattr(module, "_orig_mod", module)  # torch.compile wraps the module and prefixes its names
     raise SalunError(f"{type(pipe).__name__} has neither a unet nor a transformer; give a diffusion pipeline.")
+
+
+def component(pipe: "DiffusionPipeline", name: str | None) -> "torch.nn.Module":
+    """The network of a diffusers pipeline that is called ``name``, one of ``COMPONENTS``; without a name, its denoiser.
+
+    Raises:
+        SalunError: the pipeline has no such network.
+    """
+    import torch
+
+    module = denoiser(pipe) if name is None else getattr(pipe, name, None)
+    if not isinstance(module, torch.nn.Module):
+        there = [part for part in COMPONENTS if isinstance(getattr(pipe, part, None), torch.nn.Module)]
+        raise SalunError(
+            f"{type(pipe).__name__} has no {name} (of {', '.join(COMPONENTS)} it has: {', '.join(there)})."
+        )
+    return getattr(module, "_orig_mod", module)
+
+
+def components(pipe: "DiffusionPipeline") -> "list[torch.nn.Module]":
+    """All networks of the pipeline that an erasure may change, the denoiser first."""
+    import torch
+
+    others = [name for name in COMPONENTS if isinstance(getattr(pipe, name, None), torch.nn.Module)]
+    return list(dict.fromkeys([denoiser(pipe), *(component(pipe, name) for name in others)]))
 
 
 def sampler(pipe: "DiffusionPipeline") -> dict:

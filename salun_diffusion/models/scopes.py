@@ -17,6 +17,13 @@ CROSS_DIT = UNET | {
     "cross-attention+resnets": r"\.attn2\.|\.ff\.",
 }
 
+TEXT_ENCODER = {
+    "self-attention": r"\.self_attn\.",
+    "feed-forward": r"\.mlp\.",
+    "no-token-embedding": r"^(?!.*token_embedding)",
+    "all": r"",
+}
+
 # Text and picture attend to each other in one attention, each by projections of its own: those of the text are what
 # cross-attention is elsewhere. Flux's later blocks join both streams: their projections are the picture's too.
 _TEXT, _PICTURE = r"\.add_[qkv]_proj\.|\.to_add_out\.", r"\.attn2?\.to_(q|k|v|out)\b"

@@ -4,15 +4,13 @@ Their condition holds ``encoder_hidden_states`` ``(batch, tokens, width)``; for 
 ``time_ids`` (a picture of the pipeline's own size, not cropped).
 """
 
-from functools import cached_property
-
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from ..errors import SalunError
 from .base import Condition
 from .latents import LatentModel
-from .load import denoiser
+from .load import WORN, denoiser
 
 PLACE = "*"  # in a prompt, it stands for a word of one's own: one token of CLIP's vocabulary, and no word
 ADDED = ("text_embeds", "time_ids")  # what SDXL's U-Net takes as added_cond_kwargs
@@ -25,6 +23,9 @@ class TextUNet(LatentModel):
 
     def __init__(self, pipe):
         super().__init__(pipe)
+        self._empty: tuple | None = None
+        if len(text_encoders(pipe)) == 1:
+            self.capabilities = self.capabilities | {"one text encoder"}
         takes, latent = self.network.config.in_channels, pipe.vae.config.latent_channels
         if takes != latent:  # inpainting (9), depth (5), instructed editing (8): they need a picture beside the prompt
             raise SalunError(
@@ -41,9 +42,12 @@ class TextUNet(LatentModel):
     def encode(self, prompts):
         return encode(self.pipe, prompts)
 
-    @cached_property
+    @property
     def empty(self):
-        return encode_empty(self.pipe)
+        worn = [getattr(encoder, WORN, None) for _, encoder in text_encoders(self.pipe)]
+        if self._empty is None or self._empty[0] != worn:  # an erasure of the text encoder gives another one
+            self._empty = worn, encode_empty(self.pipe)
+        return self._empty[1]
 
     def forward(self, noisy, timesteps, condition):
         return self.network(noisy, timesteps, return_dict=False, **arguments(condition))[0]
@@ -59,6 +63,14 @@ class TextUNet(LatentModel):
     def word_tables(self) -> list[torch.Tensor]:
         """The embedding of every token of the vocabulary, ``(vocabulary, width)``, of each text encoder."""
         return [encoder.get_input_embeddings().weight.detach() for _, encoder in text_encoders(self.pipe)]
+
+    def encode_now(self, prompts: list[str]) -> Condition:
+        """The conditions of a few ``prompts``, where the network is, with a gradient to the text encoder's weights."""
+        return {key: self.moved(value) for key, value in _encode(self.pipe, prompts).items()}
+
+    def behind_word(self, prompt: str) -> str:
+        """``prompt`` with ``PLACE`` before it, for :meth:`encode_words`."""
+        return f"{PLACE} {prompt}"
 
     def opened(self, prompt: str, other: str) -> str:
         """``prompt`` with ``PLACE`` for the tokens that ``other`` has not."""
@@ -83,7 +95,7 @@ class TextUNet(LatentModel):
         try:
             for (tokenizer, encoder), word in zip(text_encoders(self.pipe), words, strict=True):
                 hooks.append(encoder.get_input_embeddings().register_forward_hook(_putting(tokenizer, word)))
-            return {key: self.moved(value) for key, value in _encode(self.pipe, prompts).items()}
+            return self.encode_now(prompts)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -29,6 +29,7 @@ class MaskedChange:
         masks: bool, of the parameters' shapes.
         keep_places: hold the places of the masked weights, 4 bytes each, rather than find them from one bit a weight
             whenever they are needed. By default on a CPU alone, where memory is cheap and time is not.
+        component: whose parameters they are (``models.load.COMPONENTS``); None for the denoiser.
     """
 
     def __init__(
@@ -36,7 +37,9 @@ class MaskedChange:
         parameters: dict[str, nn.Parameter],
         masks: dict[str, torch.Tensor],
         keep_places: bool | None = None,
+        component: str | None = None,
     ):
+        self.component = component
         self.parameters = {name: parameters[name] for name, mask in masks.items() if mask.any()}
         for name, parameter in parameters.items():  # where nothing may move, no gradient is made
             parameter.requires_grad_(name in self.parameters)
@@ -144,7 +147,7 @@ class MaskedChange:
     def save(self, path, base: Fingerprint, about: dict, dtype: torch.dtype) -> None:
         """Write the change as a masked delta; ``about`` is what its metadata say."""
         values = {name: value.detach().cpu() for name, value in self.values.items()}
-        Delta(self.masks, values, base, about).save(path, dtype)
+        Delta(self.masks, values, base, about, self.component).save(path, dtype)
 
     def close(self) -> None:
         """Stop packing gradients."""

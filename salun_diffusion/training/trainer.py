@@ -45,7 +45,8 @@ class Trainer:
 
     def __init__(self, accelerator: Accelerator, model: Model, sets: dict[str, ImageSet], config: EraseConfig):
         self.accelerator, self.model, self.config = accelerator, model, config
-        model.network.to(accelerator.device).eval()
+        for module in {model.network, model.edited}:
+            module.to(accelerator.device).eval()
         model.autocast = accelerator.autocast
         if config.gradient_checkpointing:
             model.network.enable_gradient_checkpointing()
@@ -93,10 +94,11 @@ class Trainer:
             drawn = [self.batches.draw(images, 1, purpose, i) for i in index.tolist()]
             noise, t = (torch.cat(parts) for parts in zip(*drawn, strict=True))
             batch, share = self.batches.noised(images, index, noise, t), len(index) / count
+            condition = self.method.told(batch, images)
             if guidance <= 1:  # as everywhere in diffusers: no guidance
-                return -share * denoising(predict(batch.noisy, batch.timesteps, batch.condition), batch.target)
-            empty = self.model.repeated(self.model.empty, len(index))
-            both = {key: torch.cat([batch.condition[key], empty[key]]) for key in batch.condition}
+                return -share * denoising(predict(batch.noisy, batch.timesteps, condition), batch.target)
+            empty = self.model.repeated(self.method.nothing(), len(index))
+            both = {key: torch.cat([condition[key], empty[key]]) for key in condition}
             conditional, unconditional = predict(batch.noisy.repeat(2, 1, 1, 1), batch.timesteps.repeat(2), both).chunk(
                 2
             )

@@ -223,7 +223,7 @@ def test_loading_refuses(tmp_path):
 
     cases = [
         (tensors, {**text, "format": "salun-mask"}, r"is not a salun-delta file \(its metadata says 'salun-mask'\)"),
-        (tensors, {**text, "version": "9"}, "has version 9 of the salun-delta format where 1 is known"),
+        (tensors, {**text, "version": "9"}, "has version 9 of the salun-delta format where 1 and 2 are known"),
         (tensors, without(text, "shapes"), "'shapes' must map"),
         (tensors, without(text, "structure"), r"its fingerprint of the base model is not float32 \[P, 16\]"),
         ({**tensors, "fingerprint": torch.zeros(2, 3)}, text, "its fingerprint of the base model is not"),

@@ -19,8 +19,7 @@ from salun_diffusion import SalunError, fuse_erasure, list_erasures, load_erasur
 from salun_diffusion.erasures.delta import Delta
 from salun_diffusion.erasures.fingerprint import fingerprint
 from salun_diffusion.erasures.originals import put
-from salun_diffusion.loader import STATE
-from salun_diffusion.models.load import denoiser
+from salun_diffusion.models.load import WORN, denoiser
 from salun_diffusion.tensors import read_safetensors
 
 ROOT = Path(__file__).parents[2]
@@ -161,6 +160,7 @@ def test_list(pipe, file, delta):
         "concept": "concept 0",
         "method": "salun",
         "density": 0.5,
+        "component": "unet",
         "weights": sum(int(mask.sum()) for mask in delta.masks.values()),
         "source": str(file),
         "revision": None,
@@ -233,7 +233,7 @@ def test_an_interruption_leaves_nothing_half_done(pipe, tmp_path, monkeypatch, d
 def test_the_originals_of_changed_parameters_alone_are_kept(pipe, file, delta):
     before = {name: weight.data_ptr() for name, weight in pipe.unet.named_parameters()}
     load_erasure(pipe, file)
-    (erasure,) = getattr(pipe.unet, STATE)
+    (erasure,) = getattr(pipe.unet, WORN)
     assert {name: original.base.data_ptr() for name, original in erasure.memory.items()} == {
         name: before[name] for name in delta.masks
     }

@@ -62,6 +62,15 @@ def plain_esd(net, base, forget, retain, trainer):
 
 
 def plain_esd_target(net, base, forget, trainer):
+    done = random.Random(repr((trainer.config.seed, "esd", forget.step))).randrange(trainer.config.num_inference_steps)
+    x, t = plain_half_denoised(net, forget.noise, told(forget), trainer, done)
+    empty = trainer.model.empty["encoder_hidden_states"].expand_as(told(forget))
+    with torch.no_grad():
+        nothing, concept = base(x, t, empty).sample, base(x, t, told(forget)).sample
+        return x, t, nothing - 1.0 * (concept - nothing)
+
+
+def plain_half_denoised(net, x, condition, trainer, done):
     """DDIM (Song et al. 2021, eq. 12, η = 0) written out, one prediction a call."""
     signal = torch.cat(
         [trainer.model.schedule.alphas_cumprod, trainer.model.schedule.alphas_cumprod[:1]]
@@ -69,20 +78,16 @@ def plain_esd_target(net, base, forget, trainer):
     count = trainer.config.num_inference_steps
     stride = 1000 // count
     steps = [i * stride + 1 for i in range(count)][::-1]  # "leading" spacing, offset 1
-    done = random.Random(repr((trainer.config.seed, "esd", forget.step))).randrange(count)
-    empty = trainer.model.empty["encoder_hidden_states"].expand_as(told(forget))
-    x = forget.noise
+    empty = trainer.model.empty["encoder_hidden_states"].expand_as(condition)
     with torch.no_grad():
         for step in steps[:done]:
             t = torch.full((len(x),), step)
-            nothing, concept = net(x, t, empty).sample, net(x, t, told(forget)).sample
+            nothing, concept = net(x, t, empty).sample, net(x, t, condition).sample
             guided = nothing + 3.0 * (concept - nothing)
             clean = (x - (1 - signal[step]).sqrt() * guided) / signal[step].sqrt()
             later = signal[step - stride] if step > stride else signal[0]
             x = later.sqrt() * clean + (1 - later).sqrt() * guided
-        t = torch.full((len(x),), steps[done])
-        nothing, concept = base(x, t, empty).sample, base(x, t, told(forget)).sample
-        return x, t, nothing - 1.0 * (concept - nothing)
+    return x, torch.full((len(x),), steps[done])
 
 
 def plain_race(net, base, forget, retain, trainer):
@@ -291,9 +296,10 @@ def trainer_for(method, folder, tmp_path, **changes):
     config = EraseConfig(["steam engine"], method=method, data_dir=str(tmp_path / "data"), **(settings | changes))
     config.fill({}, "test")
     pipe, accelerator = load_pipeline(str(folder)), Accelerator(cpu=True)
-    base, parameters = copy.deepcopy(pipe.unet), scoped_parameters(pipe.unet, config.scope)
+    base, model = copy.deepcopy(pipe.unet), model_of(pipe)
+    model.edit(find_method(method).component)
+    parameters = scoped_parameters(model.edited, config.scope, model.scopes)
     concepts = find_concepts(config.concept)
-    model = model_of(pipe)
     sets = {kind: image_set(model, concepts, kind, [], config, accelerator)
             for kind in find_method(method).sets("none")}  # fmt: skip
     return Trainer(accelerator, model, sets, config), parameters, base
@@ -329,6 +335,63 @@ def test_steps_match_a_plain_loop(method, folders, tmp_path):
     apart = sum(float((mine - theirs[name]).square().sum()) for name, mine in parameters.items())
     change = sum(float((mine - original[name]).square().sum()) for name, mine in parameters.items())
     assert apart**0.5 < 2e-3 * change**0.5
+
+
+@pytest.mark.parametrize("attack_by", ["gradient", "sign"])
+def test_advunlearn_matches_a_plain_loop(attack_by, folders, tmp_path):
+    """One prompt at a time. A word is a row of the token table, and its gradient is that row's."""
+    options = ["warm_up=0.3", "attack_steps=3", "attack_rate=0.1", f"attack_by={attack_by}"]
+    trainer, parameters, unet = trainer_for("advunlearn", folders["sd1"], tmp_path, method_option=options)
+    plain, tokenizer = copy.deepcopy(trainer.model.pipe.text_encoder).requires_grad_(), trainer.model.pipe.tokenizer
+    original = copy.deepcopy(plain.state_dict())
+    masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
+    change = MaskedChange(parameters, masks, component="text_encoder")
+    trainer.train(change, tmp_path / "log.jsonl", Checkpoints(tmp_path, {}, 2))
+    logged = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").open()]
+
+    def said(prompt):
+        return plain(tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt").input_ids)[0]
+
+    theirs = {name: p for name, p in plain.named_parameters() if "token_embedding" not in name}
+    assert theirs.keys() == parameters.keys()
+    adam, own, kept = torch.optim.Adam(theirs.values(), lr=1e-3), trainer.batches, trainer.batches.retain
+    forgets, retains = batches(1, 3, 0), batches(6, 3, 1)
+    table, place = plain.get_input_embeddings().weight, tokenizer("*").input_ids[1]
+    for step in range(3):
+        forget = next(own.micro_batches(own.sets["name"], next(forgets), "forget", step))
+        x, t, target = plain_esd_target(unet, unet, forget, trainer)
+        condition = said("steam engine")
+        if step:
+            before, key = table[place].detach().clone(), ("advunlearn", step)
+            row = torch.randint(len(table), (1,), generator=own.generator(*key, "word", "steam engine"))
+            word = torch.nn.Parameter(table[row[0]].detach().clone())
+            search = torch.optim.Adam([word], lr=0.1)
+            for i in range(3):
+                noise = torch.randn(1, 4, 8, 8, generator=own.generator(*key, i, "steam engine"))
+                done = random.Random(repr((0, *key, i))).randrange(4)
+                z, at = plain_half_denoised(unet, noise, told(forget)[:1], trainer, done)
+                table.data[place], table.grad = word.data, None
+                found = unet(z, at, said("* steam engine")).sample
+                (found - unet(z, at, told(forget)[:1]).sample.detach()).square().sum().backward()
+                word.grad = table.grad[place].sign() if attack_by == "sign" else table.grad[place].clone()
+                search.step()
+            table.data[place] = word.data
+            condition = said("* steam engine")
+            table.data[place] = before
+        retain = next(own.micro_batches(kept, next(retains), "retain", step))
+        loss = F.mse_loss(unet(x, t, condition.expand_as(told(forget))).sample, target)
+        for i, number in enumerate(kept.prompt_index[retain.index].tolist()):
+            one = retain.noisy[i : i + 1], retain.timesteps[i : i + 1]
+            wanted = unet(*one, told(retain)[i : i + 1]).sample.detach()
+            loss = loss + 0.3 / 3 * F.mse_loss(unet(*one, said(kept.prompts[number])).sample, wanted)
+        assert logged[step] == pytest.approx(loss.item(), rel=1e-3, abs=1e-6), step
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    assert torch.equal(table, original["embeddings.token_embedding.weight"])
+    apart = sum(float((mine - theirs[name]).square().sum()) for name, mine in parameters.items())
+    change = sum(float((mine - original[name]).square().sum()) for name, mine in parameters.items())
+    assert apart**0.5 < 5e-3 * change**0.5
 
 
 def test_esd_negates_the_name_alone(folders, tmp_path):

@@ -17,12 +17,14 @@ from salun_diffusion.erasures.mask import load_masks
 from salun_diffusion.masks import SALIENCY
 from salun_diffusion.methods import METHODS, find_method, names_of
 from salun_diffusion.models.load import load_pipeline
+from salun_diffusion.models.scopes import TEXT_ENCODER
 from salun_diffusion.models.scopes import UNET as SCOPES
 from salun_diffusion.models.text_unet import differing_tokens, token_ids
 
 SHORT = {  # options of methods that take long by themselves
     "salun_adv": ["--search_steps", "2"],
     "stereo": ["--rounds", "2", "--round_steps", "2", "--search_steps", "2"],
+    "advunlearn": ["--attack_steps", "2"],
 }
 GRADIENT = [name for name in METHODS if not find_method(name).closed_form]
 
@@ -49,8 +51,13 @@ def erase(base, method, output, *more, **which):
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_it_runs_everywhere_changes_its_scope_alone_and_is_deterministic(method, kind, folders, tmp_path):
+    component = find_method(method).component
+    if component and kind == "sdxl":
+        with pytest.raises(SalunError, match="needs a base model that reads prompts by one text encoder alone"):
+            erase(folders[kind], method, tmp_path / "one")
+        return
     delta = erase(folders[kind], method, tmp_path / "one", "--save_dtype", "fp32")
-    scope = re.compile(SCOPES[find_method(method).scope])
+    scope = re.compile((TEXT_ENCODER if component else SCOPES)[find_method(method).scope])
     assert delta.metadata["method"] == method and delta.metadata["scope"] == find_method(method).scope
     assert delta.metadata["density"] == (0.5 if find_method(method).mask == "saliency" else 1.0)
     pipe = DiffusionPipeline.from_pretrained(folders[kind])
@@ -58,7 +65,7 @@ def test_it_runs_everywhere_changes_its_scope_alone_and_is_deterministic(method,
     load_erasure(pipe, tmp_path / "one")
     after = tiny.bits(pipe)
     changed = {key for key in before if not torch.equal(before[key][1], after[key][1])}
-    assert changed and all(part == "unet" and scope.search(name) for part, name in changed)
+    assert changed and all(part == (component or "unet") and scope.search(name) for part, name in changed)
     unload_erasure(pipe)
     assert tiny.same(tiny.bits(pipe), before)
     if kind == "sd1":
@@ -79,7 +86,7 @@ def test_a_gradient_method_takes_any_mask(method, folders, tmp_path):
     assert everything.metadata["density"] == 1.0
 
 
-@pytest.mark.parametrize("method", ["esd", "selective_amnesia", "race", "salun_adv", "stereo"])
+@pytest.mark.parametrize("method", ["esd", "selective_amnesia", "race", "salun_adv", "stereo", "advunlearn"])
 def test_resumed_is_uninterrupted(method, folders, tmp_path):
     """For the methods that draw more than noise, or keep more than weights."""
     whole = erase(folders["sd1"], method, tmp_path / "run", "--max_train_steps", "4", "--checkpointing_steps", "2")
@@ -112,7 +119,7 @@ def test_every_saliency_chooses_as_many_weights_and_others(folders, tmp_path):
     assert 0.5 < share["contrast"] < 1 and share["magnitude"] < 0.5
 
 
-@pytest.mark.parametrize("method", ["race", "salun_adv", "stereo"])
+@pytest.mark.parametrize("method", ["race", "salun_adv", "stereo", "advunlearn"])
 def test_attacks_do_not_depend_on_how_a_step_is_shared(method, folders, tmp_path):
     """Two accumulated batches, or two processes, meet the same attacks as one batch."""
     words = ["--save_dtype", "fp32", "--mask", "none"]
@@ -186,6 +193,8 @@ def test_what_is_set_for_a_method_holds_for_those_made_from_it():
         ("salun", ["--method_option", "target=base"], "choose one of current, frozen"),
         ("esd", ["--method_option", "negative_guidance=far"], "'far' must be of type float"),
         ("race", ["--method_option", "attack_steps=0"], "attack_steps is 0: give a number of at least 1"),
+        ("advunlearn", ["--adapter", "lora"], "edits the text_encoder, and adapters go onto the denoiser: leave"),
+        ("advunlearn", ["--scope", "cross-attention"], "choose self-attention, feed-forward, no-token-embedding, all"),
     ],
 )
 def test_what_a_method_cannot_use_is_said(method, more, message, folders, tmp_path):

@@ -78,7 +78,7 @@ def test_erase_load_draw_unload(pipe, method, tmp_path):
     assert all(map(torch.equal, before, bits(pipe)))
 
 
-@pytest.mark.parametrize("method", ["race", "salun_adv", "stereo"])
+@pytest.mark.parametrize("method", ["race", "salun_adv", "stereo", "advunlearn"])
 def test_methods_that_attack_embeddings_say_which_models_they_need(folder, tmp_path, method):
     words = ["--pretrained_model_name_or_path", folder, "--concept", "airplane", "--output_dir", tmp_path / "run"]
     done = here("python", "erase_concept.py", *words, "--method", method, check=False)
