@@ -104,7 +104,7 @@ def fuse_erasure(pipe) -> None:
     """Make the applied erasures a part of the model: the originals are forgotten, nothing can be unloaded any more.
 
     Raises:
-        SalunError: none is applied, or what one wrote is no longer there, or not drawn with.
+        SalunError: none is applied, one is a guard, or what one wrote is no longer there, or not drawn with.
     """
     with LOCK:
         if not _applied(pipe):
@@ -116,6 +116,11 @@ def fuse_erasure(pipe) -> None:
                 "other weights: undo that first (unfuse_qkv_projections()), or load the pipeline anew."
             )
         applied = _applied(pipe)
+        if guards := [one.name for one in applied if not one.erasure.in_weights]:
+            raise SalunError(
+                f"The erasure {listed(guards)} is a guard, which changes no weight, so it cannot be fused: unload it "
+                "first."
+            )
         for kind in dict.fromkeys(type(one.erasure) for one in applied):
             kind.fuse(pipe, tuple(one for one in applied if type(one.erasure) is kind))
         delattr(denoiser(pipe), STATE)
@@ -226,7 +231,7 @@ def _change(pipe, after: tuple[Applied, ...]) -> None:
         delattr(module, STATE)
     leaving = {one.digest for one in before} if any(not isinstance(mark, Mark) for mark in _marks(pipe)) else set()
     rest = [mark for mark in _marks(pipe) if not _is_of(mark, before) and mark["digest"] not in leaving]
-    _mark(module, rest + [Mark(one) for one in after])
+    _mark(module, rest + [Mark(one) for one in after if one.erasure.in_weights])
 
 
 class Mark(dict):

@@ -44,7 +44,7 @@ def check_editable(pipe) -> None:
             "The weights are offloaded to disk (offload_to_disk_path), from where an edit would not be read: load, "
             "scale and unload erasures before enable_group_offload(), or offload to memory."
         )
-    if _is_compiled(pipe) and _freezes():
+    if is_compiled(pipe) and _freezes():
         raise SalunError(
             "The denoiser is compiled with inductor's freezing, which keeps weights as constants: load, scale and "
             "unload erasures before torch.compile(), or compile without TORCHINDUCTOR_FREEZING."
@@ -88,7 +88,8 @@ def on_disk(module: nn.Module) -> dict[nn.Parameter, tuple[str, str]]:
     return found
 
 
-def _is_compiled(pipe) -> bool:
+def is_compiled(pipe) -> bool:
+    """Whether the denoiser, or a part of it, went through torch.compile."""
     module = denoiser(pipe)
     whole = module not in (getattr(pipe, "unet", None), getattr(pipe, "transformer", None))  # torch.compile(pipe.unet)
     parts = dict(module.named_modules()).items()
