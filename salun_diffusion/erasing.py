@@ -106,13 +106,9 @@ def _erase(config: EraseConfig, pipe) -> Run:
             model.pipe.to(accelerator.device)
             run = RunFolder(config, concepts, commit, fingerprint(model.network.named_parameters()))
             if method.guard:
+                made = method(method.parse(config.method_option), concepts)
+                say(f"No weight changes. {method.title} guards against: {', '.join(made.phrases)}.")
                 with locked(run.path, wanted=is_main):
-                    made = method(
-                        method.parse(config.method_option), [n for concept in concepts for n in concept.names]
-                    )
-                    say(
-                        f"{method.title} is to keep from being drawn: {', '.join(made.made.phrases)}. No weight changes."
-                    )
                     if is_main:
                         run.make_way(resumed=False)
                         _save(run, made, config, 0.0, [], hub_id, say)

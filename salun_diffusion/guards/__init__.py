@@ -1,5 +1,6 @@
-"""Guards, one paper a file: they change no weight, but what the pipeline does while it draws. What a guard must have is
-in ``base.py``; a new one is a subclass of ``Guard`` in a file of its own, a line here and a row in ``methods/guard.py``.
+"""Guards, one paper a file: they change no weight, but what the pipeline does while it draws. What a guard must have
+is in ``base.py``; a new one is a subclass of ``Guard`` in a file of its own, a line here, and a row in
+``methods/guard.py``.
 """
 
 from importlib import import_module

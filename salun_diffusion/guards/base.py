@@ -87,6 +87,7 @@ class Guard:
     title: str  # for messages
     Options: type  # a dataclass of `option` fields
     fits_two_encoders = True  # whether it can guard Stable Diffusion XL
+    wants_prompts = False  # whether its phrases are, beside a concept's names, the plain prompts that ask for it
 
     def __init__(self, options: Any, phrases: list[str]):
         self.options, self.phrases = options, phrases
@@ -118,8 +119,3 @@ class Guard:
                 f"{what} is a guard for {known}, pipelines with a U-Net and encode_prompt(), which "
                 f"{type(pipe).__name__} is not: choose another method or model."
             )
-
-
-def split_phrases(text: str, names: list[str]) -> list[str]:
-    """The phrases that ``text`` holds with commas between them, or else the concept's ``names``."""
-    return [phrase for phrase in map(str.strip, text.split(",")) if phrase] or names

@@ -20,7 +20,9 @@ SKIP_SCALES = (0.9, 0.2)  # of the low frequencies into the first two up-samplin
 class SAFREEOptions:
     """The constants of its three parts."""
 
-    phrases: str = option("", "what to keep away from, in words, with commas; the concept's names unless given")
+    phrases: str = option(
+        "", "what to keep away from, in words, with commas; the concept's names, and prompts of it alone, unless given"
+    )
     alpha: float = option(0.01, "how much farther than the others a token's absence must be from the concept", least=0)
     most_steps: int = option(10, "steps that a prompt of the concept is guarded for, at most", least=0)
     sharpness: float = option(SHARPNESS, "of the change from no steps to most_steps; 3.5 published for artists")
@@ -28,8 +30,8 @@ class SAFREEOptions:
     steps: str = option("adaptive", "guard steps by how far the prompt is moved, or all of them", ("adaptive", "all"))
     latent_filter: str = option(
         "magnitude",
-        "which low frequencies of the skip features are weakened: where the guarded prompt's exceed the prompt's own in "
-        "magnitude (paper), in the real part, and then set to a number (the released code), or none",
+        "which low frequencies of the skip features are weakened: where the guarded prompt's exceed the prompt's own "
+        "in magnitude (paper), in the real part, and then set to a number (the released code), or none",
         ("magnitude", "released", "none"),
     )
 
@@ -55,6 +57,7 @@ class SAFREE(Guard):
     title = "SAFREE"
     Options = SAFREEOptions
     fits_two_encoders = False
+    wants_prompts = True  # a name by itself spans one direction, from which few prompts are far enough
 
     def watch(self, call):
         if call.prompts is None:

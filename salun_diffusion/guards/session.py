@@ -1,7 +1,7 @@
 """Guards on a live pipeline: hooks on its denoiser, and two of its methods wrapped to know when a call of it draws.
 
 diffusers' own call does all the rest. It asks ``encode_prompt`` for embeddings, opens ``progress_bar`` around its steps
-and calls the denoiser at each of them, with the rows of the negative prompts before those of the prompts where it guides.
+and calls the denoiser at each of them; where it guides, the rows of the negative prompts come before the prompts'.
 """
 
 import inspect
@@ -25,8 +25,8 @@ PER_PICTURE = (  # what a U-Net is given that has one row for each picture
     "encoder_attention_mask", "down_block_additional_residuals", "mid_block_additional_residual",
 )  # fmt: skip
 ELSEWHERE = (
-    "The guard {} acts in a call of the very pipeline that it was loaded on, and something else asks its denoiser: draw "
-    "with that pipeline, or unload_erasure(pipe) first."
+    "The guard {} acts in a call of the very pipeline that it was loaded on, and something else asks its denoiser: "
+    "draw with that pipeline, or unload_erasure(pipe) first."
 )
 
 

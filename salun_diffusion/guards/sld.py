@@ -47,9 +47,9 @@ class SLD(Guard):
         γ = μ · (ε_s − ε_∅) + momentum_scale · ν,   ν ← momentum · ν + (1 − momentum) · γ
         ε = ε_∅ + g · (ε_c − ε_∅ − γ)               from step `warm_up` on; ν grows before it too
 
-    so that the prompt's prediction becomes ε_c − γ, whatever the guidance. The authors' code does nothing where there is
-    no guidance; here it is the formula at g = 1. Of a model that predicts velocities, the differences are turned into
-    those of the noise first (our own completion: the constants are of noise).
+    so that the prompt's prediction becomes ε_c − γ, whatever the guidance. The authors' code does nothing where there
+    is no guidance; here it is the formula at g = 1. Of a model that predicts velocities, the differences are turned
+    into those of the noise first (our own completion: the constants are of noise).
     """
 
     title = "SLD"

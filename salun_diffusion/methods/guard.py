@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from ..concepts.concept import Concept
+from ..concepts.templates import placeholders, slot_of
 from ..erasures.guard import save_guard
 from ..guards import safree, sld
-from ..guards.base import Guard, split_phrases
+from ..guards.base import Guard
 from .base import NEEDS_TRAINING, Method
 
 NEEDS_WEIGHTS = (
@@ -19,7 +21,7 @@ class GuardMethod(Method):
 
     Args:
         options: of the class's ``Options``.
-        names: every name of the concepts.
+        concepts: what to guard against, unless the options say it in phrases.
     """
 
     guard: type[Guard]
@@ -28,8 +30,12 @@ class GuardMethod(Method):
     uses_retain = False
     ignores = tuple(dict.fromkeys((*NEEDS_TRAINING, *NEEDS_WEIGHTS)))
 
-    def __init__(self, options: Any, names: list[str]):
-        self.made = self.guard(options, split_phrases(options.phrases, names))
+    def __init__(self, options: Any, concepts: list[Concept]):
+        given = [phrase for phrase in map(str.strip, options.phrases.split(",")) if phrase]
+        self.phrases = given or [name for concept in concepts for name in concept.names]
+        if self.guard.wants_prompts and not given:
+            self.phrases += [prompt for concept in concepts for prompt in plain_prompts(concept)]
+        self.options = options
 
     @classmethod
     def sets(cls, mask):
@@ -37,7 +43,17 @@ class GuardMethod(Method):
 
     def save(self, path, base, about: dict, dtype) -> None:
         """Write the guard's file, as a change writes its own; neither the base model nor a dtype matters to it."""
-        save_guard(path, self.made, about)
+        save_guard(path, self.guard(self.options, self.phrases), about)
+
+
+def plain_prompts(concept: Concept) -> list[str]:
+    """The prompts of its templates that name the concept and nothing else, by each of its names."""
+    found = []
+    for template in concept.vocabulary.templates:
+        place, *others = dict.fromkeys(placeholders(template))
+        if not others and slot_of(place) == concept.slot:
+            found += [concept.vocabulary.fill(template, {place: name})[0] for name in concept.names]
+    return list(dict.fromkeys(found))
 
 
 class SLD(GuardMethod):
