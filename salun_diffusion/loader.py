@@ -116,7 +116,7 @@ def fuse_erasure(pipe) -> None:
                 "other weights: undo that first (unfuse_qkv_projections()), or load the pipeline anew."
             )
         applied = _applied(pipe)
-        if guards := [one.name for one in applied if not one.erasure.in_weights]:
+        if guards := [repr(one.name) for one in applied if not one.erasure.in_weights]:
             raise SalunError(
                 f"The erasure {listed(guards)} is a guard, which changes no weight, so it cannot be fused: unload it "
                 "first."

@@ -1,6 +1,5 @@
 """SAFREE (Yoon et al., ICLR 2025, arXiv:2410.12761), from the paper and the authors' code for Stable Diffusion 1.4."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +22,9 @@ class SAFREEOptions:
     phrases: str = option(
         "", "what to keep away from, in words, with commas; the concept's names, and prompts of it alone, unless given"
     )
-    alpha: float = option(0.01, "how much farther than the others a token's absence must be from the concept", least=0)
+    tolerance: float = option(
+        0.01, "how much farther than the others a token's absence must be from the concept", least=0
+    )
     most_steps: int = option(10, "steps that a prompt of the concept is guarded for, at most", least=0)
     sharpness: float = option(SHARPNESS, "of the change from no steps to most_steps; 3.5 published for artists")
     middle: float = option(MIDDLE, "ten times the distance at which half of most_steps are guarded; 5.5 for artists")
@@ -43,7 +44,7 @@ class SAFREE(Guard):
     i-th token is masked and P_m the projection onto the span of these, a token is moved whose absence takes the prompt
     away from the concept ::
 
-        d_i = |(1 − P) p_i|;   e_i ← (1 − P) P_m e_i   unless d_i < (1 + alpha) · mean of the other d
+        d_i = |(1 − P) p_i|;   e_i ← (1 − P) P_m e_i   unless d_i < (1 + tolerance) · mean of the other d
 
     and that in the first round(most_steps · σ(2 · sharpness · (10 β − middle))) steps alone, where β is 1 − the mean
     cosine of all tokens' embeddings with their projections. In those steps the low frequencies of the skip features are
@@ -121,12 +122,12 @@ def moved(pipe, prompt: str, own: torch.Tensor, concept: torch.Tensor, options) 
     away = torch.eye(len(concept), dtype=torch.float64) - concept
     distance = (masked @ away).norm(dim=1)
     others = (distance.sum() - distance) / max(words - 1, 1)
-    near = ~(distance < (1 + options.alpha) * others)
+    near = ~(distance < (1 + options.tolerance) * others)
     own = own.cpu().double()
     safe = own @ projection(masked) @ away  # both are symmetric: row by row, (1 - P) P_m e
     change[1 : words + 1] = torch.where(near[:, None], safe[1 : words + 1] - own[1 : words + 1], 0.0)
     beta = 1 - cosine_similarity(safe[: len(ids)], own[: len(ids)]).mean().item()
-    share = 1 / (1 + math.exp(-2 * options.sharpness * (10 * beta - options.middle)))
+    share = torch.tensor(2 * options.sharpness * (10 * beta - options.middle)).sigmoid().item()
     return change, round(options.most_steps * share)
 
 

@@ -10,7 +10,7 @@ from ..models.text_unet import encode
 from ..options import option
 from .base import Guard, Step, Watch
 
-LEVELS = {  # as published: warm_up, scale, threshold, momentum_scale, momentum
+LEVELS = {  # as published: warm_up, scale, margin, momentum_scale, momentum
     "weak": (15, 200.0, 0.0, 0.0, 0.0),
     "medium": (10, 1000.0, 0.01, 0.3, 0.4),
     "strong": (7, 2000.0, 0.025, 0.5, 0.7),
@@ -26,7 +26,7 @@ class SLDOptions:
     phrases: str = option("", "what to keep away from, in words, with commas; the concept's names unless given")
     warm_up: int | None = option(None, "first steps that are left alone; the level's, of some 50 steps", least=0)
     scale: float | None = option(None, "of the difference to the concept; the level's", least=0)
-    threshold: float | None = option(None, "below which the prompt counts as near the concept; the level's")
+    margin: float | None = option(None, "difference to the concept below which the prompt is near it; the level's (λ)")
     momentum_scale: float | None = option(None, "weight of what earlier steps did; the level's", least=0)
     momentum: float | None = option(None, "share of it that a step keeps, 0 to 1; the level's", least=0)
     warm_up_by: str = option(
@@ -43,7 +43,7 @@ class SLD(Guard):
     With the predictions ε for the prompt (c), for nothing (∅) and for the concept's phrases (s), guidance g and, pixel
     by pixel, ::
 
-        μ = min(1, scale · |ε_c − ε_s|) where ε_c − ε_s < threshold, else 0
+        μ = min(1, scale · |ε_c − ε_s|) where ε_c − ε_s < margin, else 0
         γ = μ · (ε_s − ε_∅) + momentum_scale · ν,   ν ← momentum · ν + (1 − momentum) · γ
         ε = ε_∅ + g · (ε_c − ε_∅ − γ)               from step `warm_up` on; ν grows before it too
 
@@ -57,7 +57,7 @@ class SLD(Guard):
 
     def __init__(self, options, phrases):
         super().__init__(options, phrases)
-        published = zip(("warm_up", "scale", "threshold", "momentum_scale", "momentum"), LEVELS[options.level],
+        published = zip(("warm_up", "scale", "margin", "momentum_scale", "momentum"), LEVELS[options.level],
                         strict=True)  # fmt: skip
         for name, value in published:
             given = getattr(options, name)
@@ -94,7 +94,7 @@ class SLDWatch(Watch):
             unit * part.float() for part in (step.conditional, step.unconditional, step.beside)
         )
         near = conditional - concept
-        weight = torch.where(near < guard.threshold, (guard.scale * near.abs()).clamp(max=1), 0.0)
+        weight = torch.where(near < guard.margin, (guard.scale * near.abs()).clamp(max=1), 0.0)
         change = weight * (concept - unconditional) + guard.momentum_scale * self.momentum
         self.momentum = guard.momentum * self.momentum + (1 - guard.momentum) * change
         reached = step.timestep if guard.options.warm_up_by == "timestep" else step.number
