@@ -11,8 +11,8 @@ from .base import NEEDS_TRAINING, Method
 
 NEEDS_WEIGHTS = (
     "mask", "adapter", "rank", "saliency", "density", "scope", "threshold", "saliency_guidance", "save_dtype",
-    "forget_data", "data_dir", "anchor", "num_forget_images", "num_retain_images", "guidance_scale",
-    "sample_batch_size", "seed",
+    "forget_data", "anchor", "num_forget_images", "num_retain_images", "guidance_scale",
+    "sample_batch_size",
 )  # fmt: skip
 
 
