@@ -218,7 +218,8 @@ def erase(config: dict, concept: str, method: str, own: dict, folder: Path) -> N
     """One erasure in a process of its own; ``cost.json`` in its folder says that it is done, and what it took."""
     kind, common = find_method(method), config["settings"]
     # said in full: what the demo model's presets hold came out of this comparison, and must not go into it
-    settings = {"scope": kind.scope, "method_option": []} | ({} if kind.closed_form else common["trained"])
+    settings = {"method_option": []} | ({} if kind.guard else {"scope": kind.scope})
+    settings |= {} if kind.closed_form else common["trained"]
     settings |= common["retaining"] if kind.uses_retain else {}
     settings |= common["pictured"] if {"forget", "anchor"} & {*kind.sets(kind.mask)} else {}
     settings |= {"pretrained_model_name_or_path": config["base"], "concept": concept, "method": method} | own

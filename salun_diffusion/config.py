@@ -254,6 +254,9 @@ class EraseConfig:
             options += [(text, source) for text in layer.pop("method_option", [])]
             filled |= layer
             self.sources |= dict.fromkeys(layer, source)
+        for setting in method.ignores:
+            if setting in given and getattr(self, setting) is not None:
+                raise SalunError(f"--{setting} means nothing to --method {self.method}: leave it out.")
         mask = self.mask or filled["mask"]
         if method.closed_form and mask != "none":
             raise SalunError(f"--mask {mask}: --method {self.method} solves for whole matrices; only none goes.")

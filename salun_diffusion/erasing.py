@@ -88,7 +88,7 @@ def _erase(config: EraseConfig, pipe) -> Run:
         "forget": [Source(text) for text in config.forget_data or []],
         "retain": [Source(config.retain_data)] if config.retain_data else [],
     }
-    reused = load_masks(config.mask)[0] if config.mask not in ("saliency", "none") else None
+    reused = load_masks(config.mask)[0] if config.mask not in ("saliency", "none", None) else None
     with accelerator_for(config.mixed_precision, config.output_dir, config.report_to) as accelerator:
         say, is_main = accelerator.print, accelerator.is_main_process
         _check_counts(config, concepts, accelerator.num_processes)
@@ -101,10 +101,20 @@ def _erase(config: EraseConfig, pipe) -> Run:
         hub_id = _repository(config) if is_main and config.push_to_hub else None
         with _model(config, pipe, commit) as model, ExitStack() as undo:
             model.need(method.needs, f"--method {config.method}")
+            if method.guard:
+                method.guard.check_fit(model.pipe, f"--method {config.method}")
             _check_guided(model, config)
             model.pipe.to(accelerator.device)
             model.edit(method.component)
             run = RunFolder(config, concepts, commit, fingerprint(own_parameters(model.edited).items()))
+            if method.guard:
+                made = method(method.parse(config.method_option), concepts)
+                say(f"No weight changes. {method.title} guards against: {', '.join(made.phrases)}.")
+                with locked(run.path, wanted=is_main):
+                    if is_main:
+                        run.make_way(resumed=False)
+                        _save(run, made, config, 0.0, [], hub_id, say)
+                return Run(run.path, run.file, config, 0.0)
             parameters = scoped_parameters(model.edited, config.scope, model.scopes)
             if config.adapter:  # what cannot be adapted is refused before pictures are drawn
                 check_adaptable(model.pipe, f"--adapter {config.adapter}")
@@ -180,10 +190,7 @@ def _erase(config: EraseConfig, pipe) -> Run:
 
             # Save what changed.
             if is_main:
-                run.save(change, method.has_anchor, seconds, threads_of(resumed))
-                say(f'Saved {run.file}: load it with salun_diffusion.load_erasure(pipe, "{run.path}").')
-                if hub_id:
-                    _push(run.path, hub_id, config, say)
+                _save(run, change, config, seconds, threads_of(resumed), hub_id, say)
             return Run(run.path, run.file, config, seconds)
 
 
@@ -229,6 +236,13 @@ def _repository(config: EraseConfig) -> str:
     """The repository on the hub, made before the long work, so that a wrong id or token is known by then."""
     repo_id = remote.check_id(config.hub_model_id or Path(config.output_dir).name)
     return remote.make_repository(repo_id, remote.check_token(config.hub_token), config.hub_private_repo)
+
+
+def _save(run: RunFolder, change, config: EraseConfig, seconds: float | None, threads: list[int], hub_id, say) -> None:
+    run.save(change, find_method(config.method).has_anchor, seconds, threads)
+    say(f'Saved {run.file}: load it with salun_diffusion.load_erasure(pipe, "{run.path}").')
+    if hub_id:
+        _push(run.path, hub_id, config, say)
 
 
 def _push(folder: Path, hub_id: str, config: EraseConfig, say) -> None:

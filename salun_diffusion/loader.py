@@ -104,7 +104,7 @@ def fuse_erasure(pipe) -> None:
     """Make the applied erasures a part of the model: the originals are forgotten, nothing can be unloaded any more.
 
     Raises:
-        SalunError: none is applied, or what one wrote is no longer there, or not drawn with.
+        SalunError: none is applied, one is a guard, or what one wrote is no longer there, or not drawn with.
     """
     with LOCK:
         if not _applied(pipe):
@@ -116,6 +116,11 @@ def fuse_erasure(pipe) -> None:
                 "other weights: undo that first (unfuse_qkv_projections()), or load the pipeline anew."
             )
         applied = _applied(pipe)
+        if guards := [repr(one.name) for one in applied if not one.erasure.in_weights]:
+            raise SalunError(
+                f"The erasure {listed(guards)} is a guard, which changes no weight, so it cannot be fused: unload it "
+                "first."
+            )
         for (kind, _), part in _grouped(pipe, applied).items():
             kind.fuse(pipe, tuple(part))
         for module in components(pipe):
@@ -263,7 +268,7 @@ def _note(module, before: tuple[Applied, ...], after: tuple[Applied, ...]) -> No
     marks = _marks_of(module)
     leaving = {one.digest for one in before} if any(not isinstance(mark, Mark) for mark in marks) else set()
     rest = [mark for mark in marks if not _is_of(mark, before) and mark["digest"] not in leaving]
-    _mark(module, rest + [Mark(one) for one in after])
+    _mark(module, rest + [Mark(one) for one in after if one.erasure.in_weights])
 
 
 class Mark(dict):

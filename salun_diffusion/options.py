@@ -237,9 +237,9 @@ def assigned(kind: type, words: list[str], flag: str, whose: str) -> Any:
         if choices and value not in choices:
             raise SalunError(f"{flag}{text}: choose one of {', '.join(choices)}.")
         try:
-            values[name] = hints[name](value)
+            values[name] = _plain(hints[name])(value)
         except ValueError:
-            raise SalunError(f"{flag}{text}: '{value}' must be of type {hints[name].__name__}.") from None
+            raise SalunError(f"{flag}{text}: '{value}' must be of type {_plain(hints[name]).__name__}.") from None
         least = known[name].metadata["least"]
         if least is not None and not least <= values[name] < float("inf"):
             raise SalunError(f"{flag}{name} is {values[name]}: give a number of at least {least:g}.")

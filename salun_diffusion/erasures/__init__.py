@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 KINDS = {  # by the format that a file's metadata names
     "salun-delta": "salun_diffusion.erasures.weights.MaskedWeights",
     "salun-lora": "salun_diffusion.erasures.lora.LowRankAdapter",
+    "salun-guard": "salun_diffusion.erasures.guard.WornGuard",
 }
 
 

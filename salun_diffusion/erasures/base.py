@@ -1,5 +1,5 @@
 """What a pipeline can wear, whatever it is made of: masked weights, low-rank adapters, or guards that change no
-weight tomorrow. A new kind is a subclass of :class:`Erasure` in a file of its own and a line in ``KINDS``.
+weight. A new kind is a subclass of :class:`Erasure` in a file of its own and a line in ``KINDS``.
 """
 
 from dataclasses import dataclass, field
@@ -18,9 +18,12 @@ class Erasure:
         FORMAT: what the file's metadata calls its ``format``.
         metadata: what the file says of itself: concept, method, density, base_model …
         component: the network of the pipeline that it goes onto (``models.load.COMPONENTS``); None for the denoiser.
+        in_weights: whether it acts in the denoiser's layers: then it can be fused with them, and a saved denoiser's
+            config tells of it.
     """
 
     FORMAT: str
+    in_weights = True
     metadata: dict
     component: str | None = None
 

@@ -43,7 +43,7 @@ def check_editable(pipe, module: nn.Module) -> None:
             "The weights are offloaded to disk (offload_to_disk_path), from where an edit would not be read: load, "
             "scale and unload erasures before enable_group_offload(), or offload to memory."
         )
-    if _is_compiled(pipe, module) and _freezes():
+    if is_compiled(pipe, module) and _freezes():
         raise SalunError(
             "The network is compiled with inductor's freezing, which keeps weights as constants: load, scale and "
             "unload erasures before torch.compile(), or compile without TORCHINDUCTOR_FREEZING."
@@ -87,7 +87,8 @@ def on_disk(module: nn.Module) -> dict[nn.Parameter, tuple[str, str]]:
     return found
 
 
-def _is_compiled(pipe, module) -> bool:
+def is_compiled(pipe, module) -> bool:
+    """Whether ``module``, a network of ``pipe``, or a part of it went through torch.compile."""
     whole = all(getattr(pipe, name, None) is not module for name in COMPONENTS)  # torch.compile(pipe.unet)
     parts = dict(module.named_modules()).items()
     return whole or any("_orig_mod" in name or part._compiled_call_impl is not None for name, part in parts)

@@ -8,6 +8,7 @@ from .. import erasures
 from ..erasures.locate import ADAPTER_NAME, locate
 from ..errors import SalunError
 from ..files import read_json
+from ..guards import GUARDS
 from .measured import Measured
 
 
@@ -115,7 +116,9 @@ def _head(about: About) -> str:
     told, concept = about.config, _plain(about.concept)
     anchor = told.get("anchor")
     instead = f", and draws “{_plain(anchor)}” in its place" if anchor else ""
-    if about.file.name == ADAPTER_NAME:
+    if told["method"] in GUARDS:
+        how = "It is a guard, which changes no weight but watches each step of the drawing"
+    elif about.file.name == ADAPTER_NAME:
         how = f"It is a low-rank adapter of {about.weights:,} weights beside the denoiser's own"
     else:
         how = f"It changes {about.weights:,} weights of the {about.network} in place"
@@ -131,7 +134,14 @@ def _head(about: About) -> str:
 def _loading(about: About, repo_id: str) -> str:
     base = about.base_id or Path(about.config["base_model"]).name
     revision = f', revision="{about.base_revision}"' if about.base_revision else ""
-    if about.file.name == ADAPTER_NAME:
+    only = (
+        "Other fine-tunes of the same shape are refused, since it was made for and measured on this one; "
+        "`check_base=False` applies it all the same."
+    )
+    if about.config["method"] in GUARDS:
+        only = "Other models of the same kind may wear it too, though nothing was measured on them."
+        elsewhere = "It acts in diffusers' own pipelines alone."
+    elif about.file.name == ADAPTER_NAME:
         elsewhere = f'It is a LoRA: `pipe.load_lora_weights("{repo_id}")` opens it too, and checks no base model.'
     else:
         elsewhere = (
@@ -144,8 +154,7 @@ def _loading(about: About, repo_id: str) -> str:
         f'pipe = DiffusionPipeline.from_pretrained("{base}"{revision})\n'
         f'load_erasure(pipe, "{repo_id}")  # scale=0.8 applies 80% of it\n'
         "unload_erasure(pipe)  # the base model's own bits again\n```\n\n"
-        "Other fine-tunes of the same shape are refused, since it was made for and measured on this one; "
-        f"`check_base=False` applies it all the same. {elsewhere}"
+        f"{only} {elsewhere}"
     )
 
 

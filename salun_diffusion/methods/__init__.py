@@ -19,6 +19,8 @@ METHODS = {
     "stereo": "stereo.STEREO",
     "advunlearn": "advunlearn.AdvUnlearn",
     "salun_adv": "salun_adv.SalUnAdv",
+    "sld": "guard.SLD",
+    "safree": "guard.SAFREE",
 }
 NEEDS_DRAWING = ("guidance_scale", "sample_batch_size")  # and those that only pictures have that a run draws
 NEEDS_SALIENCY = (

@@ -122,6 +122,7 @@ class Method:
     uses_retain = True  # whether it has a retain term
     ignores: tuple[str, ...] = ()  # settings that it has no use for: giving one is an error
     closed_form = False
+    guard: type | None = None  # what it makes in place of new weights (methods/guard.py)
     phased = False  # whether what a step does depends on how many there are in all
 
     @classmethod

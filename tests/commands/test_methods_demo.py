@@ -10,7 +10,8 @@ from salun_diffusion import erase
 from salun_diffusion.command_line import parse
 from salun_diffusion.methods import METHODS, find_method
 
-FORGETS = [name for name in METHODS if name != "finetune"]  # which is never shown the concept, and hopes
+# finetune is never shown the concept, and hopes; of SAFREE the demo model's text encoder makes little (docs/guards.md)
+FORGETS = [name for name in METHODS if name not in ("finetune", "safree")]
 SHORT = {  # as little as there can be of attacks within the training; and those that are slow to forget
     "forget_me_not": "--max_train_steps 48 --train_batch_size 6",
     "salun_esd": "--max_train_steps 28",
@@ -27,7 +28,7 @@ def erased(folder, method, *concepts):
     kind = find_method(method)
     words = [] if kind.closed_form else ["--train_batch_size", "5", "--max_train_steps", "18"]
     words += ["--num_retain_images", "24"] if kind.uses_retain else []
-    words += ["--num_forget_images", "20"] if kind.sets(kind.mask) != ["name"] else []
+    words += ["--num_forget_images", "20"] if kind.sets(kind.mask) != ["name"] and not kind.guard else []
     words += [word for concept in concepts for word in ("--concept", concept)]
     words += ["--pretrained_model_name_or_path", "demo", "--method", method]
     words += ["--output_dir", str(folder / method), "--data_dir", str(folder / "data")]

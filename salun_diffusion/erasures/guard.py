@@ -1,0 +1,119 @@
+"""Guards on a live pipeline: the third kind of erasure, which changes no weight.
+
+The format, `salun-guard` version 1
+-----------------------------------
+A safetensors file without tensors. Its metadata MUST have
+    format    MUST be "salun-guard"
+    method    MUST be the name of a guard (``salun_diffusion.guards.GUARDS``)
+and as JSON
+    version   MUST be 1
+    options   MUST map the guard's own options to their values; what is missing has its default
+    phrases   MUST list one or more texts: what is not to be drawn
+beside concept, base_model … as in a masked delta's (``delta.py``). It is of no base model: any pipeline that the guard
+fits may wear it.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+
+from ..errors import SalunError
+from ..guards import GUARDS, find_guard
+from ..guards.base import Guard
+from ..guards.session import Session
+from ..models.load import denoiser
+from ..options import checked
+from ..tensors import OUR_HEADER_LIMIT, read_safetensors, write_safetensors
+from .base import Erasure
+from .format import RESERVED, check_keys, metadata_from_text, metadata_to_text
+from .live import is_compiled
+
+FORMAT, VERSION = "salun-guard", 1
+SESSION = "_salun_guards"  # the attribute of the denoiser that holds the session
+
+
+def save_guard(path, guard: Guard, about: dict) -> None:
+    """Write the file, atomically; ``about`` is further metadata, the method's name among it.
+
+    Raises:
+        SalunError: metadata that the format cannot hold, or a disk that refuses it.
+    """
+    options = {key: value for key, value in asdict(guard.options).items() if value is not None and key != "phrases"}
+    about = about | {"options": options, "phrases": guard.phrases}
+    write_safetensors(path, {}, metadata_to_text(path, about, format=FORMAT, version=VERSION))
+
+
+class WornGuard(Erasure):
+    """A :class:`salun_diffusion.guards.base.Guard` that watches what a pipeline draws."""
+
+    FORMAT = FORMAT
+    in_weights = False
+
+    def __init__(self, guard: Guard, metadata: dict):
+        self.guard, self.metadata = guard, metadata
+
+    @classmethod
+    def load(cls, path):
+        tensors, text = read_safetensors(path, OUR_HEADER_LIMIT)
+        metadata = metadata_from_text(path, text, FORMAT, VERSION)
+        check_keys(path, tensors, set())
+        method, options, phrases = (metadata.get(key) for key in ("method", "options", "phrases"))
+        if method not in GUARDS:
+            raise SalunError(f"{path} holds the guard {method!r}, where {', '.join(GUARDS)} are known; update "
+                             "salun_diffusion.")  # fmt: skip
+        sound = isinstance(phrases, list) and phrases and all(isinstance(one, str) and one for one in phrases)
+        if not sound or not isinstance(options, dict):
+            raise SalunError(f"{path} is damaged: it must have options, and phrases that say what is not to be drawn.")
+        kind = find_guard(method)
+        options = kind.Options(**checked(options, kind.Options, f"{path} is damaged:"))
+        kept = {key: value for key, value in metadata.items() if key not in RESERVED}
+        return cls(kind(options, phrases), kept)
+
+    def digest(self):
+        """Of the guard, its options and phrases."""
+        told = [self.metadata["method"], asdict(self.guard.options), self.guard.phrases]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+    def acts(self, applied):
+        return applied.scale != 0
+
+    def check_fit(self, pipe, path, check_base, applied):
+        """Any pipeline that the guard fits, whatever its base model."""
+        self.guard.check_fit(pipe, str(path))
+        session = getattr(denoiser(pipe), SESSION, None)
+        if session is not None and session.pipe() is not pipe:
+            raise SalunError(
+                f"{path} is a guard, and another pipeline with this denoiser wears guards already: load it there, or "
+                "call unload_erasure(pipe) first."
+            )
+
+    @classmethod
+    def change(cls, pipe, before, after):
+        """Hooks and wrapped methods come with the first guard and go with the last; at scale 0 a guard is not asked."""
+        module = denoiser(pipe)
+        session = getattr(module, SESSION, None)
+        if session is not None and not session.intact():
+            raise SalunError(
+                "Something else has changed how the pipeline draws since the guards were loaded (its methods, or the "
+                "denoiser's hooks): undo that first, or load the pipeline anew."
+            )
+        worn = tuple((one.name, one.scale, one.erasure.guard) for one in after if one.scale)
+        if not worn:
+            if session is not None:
+                session.close()
+                delattr(module, SESSION)
+            return
+        if session is None:
+            if is_compiled(pipe, module):
+                raise SalunError(
+                    "The denoiser is compiled, and a guard looks into each of its steps: load guards on a pipeline "
+                    "that is not compiled."
+                )
+            session = Session(pipe)
+            setattr(module, SESSION, session)
+        session.guards = worn
+
+    @classmethod
+    def intact(cls, pipe, one, applied):
+        session = getattr(denoiser(pipe), SESSION, None)
+        return not one.scale or session is not None and session.intact()

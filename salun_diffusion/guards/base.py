@@ -1,0 +1,121 @@
+"""What a guard is: settings and the phrases of a concept; and, for each call of the pipeline, a watch over it.
+
+A watch sees the steps of the call one after the other. It may move the prompt's embeddings before the network predicts,
+have the network predict for one more prompt beside, and move the conditional prediction. What several watches do is
+added up, each times its erasure's scale, so their order does not matter.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import SalunError
+from ..models.base import Condition
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a pipeline.
+
+    Attributes:
+        pipe: the diffusers pipeline.
+        prompts: one for each picture; None where the caller gave embeddings in their place.
+        embeddings: of the prompts' tokens, ``(pictures, tokens, width)``, as the network gets them.
+        num_inference_steps: denoising steps.
+    """
+
+    pipe: Any
+    prompts: list[str] | None
+    embeddings: torch.Tensor
+    num_inference_steps: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the network predicted at one step, each ``(pictures, channels, height, width)``.
+
+    Attributes:
+        number: from 0.
+        timestep: of the schedule.
+        conditional: by the prompts.
+        unconditional: by the negative prompts, or empty ones; None where nobody wants it and nothing is guided.
+        beside: by what :meth:`Watch.beside` asked for, or None.
+    """
+
+    number: int
+    timestep: float
+    conditional: torch.Tensor
+    unconditional: torch.Tensor | None
+    beside: torch.Tensor | None
+
+
+class Watch:
+    """A guard during one call; what it remembers from step to step ends with that."""
+
+    wants_unconditional = False  # whether Step.unconditional is wanted of a call without guidance too
+
+    def prompt_change(self, number: int) -> torch.Tensor | None:
+        """What is added to the embeddings of the prompts' tokens at step ``number``, of their shape; or None."""
+        return None
+
+    def beside(self, number: int) -> Condition | None:
+        """A condition, one row a picture or one for all, that the network is to predict for at step ``number`` too."""
+        return None
+
+    def skip_features(
+        self, number: int, block: int, guarded: torch.Tensor, beside: torch.Tensor
+    ) -> torch.Tensor | None:
+        """What replaces the prompts' rows of a skip connection into the up-sampling block ``block`` (0 and 1 are asked,
+        where there is something :meth:`beside`), ``(pictures, channels, height, width)``; or None.
+        """
+        return None
+
+    def prediction_change(self, step: Step) -> torch.Tensor | None:
+        """What is added to the conditional prediction; or None."""
+        return None
+
+
+class Guard:
+    """A guard as its file has it; it holds nothing of any call.
+
+    Args:
+        options: of :attr:`Options`.
+        phrases: what to keep from being drawn, in words.
+    """
+
+    title: str  # for messages
+    Options: type  # a dataclass of `option` fields
+    fits_two_encoders = True  # whether it can guard Stable Diffusion XL
+    wants_prompts = False  # whether its phrases are, beside a concept's names, the plain prompts that ask for it
+
+    def __init__(self, options: Any, phrases: list[str]):
+        self.options, self.phrases = options, phrases
+
+    def watch(self, call: Call) -> Watch:
+        """The watch over a call that begins.
+
+        Raises:
+            SalunError: the call is none that it can guard.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def check_fit(cls, pipe, what: str) -> None:
+        """Pass if it can guard this pipeline.
+
+        Args:
+            pipe: the diffusers pipeline.
+            what: how the message begins, such as "--method sld".
+
+        Raises:
+            SalunError: it cannot.
+        """
+        from ..models.text_unet import TextUNet
+
+        known = "Stable Diffusion 1.x, 2.x and XL" if cls.fits_two_encoders else "Stable Diffusion 1.x and 2.x"
+        if not TextUNet.accepts(pipe) or (hasattr(pipe, "text_encoder_2") and not cls.fits_two_encoders):
+            raise SalunError(
+                f"{what} is a guard for {known}, pipelines with a U-Net and encode_prompt(), which "
+                f"{type(pipe).__name__} is not: choose another method or model."
+            )

@@ -1,0 +1,358 @@
+"""Guards: what SLD and SAFREE do to a call of diffusers' own pipelines, against plain loops; and that they leave no
+trace.
+"""
+
+import re
+
+import numpy as np
+import pytest
+import tiny
+import tiny_labels
+import tiny_transformers
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
+from shell import here
+
+from salun_diffusion import (
+    SalunError,
+    erase,
+    fuse_erasure,
+    list_erasures,
+    load_erasure,
+    set_erasure_scale,
+    unload_erasure,
+)
+from salun_diffusion.guards.safree import SAFREEOptions, weaken
+from salun_diffusion.guards.sld import LEVELS
+from salun_diffusion.models import model_of
+from salun_diffusion.models.text_unet import arguments, encode, encode_empty
+from salun_diffusion.tensors import read_safetensors, write_safetensors
+
+PROMPTS = ["a picture of an airplane", "a red cat on a house"]
+STEPS = 5
+
+
+@pytest.fixture
+def pipe(folders):
+    found = DiffusionPipeline.from_pretrained(folders["sd1"])
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+def guard(pipe, method, folder, concept="airplane", **options):
+    """The folder of a guard, loaded on ``pipe``."""
+    run = erase(pipe, concept, method=method, output_dir=folder / f"{method}-{concept}", **options)
+    load_erasure(pipe, run.path)
+    return run.path
+
+
+def draw(pipe, prompts=PROMPTS, seeds=None, **more):
+    """Latents, one generator a picture."""
+    count = len(prompts) * more.get("num_images_per_prompt", 1)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds or range(count)]
+    how = {"num_inference_steps": STEPS, "guidance_scale": 7.5, "output_type": "latent"} | more
+    return pipe(prompts, generator=generators, **how).images
+
+
+def close(one, other):
+    return torch.allclose(one, other, rtol=1e-4, atol=2e-5)
+
+
+def looped(pipe, predict, guidance):
+    """A plain loop of DDIM from the same noise; ``predict(x, t, number, row)`` gives (conditional, unconditional)."""
+    pipe.scheduler.set_timesteps(STEPS)
+    pictures = []
+    for row in range(len(PROMPTS)):
+        shape = (1, 4, pipe.unet.config.sample_size, pipe.unet.config.sample_size)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(row))
+        for number, t in enumerate(pipe.scheduler.timesteps):
+            conditional, unconditional = predict(x, t, number, row)
+            x = pipe.scheduler.step(unconditional + guidance * (conditional - unconditional), t, x).prev_sample
+        pictures.append(x)
+    return torch.cat(pictures)
+
+
+@torch.no_grad()
+def sld_in_plain_steps(pipe, phrase, numbers, guidance):
+    """Equations 3 to 8, one picture and one prediction at a time."""
+    warm_up, scale, threshold, momentum_scale, momentum = numbers
+    texts, empty, concept = [encode(pipe, [p]) for p in PROMPTS], encode_empty(pipe), encode(pipe, [phrase])
+    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    v = pipe.scheduler.config.prediction_type == "v_prediction"
+    remembered = {}
+
+    def predict(x, t, number, row):
+        def network(text):
+            if "time_ids" in text:
+                text = text | {"time_ids": torch.tensor([[size, size, 0.0, 0.0, size, size]])}
+            return pipe.unet(x, t, **arguments(text)).sample
+
+        one, none, away = network(texts[row]), network(empty), network(concept)
+        alpha = pipe.scheduler.alphas_cumprod[t]
+        to_noise = (lambda y: alpha.sqrt() * y + (1 - alpha).sqrt() * x) if v else (lambda y: y)
+        c, n, s = map(to_noise, (one, none, away))
+        mu = torch.zeros_like(c)
+        mu[c - s < threshold] = torch.clamp(scale * (c - s).abs(), max=1.0)[c - s < threshold]
+        nu = remembered.get(row, torch.zeros_like(c))
+        gamma = mu * (s - n) + momentum_scale * nu
+        remembered[row] = momentum * nu + (1 - momentum) * gamma
+        moved = c - gamma if number >= warm_up else c
+        return ((moved - (1 - alpha).sqrt() * x) / alpha.sqrt() if v else moved), none
+
+    return looped(pipe, predict, guidance)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("guidance", [7.5, 1.0])
+def test_sld_is_its_equations(kind, guidance, folders, tmp_path):
+    """Guided, and not, where it is the formula at a guidance scale of 1."""
+    pipe = DiffusionPipeline.from_pretrained(folders[kind])
+    base = draw(pipe, guidance_scale=guidance)
+    guard(pipe, "sld", tmp_path, level="strong", warm_up=2, scale=100.0, margin=1e-3)
+    numbers = (2, 100.0, 1e-3, *LEVELS["strong"][3:])
+    guarded = draw(pipe, guidance_scale=guidance)
+    unload_erasure(pipe)
+    assert close(guarded, sld_in_plain_steps(pipe, "airplane", numbers, guidance)) and not close(guarded, base)
+
+
+@pytest.mark.parametrize("level", ["weak", "max"])
+def test_the_levels_are_the_published_ones(level, pipe, tmp_path):
+    published = {"weak": (15, 200, 0, 0, 0), "medium": (10, 1000, 0.01, 0.3, 0.4), "strong": (7, 2000, 0.025, 0.5, 0.7),
+                 "max": (0, 5000, 1, 0.5, 0.7)}  # fmt: skip
+    assert published == LEVELS
+    early = {"warm_up": 1} if level == "weak" else {}
+    guard(pipe, "sld", tmp_path, level=level, **early)
+    numbers = (early.get("warm_up", 0), *published[level][1:])
+    guarded = draw(pipe)
+    unload_erasure(pipe)
+    assert close(guarded, sld_in_plain_steps(pipe, "airplane", numbers, 7.5))
+
+
+@torch.no_grad()
+def safree_in_plain_steps(pipe, phrases, guidance):
+    """Equations 2 to 6, token by token, without the latent filter and for every step."""
+
+    def pooled(ids):
+        return pipe.text_encoder(torch.tensor([ids])).pooler_output[0].double().numpy()
+
+    def onto(vectors):
+        e = np.stack(vectors, 1)
+        return e @ np.linalg.pinv(e.T @ e) @ e.T
+
+    concept, safe = onto([pooled(pipe.tokenizer(phrase).input_ids) for phrase in phrases]), []
+    for prompt in PROMPTS:
+        ids = pipe.tokenizer(prompt).input_ids
+        masked = [pooled([*ids[:i], 0, *ids[i + 1 :]]) for i in range(1, len(ids) - 1)]
+        away, inside = np.eye(len(concept)) - concept, onto(masked)
+        distances = [np.linalg.norm(away @ p) for p in masked]
+        states = encode(pipe, [prompt])["encoder_hidden_states"][0].double().numpy()
+        for i, distance in enumerate(distances):
+            if not distance < 1.01 * np.mean(distances[:i] + distances[i + 1 :]):
+                states[i + 1] = away @ inside @ states[i + 1]
+        safe.append(torch.from_numpy(states)[None].float())
+    empty = encode_empty(pipe)["encoder_hidden_states"]
+
+    def predict(x, t, number, row):
+        return tuple(pipe.unet(x, t, text).sample for text in (safe[row], empty))
+
+    return looped(pipe, predict, guidance)
+
+
+@pytest.mark.parametrize("guidance", [7.5, 1.0])
+def test_safree_is_its_equations(guidance, pipe, tmp_path):
+    base = draw(pipe, guidance_scale=guidance)
+    guard(pipe, "safree", tmp_path, phrases="airplane, a red dog", steps="all", latent_filter="none")
+    guarded = draw(pipe, guidance_scale=guidance)
+    unload_erasure(pipe)
+    assert close(guarded, safree_in_plain_steps(pipe, ["airplane", "a red dog"], guidance))
+    assert not close(guarded, base)
+
+
+def test_safree_guards_as_many_steps_as_the_prompt_is_moved(pipe, tmp_path):
+    """round(most_steps · σ(2k(10β − t))): none far below the middle, all far above it, the first half at it."""
+    seen = {}
+    for name, middle in (("none", 1e3), ("all", -1e3)):
+        guard(pipe, "safree", tmp_path / name, most_steps=STEPS, middle=middle, latent_filter="none")
+        seen[name] = draw(pipe)
+        unload_erasure(pipe)
+    base = draw(pipe)
+    assert torch.equal(seen["none"], base) and not close(seen["all"], base)
+    assert (SAFREEOptions().sharpness, SAFREEOptions().middle, SAFREEOptions().most_steps) == (2.5, 5.333, 10)
+
+
+@pytest.mark.parametrize("kind", ["magnitude", "released"])
+def test_the_latent_filter_weakens_low_frequencies_that_grew(kind):
+    guarded, own = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    ours, theirs = torch.fft.fft2(guarded), torch.fft.fft2(own)
+    for b, c, y, x in np.ndindex(2, 3, 2, 2):
+        place = (b, c, (0, -1)[y], (0, -1)[x])  # the lowest frequencies lie at both ends
+        if kind == "magnitude" and ours[place].abs() > theirs[place].abs():
+            ours[place] = 0.2 * ours[place]
+        if kind == "released" and ours[place].real > theirs[place].real:
+            ours[place] = 0.2
+    assert torch.allclose(weaken(guarded, own, 0.2, kind), torch.fft.ifft2(ours).real, atol=1e-5)
+
+
+def test_the_latent_filter_reaches_the_pictures(pipe, tmp_path):
+    drawn = []
+    for kind in ("none", "magnitude", "released"):
+        guard(pipe, "safree", tmp_path / kind, steps="all", latent_filter=kind)
+        drawn.append(draw(pipe))
+        unload_erasure(pipe)
+    assert not any(close(drawn[i], drawn[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def trace(pipe):
+    """All that a guard could leave behind, but for weights."""
+    modules = [module for part in pipe.components.values() if isinstance(part, torch.nn.Module)
+               for module in part.modules()]  # fmt: skip
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._forward_pre_hooks_with_kwargs) for m in modules]
+    return set(vars(pipe)), [set(vars(module)) for module in modules], hooks, dict(pipe.unet.config)
+
+
+@pytest.mark.parametrize("method", ["sld", "safree"])
+def test_it_changes_no_weight_and_comes_off_without_a_trace(method, pipe, tmp_path):
+    base = draw(pipe)
+    weights, before = tiny.bits(pipe), trace(pipe)
+    more = {"steps": "all"} if method == "safree" else {"level": "max"}
+    path = guard(pipe, method, tmp_path, **more)
+    guarded = draw(pipe)
+    (told,) = list_erasures(pipe)
+    assert told["intact"] and told["weights"] == 0 and told["method"] == method
+    assert tiny.same(weights, tiny.bits(pipe)) and dict(pipe.unet.config) == before[3]
+    assert not close(guarded, base)
+    set_erasure_scale(pipe, "airplane", 0.5)
+    half = draw(pipe)
+    assert not close(half, base) and not close(half, guarded)
+    set_erasure_scale(pipe, "airplane", 0)
+    assert torch.equal(draw(pipe), base)
+    set_erasure_scale(pipe, "airplane", 1)
+    assert torch.equal(draw(pipe), guarded)
+    unload_erasure(pipe)
+    assert trace(pipe) == before and tiny.same(weights, tiny.bits(pipe)) and torch.equal(draw(pipe), base)
+    load_erasure(pipe, path / "erasure.safetensors")
+    assert torch.equal(draw(pipe), guarded)
+    unload_erasure(pipe)
+
+
+@pytest.mark.parametrize("guidance", [7.5, 1.0])
+@pytest.mark.parametrize("method", ["sld", "safree"])
+def test_a_picture_does_not_depend_on_its_batch(method, guidance, pipe, tmp_path):
+    """Two prompts, two pictures each; each alone, from its own seed."""
+    guard(pipe, method, tmp_path, **({"most_steps": STEPS} if method == "safree" else {"level": "max"}))
+    together = draw(pipe, seeds=[5, 6, 7, 8], num_images_per_prompt=2, guidance_scale=guidance)
+    for place, seed in enumerate([5, 6, 7, 8]):
+        alone = draw(pipe, [PROMPTS[place // 2]], [seed], guidance_scale=guidance)
+        assert close(together[place : place + 1], alone)
+
+
+def test_several_at_once_and_beside_a_delta(pipe, tmp_path):
+    """In any order; the delta's weights come off to the bit, and the guards stay."""
+    tiny.erasure(pipe.unet, size=0.1).save(tmp_path / "delta.safetensors")
+    weights, base = tiny.bits(pipe), draw(pipe)
+    sld = guard(pipe, "sld", tmp_path, level="max")
+    only = draw(pipe)
+    safree = erase(DiffusionPipeline.from_pretrained(pipe.name_or_path), "cat", method="safree", steps="all",
+                   output_dir=tmp_path / "safree").path  # fmt: skip
+    load_erasure(pipe, safree)
+    both = draw(pipe)
+    load_erasure(pipe, tmp_path / "delta.safetensors")
+    assert [one["weights"] > 0 for one in list_erasures(pipe)] == [False, False, True]
+    drawn = [base, only, both, draw(pipe)]
+    assert not any(close(drawn[i], drawn[j]) for i in range(4) for j in range(i))
+    unload_erasure(pipe, "concept 0")
+    assert tiny.same(weights, tiny.bits(pipe)) and torch.equal(draw(pipe), both)
+    unload_erasure(pipe)
+    load_erasure(pipe, safree)
+    load_erasure(pipe, sld)
+    assert close(draw(pipe), both)
+    unload_erasure(pipe, "cat")
+    assert torch.equal(draw(pipe), only)
+
+
+def test_where_it_cannot_act_it_says_so(pipe, tmp_path):
+    path = guard(pipe, "sld", tmp_path, level="max")
+    with pytest.raises(SalunError, match="acts in a call of the very pipeline that it was loaded on"):
+        model_of(pipe).predict(torch.randn(1, 4, 8, 8), torch.tensor([5]), model_of(pipe).encode(["a cat"]))
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    with pytest.raises(SalunError, match="acts in a call of the very pipeline"):
+        other("a cat", image=torch.rand(1, 3, 16, 16), num_inference_steps=4)
+    with pytest.raises(SalunError, match="'airplane' is a guard, which changes no weight, so it cannot be fused"):
+        fuse_erasure(pipe)
+    with pytest.raises(SalunError, match="already applied"):
+        load_erasure(pipe, path)
+    unload_erasure(other)  # as any erasure, from whatever pipeline shares the denoiser
+    assert list_erasures(pipe) == [] and "encode_prompt" not in vars(pipe)
+    guard(pipe, "sld", tmp_path)
+    with pytest.raises(SalunError, match="warm-up of 10 steps leaves none of 5 to guard"):
+        draw(pipe)
+    unload_erasure(pipe)
+    guard(pipe, "safree", tmp_path)
+    with pytest.raises(SalunError, match="reads the prompt's words, and embeddings were given"):
+        pipe(prompt_embeds=torch.zeros(1, 77, 16), negative_prompt_embeds=torch.zeros(1, 77, 16))
+    pipe.progress_bar = None
+    with pytest.raises(SalunError, match="Something else has changed how the pipeline draws"):
+        unload_erasure(pipe)
+    assert list_erasures(pipe)[0]["intact"] is False
+
+
+@pytest.mark.parametrize("method, build", [
+    ("sld", tiny_transformers.pixart), ("safree", tiny_transformers.sd3), ("sld", tiny_labels.build),
+    ("safree", tiny.build_xl),
+])  # fmt: skip
+def test_a_pipeline_that_it_does_not_fit_is_refused_in_a_sentence(method, build, pipe, tmp_path):
+    other = build(tmp_path / "other")
+    fits = "1.x and 2.x" if method == "safree" else "1.x, 2.x and XL"
+    message = re.escape(f"is a guard for Stable Diffusion {fits}, pipelines with a U-Net and encode_prompt()")
+    concept = "3" if build is tiny_labels.build else "airplane"
+    with pytest.raises(SalunError, match=f"^--method {method} {message}"):
+        erase(other, concept, method=method, output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(SalunError, match=message):
+        load_erasure(other, guard(pipe, method, tmp_path))
+
+
+def test_the_phrases_are_the_concepts_own(pipe, tmp_path):
+    def phrases(method, concept, **more):
+        run = erase(pipe, concept, method=method, output_dir=tmp_path / "run", **more)
+        return load_phrases(run.path / "erasure.safetensors")
+
+    def load_phrases(path):
+        import json
+
+        return json.loads(read_safetensors(path)[1]["phrases"])
+
+    assert phrases("sld", ["steam engine", "kid, child"]) == ["steam engine", "kid", "child"]
+    found = phrases("safree", "steam engine")
+    assert found[0] == "steam engine" and len(found) > 1 and all("steam engine" in one for one in found)
+    assert phrases("safree", "steam engine", phrases="train, a locomotive") == ["train", "a locomotive"]
+    assert phrases("sld", "nudity")[0] == "hate" and "Nudity" in phrases("safree", "nudity")
+
+
+def test_what_is_of_no_use_or_damaged_is_said(pipe, tmp_path):
+    for option in ({"density": 0.1}, {"learning_rate": 1.0}, {"mask": "none"}, {"adapter": "lora"}, {"anchor": "cat"}):
+        (name,) = option
+        with pytest.raises(SalunError, match=f"--{name} means nothing to --method sld: leave it out"):
+            erase(pipe, "airplane", method="sld", output_dir=tmp_path / "run", **option)
+    path = guard(pipe, "sld", tmp_path) / "erasure.safetensors"
+    unload_erasure(pipe)
+    _, text = read_safetensors(path)
+    for change, message in (
+        ({"method": "magic"}, "holds the guard 'magic', where sld, safree are known"),
+        ({"phrases": "[]"}, "is damaged: it must have options, and phrases"),
+        ({"options": '{"level": "most"}'}, "is damaged: 'level' is 'most'; choose one of weak"),
+        ({"options": '{"strength": 1}'}, "is damaged: unknown setting 'strength'"),
+        ({"version": "2"}, "has version 2 of the salun-guard format where 1 is known"),
+    ):
+        write_safetensors(tmp_path / "bad.safetensors", {}, text | change)
+        with pytest.raises(SalunError, match=re.escape(message)):
+            load_erasure(pipe, tmp_path / "bad.safetensors")
+
+
+def test_the_command_makes_one_and_tells_its_options(folders, tmp_path):
+    words = ["--pretrained_model_name_or_path", folders["sd1"], "--concept", "airplane", "--output_dir", tmp_path / "r"]
+    done = here("python", "erase_concept.py", *words, "--method", "sld", "--level", "strong", "--warm_up", "3")
+    assert "No weight changes. SLD guards against: airplane." in done.stdout
+    assert {path.name for path in (tmp_path / "r").iterdir()} == {"erasure.safetensors", "config.json"}
+    done = here("python", "erase_concept.py", *words, "--method", "sld", "--method_option", "warm_up=far", check=False)
+    assert done.returncode == 1 and "'far' must be of type int" in done.stderr
