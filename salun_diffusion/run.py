@@ -165,7 +165,8 @@ def borrowed(model: Model) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         for module, on in checkpointing:
-            module.gradient_checkpointing = on
+            if module.gradient_checkpointing != on:  # some classes of transformers have it, and not their instances
+                module.gradient_checkpointing = on
         for parameter, required, gradient in parameters:
             parameter.requires_grad_(required)
             parameter.grad = gradient
