@@ -32,7 +32,18 @@ class PruneConfig:
     erasure: str = option(
         None, "a run folder, an erasure's file or a hub id", positional=True, required=True, metavar="RUN"
     )
-    keep: float = option(None, "the share of its changed weights to keep, above 0 and below 1", required=True, least=0)
+    keep: float = option(
+        None,
+        "the share of its changed weights to keep, above 0 and below 1; with --values, 1 keeps all",
+        required=True,
+        least=0,
+    )
+    values: str | None = option(
+        None,
+        "store what is kept as int8 with a scale for each row of a layer: half of fp16, with an error that is said; "
+        "older versions of this library do not read it",
+        ("int8",),
+    )
     output: str = option(None, "the file to write; it must not be there yet", required=True, metavar="FILE")
     saliency: str | None = option(
         None,
@@ -50,22 +61,25 @@ class Pruned:
         path: the file.
         kept: how many weights it changes, of ``of`` before.
         share: of the change that is left: the root of the kept values' summed squares, over that of all.
+        error: of the kept values as they are stored: the root of its summed squares, over that of the kept values'.
     """
 
     path: Path
     kept: int
     of: int
     share: float
+    error: float
 
 
-def prune(erasure, keep: float, output, saliency=None) -> Pruned:
+def prune(erasure, keep: float, output, saliency=None, values=None) -> Pruned:
     """Write ``erasure`` with its largest changes alone.
 
     Args:
         erasure: a run folder, an erasure's file, or a hub id.
-        keep: the share of its changed weights to keep, above 0 and below 1.
+        keep: the share of its changed weights to keep, above 0 and below 1; with ``values``, 1 keeps all.
         output: the file to write.
         saliency: a safetensors file of fp32 scores ≥ 0, by parameter; a change counts by value times score.
+        values: "int8" stores them so, with a scale for each row.
 
     Raises:
         SalunError: an erasure that is no masked delta, a share out of range, so small that no weight is left, or an
@@ -73,12 +87,13 @@ def prune(erasure, keep: float, output, saliency=None) -> Pruned:
     """
     settings = {"erasure": str(erasure), "keep": keep, "output": str(output)}
     settings |= {"saliency": str(saliency)} if saliency else {}
+    settings |= {"values": values} if values else {}
     return run(options_from(checked(settings, PruneConfig, "prune():"), PruneConfig), say=lambda text: None)
 
 
 def run(options: PruneConfig, say=print) -> Pruned:
     """:func:`prune` from its options; ``say`` gets the summary."""
-    if not 0 < options.keep < 1:
+    if not (0 < options.keep < 1 or options.keep == 1 and options.values):
         raise SalunError(f"--keep is {options.keep:g}: give a share above 0 and below 1, such as 0.25.")
     output = Path(options.output)
     if output.exists():
@@ -111,13 +126,18 @@ def run(options: PruneConfig, say=print) -> Pruned:
     metadata = delta.metadata | {"pruned": {key: value for key, value in about.items() if value is not None}}
     if isinstance(density, float | int):
         metadata["density"] = density * kept / of
-    replace(delta, masks=masks, values=values, metadata=metadata).save(output)
+    small = replace(delta, masks=masks, values=values, metadata=metadata)
+    small = small.quantised(torch.int8) if options.values or delta.int8 else small
+    off = {name: value - values[name].float() for name, value in small.values.items()} if small.int8 else {}
+    error = (_squares(off) / max(_squares(values), 1e-300)) ** 0.5
+    small.save(output)
     now, then = output.stat().st_size, source.stat().st_size
     say(
         f"{output}: {now / 1e6:.3g} MB of {then / 1e6:.3g}, {kept} of {of} changed weights, which are "
         f"{100 * share:.1f}% of the change (root of summed squares)"
+        + (f"; int8 is {100 * error:.2g}% of it off" if small.int8 else "")
     )
-    return Pruned(output, kept, of, share)
+    return Pruned(output, kept, of, share, error)
 
 
 def _check(path, scores: dict[str, torch.Tensor], delta: Delta) -> None:

@@ -3,7 +3,8 @@
 The format, `salun-delta` versions 1 and 2
 ------------------------------------------
 A safetensors file about one network of a pipeline, its COMPONENT: in version 1 the denoiser, whether the pipeline calls
-it unet or transformer; in version 2 what the metadata name. A writer SHOULD take version 1 where that says all.
+it unet or transformer; in version 2 what the metadata name, if they name one. A writer SHOULD take version 1 where that
+says all.
 
 For every parameter NAME of the component that may have changed, it MUST hold
     NAME.mask   uint8, ceil(n / 8) bytes: one bit a weight, row-major; bit k (value 2**k) of byte j is weight 8*j + k;
@@ -11,8 +12,11 @@ For every parameter NAME of the component that may have changed, it MUST hold
     NAME.delta  one dimension, one value per set bit of NAME.mask, in the same row-major order
 and once, for the whole component (its P parameters in the order of their names, changed or not),
     fingerprint float32 [P, 16]: weights number k * (n - 1) // 15, k = 0..15, of each parameter (zeros if n is 0)
-and no other tensor. All deltas MUST have one dtype: float32, float16 or bfloat16. No value may be NaN or Inf. At
-least one bit of one mask MUST be set; a single mask MAY be all zero.
+and no other tensor. All deltas MUST have one dtype: float32, float16 or bfloat16, or in version 2 int8; then there MUST
+also be, where a NAME of at least two dimensions has sizes[0] rows and any other has one,
+    NAME.scale  bfloat16 [rows]: a value is, in float32, NAME.delta times the scale of its row. The largest |NAME.delta|
+                of a row MUST be 127; where all are 0, or there is none, the scale MUST be 1
+No value may be NaN or Inf. At least one bit of one mask MUST be set; a single mask MAY be all zero.
 
 No more than 16 dimensions a parameter, 2**36 weights in all and a header of 4,000,000 bytes: a reader MUST refuse what
 claims more before it makes room for it. JSON MUST NOT hold NaN, Infinity or a name twice.
@@ -20,9 +24,9 @@ claims more before it makes room for it. JSON MUST NOT hold NaN, Infinity or a n
 Metadata is text to text. Plain text:
     format      MUST be "salun-delta"
     structure   MUST be the SHA-256 (hex) of Python's json.dumps([[NAME, sizes], ...]), all P parameters sorted by NAME
-    component   in version 2, MUST be "unet", "transformer" or "text_encoder", as the pipeline calls it; version 1 has
-                none. The NAMEs of a text encoder MUST be without the "text_model." that some versions of transformers
-                begin them with
+    component   in version 2, MAY be "unet", "transformer" or "text_encoder", as the pipeline calls it; version 1 has
+                none. Without one it is the denoiser. The NAMEs of a text encoder MUST be without the "text_model." that
+                some versions of transformers begin them with
     concept, method, scope, base_model, base_revision    MAY be given
 Every other value MUST be JSON:
     version     MUST be 1 or 2
@@ -60,6 +64,7 @@ from ..errors import SalunError
 from ..files import listed
 from ..models.load import COMPONENTS, DENOISERS
 from ..tensors import OUR_HEADER_LIMIT, is_finite, raw_bytes, read_safetensors, write_safetensors
+from . import int8
 from .fingerprint import SAMPLES, Fingerprint
 from .format import RESERVED, check_keys, metadata_from_text, metadata_to_text, read_shapes
 from .mask import PackedMasks, check_not_empty, count_bits, pack, packed_masks, places
@@ -79,7 +84,8 @@ class Delta:
         fingerprint: of the base model, all the component's parameters (``fingerprint(module.named_parameters())``).
         metadata: concept, method, density, scope, base_model, base_revision, settings, versions …
         component: the network of the pipeline that it changes, of ``COMPONENTS``; None for the denoiser, whatever its
-            name (version 1 of the format).
+            name.
+        int8: whether its values, in memory float32, are of int8 and a scale a row, as its file is to hold them.
 
     Raises:
         SalunError: masks and values that do not fit, or NaN or Inf.
@@ -90,6 +96,7 @@ class Delta:
     fingerprint: Fingerprint
     metadata: dict
     component: str | None = None
+    int8: bool = False
 
     def __post_init__(self):
         self.check()
@@ -132,8 +139,10 @@ class Delta:
         Raises:
             SalunError: a value overflows there.
         """
+        if dtype == torch.int8:
+            return replace(self, values={name: int8.unpack(*self._int8(name)) for name in self.values}, int8=True)
         if dtype not in DTYPES:
-            raise SalunError(f"A delta is stored in float32, float16 or bfloat16, not {dtype}.")
+            raise SalunError(f"A delta is stored in float32, float16, bfloat16 or int8, not {dtype}.")
         values = {name: value.to(dtype) for name, value in self.values.items()}
         broken = [name for name, value in values.items() if not is_finite(value)]
         if broken:
@@ -141,7 +150,13 @@ class Delta:
                 f"The delta of {listed(broken)} overflows in {str(dtype).removeprefix('torch.')} "
                 f"(largest value {torch.finfo(dtype).max:g}); choose bfloat16 or float32."
             )
-        return replace(self, values=values)
+        return replace(self, values=values, int8=False)
+
+    def _int8(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The values of a parameter as int8, their scales, and each one's row."""
+        shape = self.shapes()[name]
+        row = int8.rows(self.packed(name), shape)
+        return *int8.pack(self.values[name], row, int8.count(shape)), row
 
     def packed(self, name: str) -> torch.Tensor:
         """The mask of the parameter `name` as files hold it: uint8, one bit a weight, on the CPU."""
@@ -184,7 +199,9 @@ class Delta:
         for name in shapes:
             tensors[f"{name}.mask"] = delta.packed(name)
             tensors[f"{name}.delta"] = delta.values[name]
-        version = 1 if self.component is None else 2
+            if delta.int8:
+                tensors[f"{name}.delta"], tensors[f"{name}.scale"], _ = delta._int8(name)
+        version = 1 if delta.component is None and not delta.int8 else 2
         reserved = dict(
             format=FORMAT,
             version=version,
@@ -204,7 +221,9 @@ class Delta:
         tensors, text = read_safetensors(path, OUR_HEADER_LIMIT)
         metadata = metadata_from_text(path, text, FORMAT, *VERSIONS)
         shapes = read_shapes(path, metadata)
-        check_keys(path, tensors, {"fingerprint"} | {f"{name}.{kind}" for name in shapes for kind in ("mask", "delta")})
+        of_int8 = metadata["version"] == 2 and any(tensors[name].dtype == torch.int8 for name in tensors)
+        kinds = ("mask", "delta", *(("scale",) if of_int8 else ()))
+        check_keys(path, tensors, {"fingerprint"} | {f"{name}.{kind}" for name in shapes for kind in kinds})
         samples, structure = tensors["fingerprint"], metadata.get("structure")
         if samples.dtype != torch.float32 or samples.shape[1:] != (SAMPLES,) or structure is None:
             raise SalunError(f"{path} is damaged: its fingerprint of the base model is not float32 [P, {SAMPLES}].")
@@ -217,7 +236,12 @@ class Delta:
             )
         masks = packed_masks(path, tensors, shapes)
         values = {name: tensors[f"{name}.delta"] for name in shapes}
-        component = metadata.get("component", "") if metadata["version"] == 2 else None
+        if of_int8:
+            for name, shape in masks.shapes.items():
+                row, scales = int8.rows(masks.packed[name], shape), tensors[f"{name}.scale"]
+                int8.check(path, name, values[name], scales, row, int8.count(shape))
+                values[name] = int8.unpack(values[name], scales, row)
+        component = metadata.get("component") if metadata["version"] == 2 else None
         if component not in (None, *COMPONENTS):
             raise SalunError(
                 f"{path} changes the component {component!r} of a pipeline, where {', '.join(COMPONENTS)} are known; "
@@ -225,6 +249,6 @@ class Delta:
             )
         metadata = {key: value for key, value in metadata.items() if key not in RESERVED}
         try:
-            return cls(masks, values, Fingerprint(structure, samples), metadata, component)
+            return cls(masks, values, Fingerprint(structure, samples), metadata, component, of_int8)
         except SalunError as error:
             raise SalunError(f"{path} is damaged: {error}") from error

@@ -18,7 +18,7 @@ SHORT = {  # as little as there can be of attacks within the training; and those
     "gradient_ascent": "--max_train_steps 28",
     "race": "--max_train_steps 16 --attack_steps 1",
     "stereo": "--max_train_steps 16 --rounds 1 --round_steps 4 --search_steps 4",
-    "advunlearn": "--max_train_steps 16 --attack_steps 1",
+    "advunlearn": "--attack_steps 1",
     "salun_adv": "--max_train_steps 20 --attack_steps 1 --rounds 1 --search_steps 4",
 }
 

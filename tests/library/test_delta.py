@@ -184,7 +184,7 @@ def test_quantised_and_save_refuse(tmp_path):
     for refused in (lambda: delta.quantised(HALF), lambda: delta.save(tmp_path / "a", dtype=HALF)):
         with pytest.raises(SalunError, match=r"delta of bias overflows in float16 \(largest value 65504\); choose bfl"):
             refused()
-    with pytest.raises(SalunError, match="stored in float32, float16 or bfloat16, not torch.float64"):
+    with pytest.raises(SalunError, match="stored in float32, float16, bfloat16 or int8, not torch.float64"):
         delta.save(tmp_path / "a", dtype=torch.float64)
     with pytest.raises(SalunError, match="the format itself fills the metadata version"):
         Delta(delta.masks, delta.values, delta.fingerprint, {"version": 7}).save(tmp_path / "a")
@@ -239,6 +239,59 @@ def test_loading_refuses(tmp_path):
         with pytest.raises(SalunError, match=sentence) as caught:
             Delta.load(path)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def slow_int8(mask, values):
+    """Row by row, value by value, in Python's numbers."""
+    result, taken = [], 0
+    for row in mask if mask.ndim > 1 else [mask]:
+        own = [float(value) for value in values[taken : taken + int(row.sum())]]
+        taken += len(own)
+        scale = float((torch.tensor(max(map(abs, own), default=0.0)) / 127).bfloat16()) or 1.0
+        result += [max(-127, min(127, round(value / scale))) * scale for value in own]
+    return torch.tensor(result)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(SHAPES, max_size=3), st.integers(0, 99), st.sampled_from([0.0, 0.1, 1.0]))
+def test_int8(tmp_path_factory, shapes, seed, share):
+    """A scale a row; what was rounded once stays as it is, in the file, in memory and again."""
+    path = tmp_path_factory.mktemp("delta") / "erasure.safetensors"
+    base, delta = random_delta(shapes, seed, share=share)
+    rounded = delta.quantised(torch.int8)
+    for name, mask in delta.masks.items():
+        torch.testing.assert_close(rounded.values[name], slow_int8(mask, delta.values[name]), rtol=0, atol=1e-7)
+    delta.save(path, torch.int8)
+    tensors, text = read_safetensors(path)
+    assert text["version"] == "2" and "component" not in text
+    assert {tensors[f"{name}.delta"].dtype for name in base} == {torch.int8}
+    again = Delta.load(path)
+    assert again.int8 and same_delta(again, rounded) and again.digest() == rounded.digest()
+    again.save(path.with_name("again"))
+    assert path.with_name("again").read_bytes() == path.read_bytes()
+    assert same_delta(again.quantised(torch.int8), again)
+    assert not again.quantised(HALF).int8
+
+
+def test_damaged_int8_values_are_refused(tmp_path):
+    path = tmp_path / "erasure.safetensors"
+    random_delta([(3, 5)])[1].save(path, torch.int8)
+    tensors, text = read_safetensors(path)
+    name, sentence = "block.0.weight", "int8 values of block.0.weight and their scales do not fit together"
+    for changed in (
+        {f"{name}.delta": tensors[f"{name}.delta"] // 2},
+        {f"{name}.delta": torch.full_like(tensors[f"{name}.delta"], -128)},
+        {f"{name}.delta": tensors[f"{name}.delta"].float()},
+        {f"{name}.scale": tensors[f"{name}.scale"].float()},
+        {f"{name}.scale": tensors[f"{name}.scale"][:2]},
+        {f"{name}.scale": -tensors[f"{name}.scale"]},
+    ):
+        save_file(tensors | changed, path, text)
+        with pytest.raises(SalunError, match=sentence):
+            Delta.load(path)
+    save_file(tensors, path, text | {"version": "1"})
+    with pytest.raises(SalunError, match="holds tensors that its metadata does not name: bias.scale"):
+        Delta.load(path)
 
 
 def test_digest_tells_contents_apart():

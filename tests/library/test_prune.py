@@ -75,6 +75,24 @@ def test_the_largest_changes_stay(pipe, file, tmp_path, by_saliency):
     assert tiny.same(before, tiny.bits(pipe))
 
 
+def test_values_as_int8(pipe, file, tmp_path):
+    """Half the file, near the values, and it comes off without a trace. Pruned again, it is int8 still."""
+    before, small, less = tiny.bits(pipe), tmp_path / "small.safetensors", tmp_path / "less.safetensors"
+    done = here("python", "-m", "salun_diffusion", "prune", file, "--keep", "1", "--values", "int8", "--output", small)
+    whole, found = Delta.load(file), Delta.load(small)
+    error = sum(float((found.values[name] - value.float()).square().sum()) for name, value in whole.values.items())
+    size = sum(float(value.float().square().sum()) for value in whole.values.values())
+    assert f"int8 is {100 * (error / size) ** 0.5:.2g}% of it off" in done.stdout and 0 < error < 1e-4 * size
+    assert all(torch.equal(mask, found.masks[name]) for name, mask in whole.masks.items())
+    load_erasure(pipe, small)
+    assert list_erasures(pipe)[0]["weights"] == sum(map(len, whole.values.values()))
+    unload_erasure(pipe)
+    assert tiny.same(before, tiny.bits(pipe))
+    assert prune(small, 0.5, less).error < 1e-2 and Delta.load(less).int8
+    with pytest.raises(SalunError, match="--keep is 1: give a share above 0 and below 1"):
+        prune(file, 1, tmp_path / "none.safetensors")
+
+
 def test_twice_says_so(file, tmp_path):
     first = prune(file, 0.5, tmp_path / "half")
     assert first.kept * 2 <= first.of and 0.5**0.5 < first.share < 1
