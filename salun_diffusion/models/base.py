@@ -53,13 +53,18 @@ class Model:
 
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe, self.network = pipe, denoiser(pipe)
-        self.schedule = self.Schedule.from_config(pipe.scheduler.config)
+        self.schedule = self.schedule_of(pipe.scheduler.config)
         self.autocast: Any = nullcontext
 
     @classmethod
     def accepts(cls, pipe: DiffusionPipeline) -> bool:
         """Whether ``pipe`` is of this family."""
         raise NotImplementedError
+
+    @classmethod
+    def schedule_of(cls, config: dict) -> Any:
+        """The noise schedule of training, of the config of the pipeline's scheduler."""
+        return cls.Schedule.from_config(config)
 
     def need(self, capabilities: Sequence[str], by: str) -> None:
         """Pass if the model has all ``capabilities``.

@@ -41,6 +41,8 @@ class Flux(FlowModel):
     Samples are latents ``(16, height, width)``; the network takes them as tokens of 2x2.
     """
 
+    logit_normal = False
+
     @classmethod
     def accepts(cls, pipe):
         return isinstance(pipe, FluxPipeline)

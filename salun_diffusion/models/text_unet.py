@@ -131,7 +131,11 @@ def differing_tokens(pipe: DiffusionPipeline, prompt: str, other: str) -> slice:
     """The places of the tokens of ``prompt`` that ``other`` has not: what stays between their common beginning and
     their common end. Of a concept's prompt and its anchor's: the concept's words (and their article, if it differs).
     """
-    one, two = (token_ids(pipe, text) for text in (prompt, other))
+    return difference(token_ids(pipe, prompt), token_ids(pipe, other))
+
+
+def difference(one: list[int], two: list[int]) -> slice:
+    """The places of the tokens of ``one`` that ``two`` has not, as :func:`differing_tokens` counts them."""
     start = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
     same = next((i for i, (a, b) in enumerate(zip(one[::-1], two[::-1], strict=False)) if a != b), 0)
     # where one prompt merely repeats or adds a word, the common parts overlap: its last common token stands for it
