@@ -138,6 +138,8 @@ def _erase(config: EraseConfig, pipe) -> Run:
                 trainer = Trainer(accelerator, model, sets, config)
                 undo.callback(trainer.method.close)
                 model.move_others("cpu")
+                if pipe is None and not config.validation_steps and "embeddings" not in method.needs:
+                    model.drop_encoders()  # every prompt of the sets is encoded by now
             by_concept = torch.arange(len(sets["forget"])).split(sets["forget"].shares) if "forget" in sets else ()
             scores = (trainer.saliency(parameters, rows) for rows in by_concept)  # none is made before it is asked for
             if config.adapter:

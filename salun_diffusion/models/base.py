@@ -202,3 +202,11 @@ class Model:
         for module in self.pipe.components.values():
             if isinstance(module, torch.nn.Module) and module is not self.network:
                 module.to(device)
+
+    def drop_encoders(self) -> None:
+        """Free the text encoders, which may be as large as the network. Nothing can be encoded from here on but the
+        empty prompt, whose condition is kept.
+        """
+        if names := [name for name in self.pipe.components if name.startswith("text_encoder")]:
+            self.empty  # noqa: B018
+            self.pipe.register_modules(**dict.fromkeys(names))

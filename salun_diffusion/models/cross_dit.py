@@ -31,7 +31,7 @@ class CrossDiT(LatentModel):
     @torch.no_grad()
     def embedded(self, prompts: list[str], **how) -> Condition:
         """The condition of ``prompts``; ``how`` goes to the pipeline's ``encode_prompt``."""
-        how |= {"do_classifier_free_guidance": False, "device": self.pipe.device, "clean_caption": False}
+        how |= {"do_classifier_free_guidance": False, "device": self.pipe.text_encoder.device, "clean_caption": False}
         parts = [self.pipe.encode_prompt(prompts[i : i + 64], **how)[:2] for i in range(0, len(prompts), 64)]
         return {key: torch.cat(found).cpu() for key, found in zip(KEYS, zip(*parts, strict=True), strict=True)}
 

@@ -169,7 +169,8 @@ def _putting(tokenizer, word: torch.Tensor):
 
 def _encode(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, torch.Tensor]:
     parts = {name for name in pipe.components if name.startswith("text_encoder") and getattr(pipe, name) is not None}
-    options = {"device": pipe.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    # where the encoders are: during a training not where the network is, which is what pipe.device says
+    options = {"device": pipe.text_encoder.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     if parts == {"text_encoder"}:
         return {"encoder_hidden_states": pipe.encode_prompt(prompts, **options)[0]}
     if parts == {"text_encoder", "text_encoder_2"} and getattr(pipe, "unet", None) is not None:

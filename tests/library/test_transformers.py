@@ -1,5 +1,6 @@
 """SD3, Flux, PixArt-Sigma and Sana, of random weights but diffusers' own classes: erase, load, draw, unload, resume."""
 
+import gc
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ import tiny_transformers
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from shell import ROOT, here
+from transformers import T5EncoderModel
 
 from eval.attacks.ddim import steps_of
 from eval.attacks.text import Text
@@ -251,6 +253,27 @@ def test_uce_solves_for_the_tokens_that_the_attention_sees(build, seen_by, tmp_p
         objective += options.ridge * (weight - before).square().sum()
         objective.backward()
         assert weight.grad.abs().max() < 1e-5 and not torch.equal(moved.double(), before)
+
+
+def test_text_encoders_are_freed_before_a_training(folder, tmp_path):
+    """Of a model that the run loaded itself; a pipeline that was given keeps its own."""
+    alive = {}
+
+    def count():
+        gc.collect()
+        return sum(type(one) is T5EncoderModel for one in gc.get_objects())
+
+    def look(stage, done, total):
+        alive[stage] = count()
+
+    before = count()
+    erased(str(folder), tmp_path / "own", callback=look)
+    assert alive["drawing the forget set"] == before + 1 and alive["saliency"] == alive["erasing"] == before
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    given = erased(pipe, tmp_path / "given")
+    assert isinstance(pipe.text_encoder_3, T5EncoderModel)
+    own, lent = (read_safetensors(run / "erasure.safetensors")[0] for run in (tmp_path / "own", given.path))
+    assert own.keys() == lent.keys() and all(torch.equal(own[key], lent[key]) for key in own)
 
 
 @pytest.mark.parametrize("build", [tiny_transformers.sd3, tiny_transformers.sana])
