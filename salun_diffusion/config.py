@@ -149,6 +149,9 @@ class EraseConfig:
     mixed_precision: str = option(
         "no", "number format of the network and its passes; the trained values stay fp32", PRECISIONS
     )
+    quantize_frozen: bool = option(
+        False, "keep the linear layers outside the scope in int8 (torchao): one byte a weight in place of two or four"
+    )
     gradient_checkpointing: bool = option(False, "compute activations again in the backward pass: slower, less memory")
     save_dtype: str = option(
         "fp16", "number format of the saved delta; the run ends on exactly the saved values", FILE_DTYPES

@@ -29,6 +29,7 @@ from .methods import find_method
 from .models import load_model, model_of
 from .models.base import Model
 from .models.load import described_in, resolve
+from .models.quantized import check_not_quantized, quantize_frozen
 from .process import Callback, accelerator_for, reporting_to
 from .run import DTYPES, Run, RunFolder, borrowed, check_is_base
 from .training.adapter import AdapterChange
@@ -101,8 +102,11 @@ def _erase(config: EraseConfig, pipe) -> Run:
         with _model(config, pipe, commit) as model, ExitStack() as undo:
             model.need(method.needs, f"--method {config.method}")
             _check_guided(model, config)
-            model.pipe.to(accelerator.device)
             run = RunFolder(config, concepts, commit, fingerprint(model.network.named_parameters()))
+            if config.quantize_frozen:  # before the network goes to a device that might not hold all of it otherwise
+                count = quantize_frozen(model.network, scoped_parameters(model.network, config.scope, model.scopes))
+                say(f"{count:,} weights outside the scope are int8 from here on.")
+            model.pipe.to(accelerator.device)
             parameters = scoped_parameters(model.network, config.scope, model.scopes)
             if config.adapter:  # what cannot be adapted is refused before pictures are drawn
                 check_adaptable(model.pipe, f"--adapter {config.adapter}")
@@ -206,8 +210,15 @@ def _model(config: EraseConfig, pipe, commit: str | None) -> Iterator[Model]:
         name, dtype = config.pretrained_model_name_or_path, DTYPES[config.mixed_precision]
         yield load_model(name, commit, dtype, config.variant)
         return
+    if config.quantize_frozen:
+        raise SalunError(
+            "--quantize_frozen would change a pipeline that is to come back as it was: give the model's folder or its "
+            "hub id."
+        )
     model = model_of(pipe)
     check_is_base(model)
+    own = dict(model.network.named_parameters())
+    check_not_quantized(own, "load it unquantized, or give erase() its folder or hub id and quantize_frozen=True")
     if model.dtype != DTYPES[config.mixed_precision]:
         raise SalunError(
             f"The pipeline's weights are {str(model.dtype).removeprefix('torch.')} and mixed_precision is "

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from salun_diffusion.methods.forget_me_not import Recorder
 from salun_diffusion.methods.uce import UCE, UCEOptions
 from salun_diffusion.models import load_model, model_of
 from salun_diffusion.models.cross_dit import INSTRUCTION
+from salun_diffusion.models.quantized import is_quantized, quantize_frozen
 from salun_diffusion.tensors import read_safetensors
 
 FAMILIES = {
@@ -274,6 +276,48 @@ def test_text_encoders_are_freed_before_a_training(folder, tmp_path):
     assert isinstance(pipe.text_encoder_3, T5EncoderModel)
     own, lent = (read_safetensors(run / "erasure.safetensors")[0] for run in (tmp_path / "own", given.path))
     assert own.keys() == lent.keys() and all(torch.equal(own[key], lent[key]) for key in own)
+
+
+@pytest.mark.parametrize("build, mixed_precision", [(tiny_transformers.sd3, "bf16"), (tiny_transformers.sana, "no")])
+def test_frozen_layers_are_int8_and_the_scope_is_trained_as_it_is(build, mixed_precision, tmp_path):
+    pytest.importorskip("torchao")
+    pipe = build(tmp_path / "base")
+    few = {"mixed_precision": mixed_precision, "max_train_steps": 2, "gradient_checkpointing": True}
+    whole, half, whole_again = (tmp_path / name for name in ("whole", "half", "again"))
+    run = erased(str(tmp_path / "base"), whole, quantize_frozen=True, checkpointing_steps=1, **few)
+    other = erased(str(tmp_path / "base"), half, **few)
+    deltas = [read_safetensors(one.file)[0] for one in (run, other)]
+    assert not all(torch.equal(deltas[0][key], deltas[1][key]) for key in deltas[0])  # the passes were others
+    go_on = {"quantize_frozen": True, "resume_from_checkpoint": str(whole / "checkpoint-1")}
+    resumed = erased(str(tmp_path / "base"), whole_again, **go_on, **few)
+    again = read_safetensors(resumed.file)[0]
+    assert all(torch.equal(deltas[0][key], again[key]) for key in again)
+    before = bits(pipe)
+    load_erasure(pipe, run.path)  # of the model's own fingerprint, not of the int8 one's
+    assert not all(map(torch.equal, before, bits(pipe)))
+    unload_erasure(pipe)
+    network = model_of(pipe).network
+    scope = scoped_parameters(network, run.config.scope, model_of(pipe).scopes)
+    kept = {name: weight.detach().clone() for name, weight in scope.items()}
+    linear = sum(layer.weight.numel() for layer in network.modules() if isinstance(layer, torch.nn.Linear))
+    own = sum(weight.numel() for name, weight in scope.items() if weight.dim() == 2)
+    assert quantize_frozen(network, scope) == linear - own
+    codes = {name: weight for name, weight in network.named_parameters() if is_quantized(weight)}
+    assert sum(weight.numel() for weight in codes.values()) == linear - own and not codes.keys() & scope.keys()
+    assert all(torch.equal(kept[name], network.get_parameter(name)) for name in scope)
+    with pytest.raises(SalunError, match="quantize it once its erasures are loaded"):
+        load_erasure(pipe, run.path)
+    with pytest.raises(SalunError, match="is quantized .*quantize_frozen=True"):
+        erased(pipe, tmp_path / "refused")
+
+
+def test_int8_needs_torchao_and_a_model_of_the_runs_own(folder, tmp_path, monkeypatch):
+    with pytest.raises(SalunError, match="give the model's folder or its hub id"):
+        erased(DiffusionPipeline.from_pretrained(folder), tmp_path / "run", quantize_frozen=True)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(SalunError, match=r"pip install 'salun-diffusion\[quantize\]"):
+        erased(str(folder), tmp_path / "run", quantize_frozen=True)
+    assert not (tmp_path / "run" / "erasure.safetensors").exists()
 
 
 @pytest.mark.parametrize("build", [tiny_transformers.sd3, tiny_transformers.sana])
