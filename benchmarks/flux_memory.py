@@ -43,6 +43,9 @@ def flux_memory(config: BenchmarkConfig) -> dict:
             # the encoders in bf16, and the autoencoder in fp32, which needs more for a picture than a denoising step
             beside = {"encoders": 2 * ENCODERS + autoencoder, "scores or optimizer": 0, "passes": decoding}
             found[f"{what}: drawing"] = giga(parts | beside)
+            # in turn: the network with a step of its own, for which half of a pass there and back is more than enough
+            in_turn = {"encoders": 0, "scores or optimizer": 0, "passes": passes / 2}
+            found[f"{what}: drawing, --offload"] = giga(parts | in_turn)
             # guided: with and without the prompt; a score in fp32 for each weight in scope
             beside = {"encoders": 0, "scores or optimizer": 4 * sum(trained.values()), "passes": passes}
             found[f"{what}: saliency"] = giga(parts | beside)

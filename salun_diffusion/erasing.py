@@ -101,12 +101,17 @@ def _erase(config: EraseConfig, pipe) -> Run:
         hub_id = _repository(config) if is_main and config.push_to_hub else None
         with _model(config, pipe, commit) as model, ExitStack() as undo:
             model.need(method.needs, f"--method {config.method}")
+            if config.offload:
+                model.need(["text"], "--offload")
             _check_guided(model, config)
             run = RunFolder(config, concepts, commit, fingerprint(model.network.named_parameters()))
             if config.quantize_frozen:  # before the network goes to a device that might not hold all of it otherwise
                 count = quantize_frozen(model.network, scoped_parameters(model.network, config.scope, model.scopes))
                 say(f"{count:,} weights outside the scope are int8 from here on.")
-            model.pipe.to(accelerator.device)
+            if config.offload:
+                model.pipe.enable_model_cpu_offload(device=accelerator.device)
+            else:
+                model.pipe.to(accelerator.device)
             parameters = scoped_parameters(model.network, config.scope, model.scopes)
             if config.adapter:  # what cannot be adapted is refused before pictures are drawn
                 check_adaptable(model.pipe, f"--adapter {config.adapter}")
@@ -138,6 +143,8 @@ def _erase(config: EraseConfig, pipe) -> Run:
             # The weights that carry the concept.
             begun = time.perf_counter()
             trainer = None
+            if config.offload:  # from here on the network stays where it is trained
+                model.pipe.remove_all_hooks()
             if not method.closed_form:
                 trainer = Trainer(accelerator, model, sets, config)
                 undo.callback(trainer.method.close)
@@ -210,11 +217,12 @@ def _model(config: EraseConfig, pipe, commit: str | None) -> Iterator[Model]:
         name, dtype = config.pretrained_model_name_or_path, DTYPES[config.mixed_precision]
         yield load_model(name, commit, dtype, config.variant)
         return
-    if config.quantize_frozen:
-        raise SalunError(
-            "--quantize_frozen would change a pipeline that is to come back as it was: give the model's folder or its "
-            "hub id."
-        )
+    for name in ("quantize_frozen", "offload"):
+        if getattr(config, name):
+            raise SalunError(
+                f"--{name} would change a pipeline that is to come back as it was: give the model's folder or its hub "
+                "id."
+            )
     model = model_of(pipe)
     check_is_base(model)
     own = dict(model.network.named_parameters())

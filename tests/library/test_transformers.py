@@ -9,7 +9,7 @@ import pytest
 import tiny
 import tiny_transformers
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from shell import ROOT, here
 from transformers import T5EncoderModel
 
@@ -62,7 +62,12 @@ def erased(pipe, output, method="salun", **options):
     few |= {} if method == "esd" else {"num_forget_images": 2}
     few |= METHODS[method] | options
     return erase(
-        pipe, "airplane", method=method, output_dir=output, data_dir=output.parent / "data", save_dtype="fp32", **few
+        pipe,
+        "airplane",
+        method=method,
+        output_dir=output,
+        save_dtype="fp32",
+        **{"data_dir": output.parent / "data"} | few,
     )
 
 
@@ -311,9 +316,27 @@ def test_frozen_layers_are_int8_and_the_scope_is_trained_as_it_is(build, mixed_p
         erased(pipe, tmp_path / "refused")
 
 
+def test_offloading_changes_no_bit(folder, tmp_path):
+    """On a CPU the parts take turns on one device: their hooks are there while drawing, and gone for the training."""
+    hooked = {}
+
+    def look(stage, done, total):
+        alive = [one for one in gc.get_objects() if type(one) is SD3Transformer2DModel]
+        hooked[stage] = any("_hf_hook" in vars(one) for one in alive)
+
+    plain = erased(str(folder), tmp_path / "plain", data_dir=tmp_path / "one")
+    run = erased(str(folder), tmp_path / "run", data_dir=tmp_path / "two", offload=True, callback=look)
+    assert hooked["drawing the forget set"] and not hooked["saliency"] and not hooked["erasing"]
+    one, other = (read_safetensors(found.file)[0] for found in (plain, run))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
 def test_int8_needs_torchao_and_a_model_of_the_runs_own(folder, tmp_path, monkeypatch):
-    with pytest.raises(SalunError, match="give the model's folder or its hub id"):
-        erased(DiffusionPipeline.from_pretrained(folder), tmp_path / "run", quantize_frozen=True)
+    for option in ("quantize_frozen", "offload"):
+        with pytest.raises(SalunError, match=f"{option} would .* give the model's folder or its hub id"):
+            erased(DiffusionPipeline.from_pretrained(folder), tmp_path / "run", **{option: True})
+    with pytest.raises(SalunError, match="leave one of the two out"):
+        erased(str(folder), tmp_path / "run", offload=True, validation_steps=1)
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(SalunError, match=r"pip install 'salun-diffusion\[quantize\]"):
         erased(str(folder), tmp_path / "run", quantize_frozen=True)
