@@ -4,7 +4,17 @@ from dataclasses import dataclass
 
 from salun_diffusion.options import option
 
-MEASUREMENTS = ("reference_step", "our_step", "mask", "delta", "memory", "i2p", "attack", "attack_memory")
+MEASUREMENTS = (
+    "reference_step",
+    "our_step",
+    "mask",
+    "delta",
+    "memory",
+    "i2p",
+    "attack",
+    "attack_memory",
+    "flux_memory",
+)
 
 
 @dataclass

@@ -6,6 +6,8 @@ from pathlib import Path
 from salun_diffusion.tables import markdown, put_into
 
 HERE = Path(__file__).parent
+CARDS = {"24": 24 * 2**30, "80": 80e9}  # sold as such: bytes
+SPARE = 1.5  # GB of a CUDA context, and of what the allocator loses to fragments
 
 
 def write() -> None:
@@ -78,6 +80,13 @@ def _section(found: dict) -> str:
         rows = [["GB at 512 px, by accounting", *parts]]
         for what, sizes in counted.items():
             rows.append([what, *(f"{sizes[part]:.2f}" if part in sizes else "" for part in parts)])
+        lines += ["", markdown(rows)]
+    if counted := found.get("flux_memory"):
+        parts = next(iter(counted.values()))
+        rows = [["Flux, GB at 1024 px, by accounting", *parts, "fits in GB"]]
+        for what, sizes in counted.items():
+            card = next((card for card, bytes_ in CARDS.items() if sizes["total"] < bytes_ / 1e9 - SPARE), "–")
+            rows.append([what, *(f"{size:.1f}" for size in sizes.values()), card])
         lines += ["", markdown(rows)]
     return "\n".join([*lines, ""])
 

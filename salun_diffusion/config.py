@@ -21,7 +21,7 @@ PRECISIONS = ("no", "fp16", "bf16")
 FILE_DTYPES = ("fp16", "bf16", "fp32")
 FREE = (  # what may differ between a run and its checkpoint
     "output_dir", "data_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "report_to",
-    "validation_steps",
+    "validation_steps", "offload",
 )  # fmt: skip
 HUB = ("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo")  # where a run goes; no part of what it is
 SOURCES = ("command line", "the call", "config file", "accelerate launch", "preset", "method", "adapter", "default")
@@ -149,6 +149,12 @@ class EraseConfig:
     mixed_precision: str = option(
         "no", "number format of the network and its passes; the trained values stay fp32", PRECISIONS
     )
+    quantize_frozen: bool = option(
+        False, "keep the linear layers outside the scope in int8 (torchao): one byte a weight in place of two or four"
+    )
+    offload: bool = option(
+        False, "while sets are drawn, have the text encoders, the network and the autoencoder on the device in turn"
+    )
     gradient_checkpointing: bool = option(False, "compute activations again in the backward pass: slower, less memory")
     save_dtype: str = option(
         "fp16", "number format of the saved delta; the run ends on exactly the saved values", FILE_DTYPES
@@ -261,6 +267,11 @@ class EraseConfig:
         if method.closed_form and mask != "none":
             raise SalunError(f"--mask {mask}: --method {self.method} solves for whole matrices; only none goes.")
         self.unused = [*method.unused(mask), *self._check_adapter(method, mask)]
+        if self.offload and self.validation_steps:
+            raise SalunError(
+                "--offload keeps the whole pipeline off the device, and --validation_steps would draw with all of it "
+                "beside the training: leave one of the two out."
+            )
         if self.validation_steps:  # those pictures are drawn whatever the method trains on
             self.unused = [name for name in self.unused if name not in NEEDS_DRAWING]
         if mask == "saliency":

@@ -30,6 +30,7 @@ from .methods import find_method
 from .models import load_model, model_of
 from .models.base import Model
 from .models.load import described_in, resolve
+from .models.quantized import check_not_quantized, quantize_frozen
 from .process import Callback, accelerator_for, reporting_to
 from .run import DTYPES, Run, RunFolder, borrowed, check_is_base
 from .training.adapter import AdapterChange
@@ -103,8 +104,9 @@ def _erase(config: EraseConfig, pipe) -> Run:
             model.need(method.needs, f"--method {config.method}")
             if method.guard:
                 method.guard.check_fit(model.pipe, f"--method {config.method}")
+            if config.offload:
+                model.need(["text"], "--offload")
             _check_guided(model, config)
-            model.pipe.to(accelerator.device)
             model.edit(method.component)
             run = RunFolder(config, concepts, commit, fingerprint(own_parameters(model.edited).items()))
             if method.guard:
@@ -115,6 +117,13 @@ def _erase(config: EraseConfig, pipe) -> Run:
                         run.make_way(resumed=False)
                         _save(run, made, config, 0.0, [], hub_id, say)
                 return Run(run.path, run.file, config, 0.0)
+            if config.quantize_frozen:  # before the network goes to a device that might not hold all of it otherwise
+                count = quantize_frozen(model.network, scoped_parameters(model.edited, config.scope, model.scopes))
+                say(f"{count:,} weights outside the scope are int8 from here on.")
+            if config.offload:
+                model.pipe.enable_model_cpu_offload(device=accelerator.device)
+            else:
+                model.pipe.to(accelerator.device)
             parameters = scoped_parameters(model.edited, config.scope, model.scopes)
             if config.adapter:  # what cannot be adapted is refused before pictures are drawn
                 check_adaptable(model.pipe, f"--adapter {config.adapter}")
@@ -146,10 +155,14 @@ def _erase(config: EraseConfig, pipe) -> Run:
             # The weights that carry the concept.
             begun = time.perf_counter()
             trainer = None
+            if config.offload:  # from here on the network stays where it is trained
+                model.pipe.remove_all_hooks()
             if not method.closed_form:
                 trainer = Trainer(accelerator, model, sets, config)
                 undo.callback(trainer.method.close)
                 model.move_others("cpu")
+                if pipe is None and not config.validation_steps and "embeddings" not in method.needs:
+                    model.drop_encoders()  # every prompt of the sets is encoded by now
             by_concept = torch.arange(len(sets["forget"])).split(sets["forget"].shares) if "forget" in sets else ()
             scores = (trainer.saliency(parameters, rows) for rows in by_concept)  # none is made before it is asked for
             if config.adapter:
@@ -213,8 +226,16 @@ def _model(config: EraseConfig, pipe, commit: str | None) -> Iterator[Model]:
         name, dtype = config.pretrained_model_name_or_path, DTYPES[config.mixed_precision]
         yield load_model(name, commit, dtype, config.variant)
         return
+    for name in ("quantize_frozen", "offload"):
+        if getattr(config, name):
+            raise SalunError(
+                f"--{name} would change a pipeline that is to come back as it was: give the model's folder or its hub "
+                "id."
+            )
     model = model_of(pipe)
     check_is_base(model, find_method(config.method).component)
+    own = dict(model.network.named_parameters())
+    check_not_quantized(own, "load it unquantized, or give erase() its folder or hub id and quantize_frozen=True")
     if model.dtype != DTYPES[config.mixed_precision]:
         raise SalunError(
             f"The pipeline's weights are {str(model.dtype).removeprefix('torch.')} and mixed_precision is "

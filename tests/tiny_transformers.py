@@ -1,7 +1,8 @@
-"""Pipelines of transformers with random weights, small enough to build in a second: SD3, Flux, PixArt-Sigma."""
+"""Pipelines of transformers with random weights, small enough to build in a second: SD3, Flux, PixArt-Sigma, Sana."""
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -9,11 +10,22 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
 from tiny import WORDS, _text_config, tokenizer
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 
 def _vae(channels, **more):
@@ -31,6 +43,23 @@ def _t5(width=16):
                         model_max_length=32)  # fmt: skip
     config = T5Config(vocab_size=len(words), d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     return words, T5EncoderModel(config)
+
+
+def _gemma():
+    """A GemmaTokenizer that knows WORDS as whole words, after a space or not, and spells out any other; its encoder."""
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *[f"<0x{code:02X}>" for code in range(256)]]
+    tokens += ["▁", *[chr(code) for code in range(33, 127)]]
+    merges = {}
+    for word in sorted(WORDS, key=len, reverse=True):  # else "an" would be taken out of "airplane"
+        merges |= {(word[:end], word[end]): None for end in range(1, len(word))} | {("▁", word): None}
+    tokens += [first + second for first, second in merges]
+    vocab = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    words = GemmaTokenizer(vocab=vocab, merges=list(merges), model_max_length=4096)
+    config = Gemma2Config(
+        vocab_size=len(vocab), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=4096,
+    )  # fmt: skip
+    return words, _alive(Gemma2Model(config))
 
 
 def _alive(network):
@@ -51,6 +80,28 @@ def pixart(folder, seed=0):
         tokenizer=words, text_encoder=encoder, vae=_vae(4), transformer=_alive(network),
         scheduler=DPMSolverMultistepScheduler(),
     )  # fmt: skip
+    return _saved(pipe, folder)
+
+
+def sana(folder, seed=0, normed=False):
+    """Makes a SanaPipeline on 32x32 pictures, saves it into `folder` and returns it; `normed`: as Sana 1.5 is."""
+    torch.manual_seed(seed)
+    words, encoder = _gemma()
+    vae = AutoencoderDC(
+        latent_channels=4, encoder_block_types="ResBlock", decoder_block_types="ResBlock", attention_head_dim=8,
+        encoder_block_out_channels=(8, 16), decoder_block_out_channels=(8, 16), encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()),
+        scaling_factor=0.41,
+    )  # fmt: skip
+    network = SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16,
+        sample_size=16, qk_norm="rms_norm_across_heads" if normed else None,
+    )  # fmt: skip
+    schedule = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )  # fmt: skip
+    pipe = SanaPipeline(tokenizer=words, text_encoder=encoder, vae=vae, transformer=_alive(network), scheduler=schedule)
     return _saved(pipe, folder)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from ..errors import SalunError
 from ..files import listed
+from ..models.quantized import check_not_quantized
 from ..tensors import raw_bytes
 
 SAMPLES = 16
@@ -42,11 +43,12 @@ def fingerprint(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> Fingerp
     """The fingerprint of a whole denoiser: `fingerprint(module.named_parameters())`, any dtype, any device.
 
     Raises:
-        SalunError: weights without values (meta device), or NaN or Inf among the samples.
+        SalunError: weights without values (meta device), quantized ones, or NaN or Inf among the samples.
     """
     steps, shapes, rows = torch.arange(SAMPLES), {}, {}
     for name, weight in named_parameters:  # one at a time: the caller may make them as it goes
         check_have_values({name: weight})
+        check_not_quantized({name: weight}, "load the model unquantized, and quantize it once its erasures are loaded")
         shapes[name], rows[name] = list(weight.shape), torch.zeros(SAMPLES)
         if weight.numel():
             places = steps * (weight.numel() - 1) // (SAMPLES - 1)

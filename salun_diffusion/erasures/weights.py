@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from ..errors import SalunError
 from ..files import listed
+from ..models.quantized import is_quantized
 from .base import Erasure
 from .delta import DTYPES, FORMAT, Delta
 from .fingerprint import ROUNDINGS, check_have_values, fingerprint, matches
@@ -78,7 +79,9 @@ class MaskedWeights(Erasure):
                     f"{path} was made for another base model: {name} has shape {shape} there and "
                     f"{tuple(parameters[name].shape)} here; load the model that it was made for{base}."
                 )
-        quantized = [name for name in delta.masks if parameters[name].dtype not in DTYPES]
+        quantized = [
+            name for name in delta.masks if parameters[name].dtype not in DTYPES or is_quantized(parameters[name])
+        ]
         if quantized:
             raise SalunError(
                 f"{path} can be applied to float32, float16 and bfloat16 weights only, which these are not: "

@@ -19,6 +19,7 @@ NEEDS_RETAIN = ("alpha", "retain_target", "retain_data", "num_retain_images")
 NEEDS_TRAINING = (
     "learning_rate", "lr_scheduler", "max_train_steps", "train_batch_size", "validation_steps", "alpha",
     "retain_target", "retain_data", "gradient_accumulation_steps", "auto_batch_size", "gradient_checkpointing",
+    "quantize_frozen", "offload",
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "report_to", "num_inference_steps",
     "condition_dropout",
 )  # fmt: skip

@@ -19,12 +19,15 @@ class Recorder:
 
     def __call__(self, attn: Attention, hidden_states, encoder_hidden_states=None, attention_mask=None, **_):
         # diffusers' own plain processor does the same, but does not hand out the probabilities
-        query = attn.head_to_batch_dim(attn.to_q(hidden_states))
+        query = attn.to_q(hidden_states)
         if attention_mask is not None:  # a row for each head
             attention_mask = attn.prepare_attention_mask(attention_mask, attention_mask.shape[-1], len(hidden_states))
         if attn.norm_cross:
             encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
-        key, value = (attn.head_to_batch_dim(layer(encoder_hidden_states)) for layer in (attn.to_k, attn.to_v))
+        key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        if attn.norm_q is not None:  # of all heads together: some Sana models
+            query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key, value = (attn.head_to_batch_dim(part) for part in (query, key, value))
         probabilities = attn.get_attention_scores(query, key, attention_mask)
         if torch.is_grad_enabled():  # not for the pictures that are drawn between steps
             self.maps.append(probabilities.unflatten(0, (-1, attn.heads)))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 FAMILIES = {
     "text_unet": "salun_diffusion.models.text_unet.TextUNet",  # Stable Diffusion 1.x, 2.x, XL
     "pixart_sigma": "salun_diffusion.models.cross_dit.PixArtSigma",
+    "sana": "salun_diffusion.models.cross_dit.Sana",
     "sd3": "salun_diffusion.models.mmdit.SD3",  # Stable Diffusion 3 and 3.5
     "flux": "salun_diffusion.models.mmdit.Flux",  # dev and schnell
     "label_unet": "salun_diffusion.models.labels.LabelUNet",  # class-conditional U-Nets on pixels
@@ -34,7 +35,7 @@ def model_of(pipe) -> "Model":
             return family(pipe)
     raise SalunError(
         f"{type(pipe).__name__} is of no known family of base models ({', '.join(FAMILIES)}): give a Stable Diffusion "
-        "1.x, 2.x, XL or 3, PixArt-Sigma, Flux or DiT pipeline, or a class-conditional UNet2DModel."
+        "1.x, 2.x, XL or 3, PixArt-Sigma, Sana, Flux or DiT pipeline, or a class-conditional UNet2DModel."
     )
 
 

@@ -56,13 +56,18 @@ class Model:
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe, self.network = pipe, denoiser(pipe)
         self.edited: torch.nn.Module = self.network
-        self.schedule = self.Schedule.from_config(pipe.scheduler.config)
+        self.schedule = self.schedule_of(pipe.scheduler.config)
         self.autocast: Any = nullcontext
 
     @classmethod
     def accepts(cls, pipe: DiffusionPipeline) -> bool:
         """Whether ``pipe`` is of this family."""
         raise NotImplementedError
+
+    @classmethod
+    def schedule_of(cls, config: dict) -> Any:
+        """The noise schedule of training, of the config of the pipeline's scheduler."""
+        return cls.Schedule.from_config(config)
 
     def need(self, capabilities: Sequence[str], by: str) -> None:
         """Pass if the model has all ``capabilities``.
@@ -215,3 +220,11 @@ class Model:
         for module in self.pipe.components.values():
             if isinstance(module, torch.nn.Module) and module not in (self.network, self.edited):
                 module.to(device)
+
+    def drop_encoders(self) -> None:
+        """Free the text encoders, which may be as large as the network. Nothing can be encoded from here on but the
+        empty prompt, whose condition is kept.
+        """
+        if names := [name for name in self.pipe.components if name.startswith("text_encoder")]:
+            self.empty  # noqa: B018
+            self.pipe.register_modules(**dict.fromkeys(names))

@@ -14,11 +14,14 @@ from .scopes import JOINT
 
 
 class FlowModel(LatentModel):
-    """A transformer in which text and picture attend to each other."""
+    """A transformer on latents that predicts velocities; text and picture attend to each other in it unless a family
+    says otherwise.
+    """
 
     capabilities = frozenset({"text", "pictures"})
     scopes = JOINT
     Schedule = FlowMatchEulerDiscreteScheduler
+    logit_normal = True  # how diffusers' training script for the family draws timesteps by default; else all alike
 
     @torch.no_grad()
     def encode(self, prompts):
@@ -38,10 +41,13 @@ class FlowModel(LatentModel):
         return self.encode([""])
 
     def times(self, count, generator):
-        """Logit-normal (0, 1) places in the schedule, shifted as the scheduler's config says: what diffusers' training
-        scripts draw.
+        """Logit-normal (0, 1) or uniform places in the schedule, shifted as the scheduler's config says: what
+        diffusers' training scripts draw.
         """
-        places = torch.randn(count, generator=generator).sigmoid() * len(self.schedule.timesteps)
+        if self.logit_normal:
+            places = torch.randn(count, generator=generator).sigmoid() * len(self.schedule.timesteps)
+        else:
+            places = torch.rand(count, generator=generator) * len(self.schedule.timesteps)
         return self.schedule.timesteps[places.long().clamp(max=len(self.schedule.timesteps) - 1)]
 
     def sigmas(self, timesteps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -37,5 +37,9 @@ class LatentModel(Model):
         vae, shift, samples = self.pipe.vae, getattr(self.pipe.vae.config, "shift_factor", None) or 0.0, []
         for picture in pictures:  # one by one, as above
             pixels = self.pipe.image_processor.preprocess(picture).to(vae.device, vae.dtype)
-            samples.append((vae.encode(pixels).latent_dist.mode() - shift) * vae.config.scaling_factor)
+            samples.append((self.encoded(pixels) - shift) * vae.config.scaling_factor)
         return torch.cat(samples)
+
+    def encoded(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What the autoencoder makes of pixels ``(1, 3, height, width)``."""
+        return self.pipe.vae.encode(pixels).latent_dist.mode()

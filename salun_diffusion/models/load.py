@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..errors import SalunError
 from ..files import read_json
 from .complete import complete_modules
+from .quantized import is_quantized
 from .single_file import from_single_file
 
 if TYPE_CHECKING:
@@ -263,7 +264,8 @@ def digest(pipe: "DiffusionPipeline", *parts: str) -> str:
     for part, module in sorted(pipe.components.items()):
         if isinstance(module, torch.nn.Module) and (not parts or part in parts):
             for name, tensor in module.state_dict().items():
-                flat = tensor.detach().flatten()
+                whole = tensor.detach()
+                flat = (whole.dequantize() if is_quantized(whole) and whole.is_floating_point() else whole).flatten()
                 picked = flat[torch.linspace(0, len(flat) - 1, min(64, len(flat)), dtype=torch.float64).long()]
                 found.update(f"{part}.{name}{tuple(tensor.shape)}".encode() + picked.float().cpu().numpy().tobytes())
     return found.hexdigest()[:12]

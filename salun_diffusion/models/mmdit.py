@@ -19,7 +19,7 @@ class SD3(FlowModel):
 
     def embedded(self, prompts):
         embeds, _, pooled, _ = self.pipe.encode_prompt(
-            prompts, None, None, do_classifier_free_guidance=False, device=self.pipe.device
+            prompts, None, None, do_classifier_free_guidance=False, device=self.pipe.text_encoder.device
         )
         return embeds, pooled
 
@@ -41,6 +41,8 @@ class Flux(FlowModel):
     Samples are latents ``(16, height, width)``; the network takes them as tokens of 2x2.
     """
 
+    logit_normal = False
+
     @classmethod
     def accepts(cls, pipe):
         return isinstance(pipe, FluxPipeline)
@@ -55,7 +57,7 @@ class Flux(FlowModel):
         return self.pipe.default_sample_size * self.pipe.vae_scale_factor
 
     def embedded(self, prompts):
-        return self.pipe.encode_prompt(prompts, None, device=self.pipe.device)[:2]
+        return self.pipe.encode_prompt(prompts, None, device=self.pipe.text_encoder.device)[:2]
 
     def forward(self, noisy, timesteps, condition):
         count, channels, height, width = noisy.shape

@@ -45,7 +45,8 @@ class TextUNet(LatentModel):
     @property
     def empty(self):
         worn = [getattr(encoder, WORN, None) for _, encoder in text_encoders(self.pipe)]
-        if self._empty is None or self._empty[0] != worn:  # an erasure of the text encoder gives another one
+        # an erasure of the text encoder gives another one; of encoders that were dropped the last one stays
+        if self._empty is None or (worn and self._empty[0] != worn):
             self._empty = worn, encode_empty(self.pipe)
         return self._empty[1]
 
@@ -143,7 +144,11 @@ def differing_tokens(pipe: DiffusionPipeline, prompt: str, other: str) -> slice:
     """The places of the tokens of ``prompt`` that ``other`` has not: what stays between their common beginning and
     their common end. Of a concept's prompt and its anchor's: the concept's words (and their article, if it differs).
     """
-    one, two = (token_ids(pipe, text) for text in (prompt, other))
+    return difference(token_ids(pipe, prompt), token_ids(pipe, other))
+
+
+def difference(one: list[int], two: list[int]) -> slice:
+    """The places of the tokens of ``one`` that ``two`` has not, as :func:`differing_tokens` counts them."""
     start = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
     same = next((i for i, (a, b) in enumerate(zip(one[::-1], two[::-1], strict=False)) if a != b), 0)
     # where one prompt merely repeats or adds a word, the common parts overlap: its last common token stands for it
@@ -177,7 +182,8 @@ def _putting(tokenizer, word: torch.Tensor):
 
 def _encode(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, torch.Tensor]:
     parts = {name for name in pipe.components if name.startswith("text_encoder") and getattr(pipe, name) is not None}
-    options = {"device": pipe.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    # where the encoders are: during a training not where the network is, which is what pipe.device says
+    options = {"device": pipe.text_encoder.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     if parts == {"text_encoder"}:
         return {"encoder_hidden_states": pipe.encode_prompt(prompts, **options)[0]}
     if parts == {"text_encoder", "text_encoder_2"} and getattr(pipe, "unet", None) is not None:

@@ -1,26 +1,33 @@
-"""SD3, Flux and PixArt-Sigma, of random weights but diffusers' own classes: erase, load, draw, unload, resume."""
+"""SD3, Flux, PixArt-Sigma and Sana, of random weights but diffusers' own classes: erase, load, draw, unload, resume."""
 
+import gc
 import json
+import sys
 
 import numpy as np
 import pytest
 import tiny
 import tiny_transformers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from shell import ROOT, here
+from transformers import T5EncoderModel
 
 from eval.attacks.ddim import steps_of
 from eval.attacks.text import Text
 from salun_diffusion import SalunError, erase, load_erasure, unload_erasure
 from salun_diffusion.concepts.concept import Row
 from salun_diffusion.masks.scope import scoped_parameters
+from salun_diffusion.methods.forget_me_not import Recorder
 from salun_diffusion.methods.uce import UCE, UCEOptions
 from salun_diffusion.models import load_model, model_of
+from salun_diffusion.models.cross_dit import INSTRUCTION
+from salun_diffusion.models.quantized import is_quantized, quantize_frozen
 from salun_diffusion.tensors import read_safetensors
 
 FAMILIES = {
     "pixart": tiny_transformers.pixart,
+    "sana": tiny_transformers.sana,
     "sd3": tiny_transformers.sd3,
     "flux": tiny_transformers.flux,
 }
@@ -31,7 +38,10 @@ METHODS = {
     "concept_ablation": {"anchor": "cat"},
     "selective_amnesia": {"anchor": "cat", "num_retain_images": 2},
     "forget_me_not": {},
+    "uce": {"anchor": "cat", "num_retain_images": 2},
+    "rece": {"anchor": "cat", "num_retain_images": 2},
 }
+CROSS_ATTENTION = ("forget_me_not", "uce", "rece")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -48,10 +58,16 @@ def folder(tmp_path_factory):
 
 def erased(pipe, output, method="salun", **options):
     few = {"num_inference_steps": 2, "train_batch_size": 2, "max_train_steps": 1, "learning_rate": 1e-2}
+    few = {} if method in ("uce", "rece") else few
     few |= {} if method == "esd" else {"num_forget_images": 2}
     few |= METHODS[method] | options
     return erase(
-        pipe, "airplane", method=method, output_dir=output, data_dir=output.parent / "data", save_dtype="fp32", **few
+        pipe,
+        "airplane",
+        method=method,
+        output_dir=output,
+        save_dtype="fp32",
+        **{"data_dir": output.parent / "data"} | few,
     )
 
 
@@ -62,8 +78,8 @@ def bits(pipe):
 @pytest.mark.parametrize("method", METHODS)
 def test_erase_load_draw_unload(pipe, method, tmp_path):
     model = model_of(pipe)
-    if method == "forget_me_not" and "cross-attention" not in model.capabilities:
-        with pytest.raises(SalunError, match="--method forget_me_not needs a base model that attends to the tokens"):
+    if method in CROSS_ATTENTION and "cross-attention" not in model.capabilities:
+        with pytest.raises(SalunError, match=f"--method {method} needs a base model that attends to the tokens"):
             erased(pipe, tmp_path / "run", method)
         return
     before = bits(pipe)
@@ -105,7 +121,7 @@ def test_our_own_steps_end_where_the_pipeline_does(pipe):
     noise = [torch.randn(1, *model.sample_shape, generator=torch.Generator().manual_seed(row.seed)) for row in rows]
     x, condition = torch.cat(noise), model.encode([row.prompt for row in rows])
     both = {key: torch.cat([model.repeated(model.empty, 2)[key], value]) for key, value in condition.items()}
-    if "diffusion" in model.capabilities:  # drawn by a sampler of its own, not by the methods' DDIM
+    if not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):  # the methods' own steps are of other kinds
         sampler = type(pipe.scheduler).from_config(pipe.scheduler.config)
         sampler.set_timesteps(4)
     else:
@@ -141,8 +157,11 @@ def test_a_flow_is_noised_and_aimed_at_as_in_diffusers_training_scripts(folder):
     shifted = 3 * steps / (1 + 2 * steps)
     u = torch.randn(20_000, generator=torch.Generator().manual_seed(0)).sigmoid().numpy()
     np.testing.assert_allclose(times.numpy(), 1000 * shifted[(u * 1000).astype(int)], rtol=1e-5)
+    _check_straight(model, times[:3])
+
+
+def _check_straight(model, t):
     clean, noise = torch.randn(2, 3, 4, 8, 8)
-    t = times[:3]
     sigma = (t / 1000).view(3, 1, 1, 1)
     torch.testing.assert_close(model.noise(clean, noise, t), (1 - sigma) * clean + sigma * noise)
     assert torch.equal(model.target(clean, noise, t), noise - clean)
@@ -150,20 +169,82 @@ def test_a_flow_is_noised_and_aimed_at_as_in_diffusers_training_scripts(folder):
     torch.testing.assert_close(found, noise, rtol=1e-4, atol=1e-5)
 
 
-def test_uce_solves_for_the_tokens_that_pixarts_attention_sees(tmp_path):
-    """UCE's objective (its three terms, written plainly, on T5's embeddings behind the caption's projection and without
-    padding) has no slope at the keys and values that the erasure leaves.
+@pytest.mark.parametrize("build", [tiny_transformers.flux, tiny_transformers.sana])
+def test_flux_and_sana_are_trained_at_uniform_times(build, tmp_path):
+    """The formulas of train_dreambooth_flux.py and train_dreambooth_lora_sana.py, whose weighting is "none", written
+    plainly: u uniform, timestep 1000 − ⌊1000 u⌋ of a schedule that neither shifts (Sana's flow_shift is its sampler's).
     """
-    pipe = tiny_transformers.pixart(tmp_path / "base")
+    model = model_of(build(tmp_path / "base"))
+    times = model.times(1000, torch.Generator().manual_seed(0))
+    u = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(times, 1000 - (1000 * u).floor())
+    _check_straight(model, times[:3])
+
+
+def test_own_steps_on_sana_are_shifted_as_its_pipelines_are(tmp_path):
+    model = model_of(tiny_transformers.sana(tmp_path / "base"))
+    steps = model.sampler(1000).timesteps.numpy() / 1000
+    evenly = np.linspace(1, 3 * 0.001 / 1.002, 1000)  # down to the shifted 1/1000, as diffusers' scheduler has it
+    np.testing.assert_allclose(steps, 3 * evenly / (1 + 2 * evenly), rtol=1e-4)
+
+
+def test_sanas_concept_is_marked_where_its_tokens_are(tmp_path):
+    """Behind the instruction, which the pipeline cuts off: what is marked first changes with the word."""
+    model = model_of(tiny_transformers.sana(tmp_path / "base"))
+    prompts = ["a photo of an airplane on a house", "a photo of a cat on a house"]
+    one, other = model.tokens(model.encode(prompts))
+    marked, count = model.differing_tokens(*prompts), model.token_count(prompts[0])
+    changed = (one != other).any(1)
+    assert int(changed.nonzero()[0]) == marked.start and marked.stop - marked.start == 2  # "an airplane"
+    assert one[: count - 1].any(1).all() and not one[count - 1 :].any()  # then the padding, which is not seen
+    assert model.encode(prompts)["encoder_hidden_states"].shape[1] == len(model.empty["encoder_attention_mask"][0])
+
+
+def test_forget_me_not_sees_the_attention_that_sana_normalizes(tmp_path):
+    pipe = tiny_transformers.sana(tmp_path / "base", normed=True)
+    model = model_of(pipe)
+    noisy, condition = torch.randn(2, *model.sample_shape), model.encode(["a cat", "a photo of a dog"])
+    t = torch.tensor([500.0, 100.0])
+    with torch.no_grad():
+        theirs = model.predict(noisy, t, condition)
+        for name, layer in pipe.transformer.named_modules():
+            if name.endswith("attn2"):
+                layer.set_processor(Recorder([]))
+        torch.testing.assert_close(model.predict(noisy, t, condition), theirs, rtol=1e-4, atol=1e-5)
+
+
+def _seen_by_pixart(pipe, prompt):
+    ids = pipe.tokenizer(prompt, padding="max_length", max_length=300, truncation=True, return_tensors="pt")
+    embedded = pipe.text_encoder(ids.input_ids, attention_mask=ids.attention_mask)[0]
+    return pipe.transformer.caption_projection(embedded)[0][ids.attention_mask[0].bool()].double()
+
+
+def _seen_by_sana(pipe, prompt):
+    """The instruction's first token, and what comes behind it."""
+    instruction = "\n".join(INSTRUCTION)
+    ids = pipe.tokenizer(instruction + prompt, return_tensors="pt").input_ids
+    embedded = pipe.text_encoder(ids)[0]
+    seen = pipe.transformer.caption_norm(pipe.transformer.caption_projection(embedded))[0].double()
+    count = len(pipe.tokenizer(prompt).input_ids) - 1  # without its <bos>
+    return torch.cat([seen[:1], seen[-count - 1 :]])  # "▁" of the instruction's "Prompt: " is the last before it
+
+
+@pytest.mark.parametrize(
+    "build, seen_by", [(tiny_transformers.pixart, _seen_by_pixart), (tiny_transformers.sana, _seen_by_sana)]
+)
+def test_uce_solves_for_the_tokens_that_the_attention_sees(build, seen_by, tmp_path):
+    """UCE's objective (its three terms, written plainly, on the text encoder's embeddings behind the caption's layers
+    and without padding) has no slope at the keys and values that the erasure leaves.
+    """
+    pipe = build(tmp_path / "base")
     model, kept = model_of(pipe), ["a picture of a dog", "a photo of a house"]
 
     def seen(prompt):
-        ids = pipe.tokenizer(prompt, padding="max_length", max_length=300, truncation=True, return_tensors="pt")
         with torch.no_grad():
-            embedded = pipe.text_encoder(ids.input_ids, attention_mask=ids.attention_mask)[0]
-            return pipe.transformer.caption_projection(embedded)[0][ids.attention_mask[0].bool()].double()
+            return seen_by(pipe, prompt)
 
-    one, other = seen("a picture of an airplane")[-2:], seen("a picture of a cat")[-2:]  # the word and the end mark
+    marks = 1 if "PixArt" in type(pipe).__name__ else 0  # T5's end mark follows the word
+    one, other = seen("a picture of an airplane")[-1 - marks :], seen("a picture of a cat")[-1 - marks :]
     tokens = torch.cat([seen(prompt) for prompt in kept])
     options = UCEOptions()
     found = UCE(model, options).solve(
@@ -181,7 +262,91 @@ def test_uce_solves_for_the_tokens_that_pixarts_attention_sees(tmp_path):
         assert weight.grad.abs().max() < 1e-5 and not torch.equal(moved.double(), before)
 
 
-def test_a_resumed_run_ends_on_the_same_bits(folder, tmp_path):
+def test_text_encoders_are_freed_before_a_training(folder, tmp_path):
+    """Of a model that the run loaded itself; a pipeline that was given keeps its own."""
+    alive = {}
+
+    def count():
+        gc.collect()
+        return sum(type(one) is T5EncoderModel for one in gc.get_objects())
+
+    def look(stage, done, total):
+        alive[stage] = count()
+
+    before = count()
+    erased(str(folder), tmp_path / "own", callback=look)
+    assert alive["drawing the forget set"] == before + 1 and alive["saliency"] == alive["erasing"] == before
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    given = erased(pipe, tmp_path / "given")
+    assert isinstance(pipe.text_encoder_3, T5EncoderModel)
+    own, lent = (read_safetensors(run / "erasure.safetensors")[0] for run in (tmp_path / "own", given.path))
+    assert own.keys() == lent.keys() and all(torch.equal(own[key], lent[key]) for key in own)
+
+
+@pytest.mark.parametrize("build, mixed_precision", [(tiny_transformers.sd3, "bf16"), (tiny_transformers.sana, "no")])
+def test_frozen_layers_are_int8_and_the_scope_is_trained_as_it_is(build, mixed_precision, tmp_path):
+    pytest.importorskip("torchao")
+    pipe = build(tmp_path / "base")
+    few = {"mixed_precision": mixed_precision, "max_train_steps": 2, "gradient_checkpointing": True}
+    whole, half, whole_again = (tmp_path / name for name in ("whole", "half", "again"))
+    run = erased(str(tmp_path / "base"), whole, quantize_frozen=True, checkpointing_steps=1, **few)
+    other = erased(str(tmp_path / "base"), half, **few)
+    deltas = [read_safetensors(one.file)[0] for one in (run, other)]
+    assert not all(torch.equal(deltas[0][key], deltas[1][key]) for key in deltas[0])  # the passes were others
+    go_on = {"quantize_frozen": True, "resume_from_checkpoint": str(whole / "checkpoint-1")}
+    resumed = erased(str(tmp_path / "base"), whole_again, **go_on, **few)
+    again = read_safetensors(resumed.file)[0]
+    assert all(torch.equal(deltas[0][key], again[key]) for key in again)
+    before = bits(pipe)
+    load_erasure(pipe, run.path)  # of the model's own fingerprint, not of the int8 one's
+    assert not all(map(torch.equal, before, bits(pipe)))
+    unload_erasure(pipe)
+    network = model_of(pipe).network
+    scope = scoped_parameters(network, run.config.scope, model_of(pipe).scopes)
+    kept = {name: weight.detach().clone() for name, weight in scope.items()}
+    linear = sum(layer.weight.numel() for layer in network.modules() if isinstance(layer, torch.nn.Linear))
+    own = sum(weight.numel() for name, weight in scope.items() if weight.dim() == 2)
+    assert quantize_frozen(network, scope) == linear - own
+    codes = {name: weight for name, weight in network.named_parameters() if is_quantized(weight)}
+    assert sum(weight.numel() for weight in codes.values()) == linear - own and not codes.keys() & scope.keys()
+    assert all(torch.equal(kept[name], network.get_parameter(name)) for name in scope)
+    with pytest.raises(SalunError, match="quantize it once its erasures are loaded"):
+        load_erasure(pipe, run.path)
+    with pytest.raises(SalunError, match="is quantized .*quantize_frozen=True"):
+        erased(pipe, tmp_path / "refused")
+
+
+def test_offloading_changes_no_bit(folder, tmp_path):
+    """On a CPU the parts take turns on one device: their hooks are there while drawing, and gone for the training."""
+    hooked = {}
+
+    def look(stage, done, total):
+        alive = [one for one in gc.get_objects() if type(one) is SD3Transformer2DModel]
+        hooked[stage] = any("_hf_hook" in vars(one) for one in alive)
+
+    plain = erased(str(folder), tmp_path / "plain", data_dir=tmp_path / "one")
+    run = erased(str(folder), tmp_path / "run", data_dir=tmp_path / "two", offload=True, callback=look)
+    assert hooked["drawing the forget set"] and not hooked["saliency"] and not hooked["erasing"]
+    one, other = (read_safetensors(found.file)[0] for found in (plain, run))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_int8_needs_torchao_and_a_model_of_the_runs_own(folder, tmp_path, monkeypatch):
+    for option in ("quantize_frozen", "offload"):
+        with pytest.raises(SalunError, match=f"{option} would .* give the model's folder or its hub id"):
+            erased(DiffusionPipeline.from_pretrained(folder), tmp_path / "run", **{option: True})
+    with pytest.raises(SalunError, match="leave one of the two out"):
+        erased(str(folder), tmp_path / "run", offload=True, validation_steps=1)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(SalunError, match=r"pip install 'salun-diffusion\[quantize\]"):
+        erased(str(folder), tmp_path / "run", quantize_frozen=True)
+    assert not (tmp_path / "run" / "erasure.safetensors").exists()
+
+
+@pytest.mark.parametrize("build", [tiny_transformers.sd3, tiny_transformers.sana])
+def test_a_resumed_run_ends_on_the_same_bits(build, tmp_path):
+    folder = tmp_path / "base"
+    build(folder)
     words = f"--pretrained_model_name_or_path {folder} --concept airplane --anchor cat --num_forget_images 2"
     words += f" --num_retain_images 2 --num_inference_steps 2 --train_batch_size 2 --data_dir {tmp_path / 'data'}"
     words = ["python", "erase_concept.py", *words.split(), "--save_dtype", "fp32", "--learning_rate", "0.01"]
@@ -213,7 +378,7 @@ def test_scope_help_counts_the_weights_of_each(folder):
     assert next(line for line in lines if line.startswith("all ")).split()[1] == f"{total:,}"
 
 
-@pytest.mark.parametrize("name", ["stable_diffusion_3", "flux", "pixart_sigma"])
+@pytest.mark.parametrize("name", ["stable_diffusion_3", "flux", "pixart_sigma", "sana"])
 def test_the_pipeline_file_adds_the_methods(name, tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     key = {"stable_diffusion_3": "sd3", "pixart_sigma": "pixart"}.get(name, name)
@@ -229,13 +394,15 @@ def test_the_pipeline_file_adds_the_methods(name, tmp_path, monkeypatch):
 
 
 def _delta(pipe, folder):
-    only = "attn2" if "PixArt" in type(pipe).__name__ else "attn.to_q"
+    only = "attn.to_q" if "attn.to_q" in str([*pipe.transformer.state_dict()]) else "attn2"
     tiny.erasure(pipe.transformer, 0, only=only).save(folder / "one.safetensors")
     return folder / "one.safetensors"
 
 
-def test_eval_draws_and_measures_an_erasure_of_a_transformer(folder, tmp_path):
-    pipe = DiffusionPipeline.from_pretrained(folder)
+@pytest.mark.parametrize("build", [tiny_transformers.sd3, tiny_transformers.sana])
+def test_eval_draws_and_measures_an_erasure_of_a_transformer(build, tmp_path):
+    folder = tmp_path / "base"
+    pipe = build(folder)
     (tmp_path / "prompts.csv").write_text("prompt,seed\na picture of an airplane,1\na picture of a cat,2\n")
     words = [
         "--pretrained_model_name_or_path",
