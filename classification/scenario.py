@@ -16,6 +16,7 @@ from salun_diffusion.options import checked
 from salun_diffusion.tensors import read_safetensors, write_safetensors
 
 from . import memorisation, models
+from .classwise import classwise
 from .config import Config
 from .data import Data, Pictures, forget_rows, load, others, read_indices, share_of
 from .methods import METHODS
@@ -76,7 +77,7 @@ class Scenario:
             SalunError: a forget set that cannot be, or a model, a source or a test part that do not fit the data.
         """
         model = self.model(self.config.source_seed)
-        if "be" in self.config.methods:
+        if {"be", "bias_shift", "ts_bgrm", "lb_hr"} & set(self.config.methods):
             last_layer(model, len(self.data.classes))
         if self.config.source:
             models.load_weights(model, self.config.source, bool(self.config.mean))
@@ -275,4 +276,8 @@ class Scenario:
         """Every metric of an unlearned model."""
         sets = self.sets(seed)
         goal = self.accuracy(self.source(), sets["forget"])
-        return evaluate(model, **sets, seed=seed, goal=goal)
+        found = evaluate(model, **sets, seed=seed, goal=goal)
+        if self.config.forget.startswith("class:"):
+            kept = {name: sets[name] for name in ("forget", "test", "unseen")}
+            found["classwise"] = classwise(model, self.source(), **kept, names=self.data.classes)
+        return found
