@@ -18,6 +18,7 @@ from salun_diffusion.tensors import read_safetensors, write_safetensors
 from . import memorisation, models
 from .classwise import classwise
 from .config import Config
+from .convergence import relearning
 from .data import Data, Pictures, forget_rows, load, others, read_indices, share_of
 from .methods import METHODS
 from .methods.boundary import last_layer
@@ -280,4 +281,5 @@ class Scenario:
         if self.config.forget.startswith("class:"):
             kept = {name: sets[name] for name in ("forget", "test", "unseen")}
             found["classwise"] = classwise(model, self.source(), **kept, names=self.data.classes)
+            found["classwise"]["relearning"] = relearning(model, self.source(), sets["forget"], seed)
         return found

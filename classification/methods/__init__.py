@@ -94,12 +94,16 @@ METHODS: dict[str, Method] = {
         "IEU", "ieu.ieu", "NegGrad+ with a capped ascent, and noise on the weights", "2604.09391, reconstructed",
         {"alpha": 0.5, "momentum": 0.0}, (*TRAINING, "alpha"),
     ),
+    "mcu": Method(
+        "MCU", "mode_connectivity.mode_connectivity", "the best point of a curve learnt from the source to RL's model",
+        "2505.10859", {"alpha": 0.2}, (*TRAINING, "alpha"),
+    ),
     "damp": Method(
         "DAMP", "damp.damp", "projects the class's own directions out of each layer's input",
         "2604.15166, reconstructed", {"alpha": 1.0}, ("alpha",), tuned="alpha", whole_classes=True,
     ),
     "bias_shift": Method(
-        "BiasShift", "head.bias_shift", "lowers the class's bias in the last layer", "2605.08730", {"alpha": 1.0},
+        "BiasShift", "head.bias_shift", "lowers the class's bias in the last layer", "2605.08730", {"alpha": 10.0},
         ("alpha",), tuned="alpha", whole_classes=True,
     ),
     "ts_bgrm": Method(
