@@ -31,6 +31,7 @@ from salun_diffusion.tables import put_into
 
 from . import tables
 from .config import SEEDS, Config
+from .curve import curve  # noqa: F401  (a command too)
 from .methods import METHODS
 from .metrics import COMPARED, gap
 from .scenario import Scenario

@@ -250,18 +250,22 @@ class Scenario:
         Raises:
             SalunError: an unknown method or setting, or a mask of another model.
         """
-        settings, sets, model = self.settings(method, over), self.sets(seed), self.source()
-        task = Task(
-            model=model, forget=sets["forget"], retain=sets["retain"], classes=len(self.data.classes),
-            settings=settings, generator=torch.Generator().manual_seed(seed),
-            fresh=lambda: self.model(1000 + seed), recipe=self.recipe, title=f"{METHODS[method].title}, seed {seed}",
-        )  # fmt: skip
+        task = self.task(method, seed, over)
         if mask:
             task.masks = self.read_masks(mask)
         begun = time.perf_counter()
         with seeded(seed):
             METHODS[method](task)
-        return model.eval(), (time.perf_counter() - begun) / 60, settings
+        return task.model.eval(), (time.perf_counter() - begun) / 60, task.settings
+
+    def task(self, method: str, seed: int, over: dict | None = None) -> Task:
+        """The source, and what a method is told to do with it."""
+        settings, sets = self.settings(method, over), self.sets(seed)
+        return Task(
+            model=self.source(), forget=sets["forget"], retain=sets["retain"], classes=len(self.data.classes),
+            settings=settings, generator=torch.Generator().manual_seed(seed),
+            fresh=lambda: self.model(1000 + seed), recipe=self.recipe, title=f"{METHODS[method].title}, seed {seed}",
+        )  # fmt: skip
 
     def read_masks(self, path: str) -> dict[str, torch.Tensor]:
         """The masks of a file, by parameter; what it does not name may not move.

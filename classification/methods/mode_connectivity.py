@@ -30,14 +30,23 @@ Weights = dict[str, torch.Tensor]
 
 
 def mode_connectivity(task: Task) -> None:
-    source, model = deepcopy(task.model), task.model
+    path = learn_path(task)
+    task.model.load_state_dict(path.model(chosen(path, task), task.retain).state_dict())
+    task.model.eval()
+
+
+def learn_path(task: Task) -> "Path":
+    """Unlearn by RL, which changes ``task.model``, and bend the curve from the source to it."""
+    source = deepcopy(task.model)
     random_label(task)
-    path = Path(source, deepcopy(model))
+    path = Path(source, task.model)
     path.bend(task)
-    candidates = torch.linspace(FROM, 1, POINTS).tolist()
-    best = max(candidates, key=lambda t: _worth(path.model(t, task.retain), task))
-    model.load_state_dict(path.model(best, task.retain).state_dict())
-    model.eval()
+    return path
+
+
+def chosen(path: "Path", task: Task) -> float:
+    """The t of the best point."""
+    return max(torch.linspace(FROM, 1, POINTS).tolist(), key=lambda t: _worth(path.model(t, task.retain), task))
 
 
 class Path:

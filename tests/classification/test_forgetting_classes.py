@@ -8,6 +8,7 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image as PIL
 from shell import here
 from test_unlearning_methods import Flat, task, weights
 from torch import nn
@@ -265,3 +266,13 @@ def test_batch_norms_statistics_are_those_of_the_pictures(data):
     x = inputs(part.images)
     assert torch.allclose(model[0].running_mean, x.mean()) and torch.allclose(model[0].running_var, x.var())
     assert model[0].momentum == 0.1 and not model.training
+
+
+def test_the_path_is_drawn_from_the_source_to_its_end(tmp_path):
+    quick = ["--limit", "400", "--epochs", "2", "--forget", "class:3", "--methods", "mcu", "--seeds", "0"]
+    done = here("python", "-m", "classification", "curve", "--output_dir", tmp_path, *quick)
+    found = json.loads((tmp_path / "curve.json").read_text())
+    assert f"MCU takes t = {found['chosen']}" in done.stdout and 0.75 <= found["chosen"] <= 1
+    assert found["t"][0] == 0 and found["t"][-1] == 1 and len(found["forget"]) == len(found["t"]) == 21
+    with PIL.open(tmp_path / "curve.png") as picture:
+        assert picture.width > 500
