@@ -62,7 +62,7 @@ def markdown(found: dict) -> str:
         score = mine["score"]
         order = sorted(score, key=lambda name: -score[name])[:NAMED]
         named = ", ".join(f"{name}: {100 * score[name]:.0f}" for name in order if score[name])
-        away = sum(abs(score[name] - exact[name]) for name in exact) / 2
+        away = f"{sum(abs(score[name] - exact[name]) for name in exact) / 2:.2f}" if any(score.values()) else "–"
         delay = f"{mine['relearning']['steps'] / slow:.2f}" if slow else "–"
         bias = [f"{mine[name]:.2f}" if name in mine else "–" for name in HEAD_BIAS]
         rows.append(
@@ -71,7 +71,7 @@ def markdown(found: dict) -> str:
                 f"{mine['selectivity']:.1f}",
                 named or "–",
                 f"{mine['entropy']:.2f}",
-                f"{away:.2f}",
+                away,
                 *bias,
                 delay,
             ]
