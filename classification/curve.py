@@ -62,6 +62,6 @@ def _plot(found: dict, where: Path) -> None:
     axis.set(xlabel="t: 0 is the source, 1 is RL's model; MCU chooses within the grey, at the dotted line",
              ylabel="answered right, %", xlim=(0, 1), ylim=(-3, 103))  # fmt: skip
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False, loc="center left")
+    axis.legend(fontsize=8, frameon=False, loc="center")
     figure.savefig(where)
     plt.close(figure)
