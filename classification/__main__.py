@@ -6,7 +6,8 @@
 
 `run` does it all: it trains a source model, lets each method forget with each seed, measures, and prints the table of
 means and gaps to Retrain; what is there already is not made again. `train`, `unlearn`, `evaluate` and `table` are its
-steps. `tune` chooses each method's main setting by the same five trials, on validation pictures.
+steps. `tune` chooses each method's main setting by the same five trials, on validation pictures. `curve` draws
+the one that MCU learns.
 """
 
 import argparse
@@ -25,6 +26,7 @@ COMMANDS = {
     "unlearn": (UnlearnConfig, "the methods with every seed, without measuring"),
     "evaluate": (Config, "the metrics of unlearned models"),
     "table": (TableConfig, "the table and the plots from what was measured"),
+    "curve": (Config, "draw the curve that the method mcu learns"),
     "tune": (TuneConfig, "choose each method's learning rate or alpha on validation pictures"),
 }
 

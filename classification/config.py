@@ -90,7 +90,14 @@ class Config:
         for name in (*self.methods, *self.method_settings):
             if name not in METHODS and (name != "all" or name in self.method_settings):
                 raise SalunError(f"There is no method '{name}': choose some of {', '.join(METHODS)}, or all.")
-        chosen = METHODS if "all" in self.methods else self.methods
+        classes = self.forget.startswith("class:")
+        if not classes and (wrong := [n for n in self.methods if n != "all" and METHODS[n].whole_classes]):
+            raise SalunError(
+                f"The method {wrong[0]} forgets whole classes, and --forget is {self.forget}: give class:NAME, or "
+                "leave it out."
+            )
+        every = [name for name, method in METHODS.items() if classes or not method.whole_classes]
+        chosen = every if "all" in self.methods else self.methods
         self.methods = [name for name in METHODS if name in chosen or name == "retrain"]
         check_model(self.model)
         for name in ("image_size", "limit", "epochs", "batch_size"):
@@ -158,7 +165,8 @@ class TableConfig(Config):
     results: str | None = option(None, "a results.json that `run` wrote, in place of the folder's cells")
     into: str | None = option(
         None,
-        "also put the table into this Markdown document, between its lines <!-- DATASET --> and <!-- end -->",
+        "also put the table into this Markdown document, between its lines <!-- DATASET --> (<!-- DATASET-class --> "
+        "where a class was forgotten) and <!-- end -->",
     )
 
 

@@ -31,6 +31,7 @@ from salun_diffusion.tables import put_into
 
 from . import tables
 from .config import SEEDS, Config
+from .curve import curve  # noqa: F401  (a command too)
 from .methods import METHODS
 from .metrics import COMPARED, gap
 from .scenario import Scenario
@@ -133,7 +134,8 @@ def table(config: Config, results: str | None = None, into: str | None = None) -
     Args:
         config: the scenario's settings, checked.
         results: a ``results.json`` that this command wrote, in place of the folder's cells.
-        into: a Markdown document whose part between ``<!-- DATASET -->`` and ``<!-- end -->`` becomes the table.
+        into: a Markdown document whose part between ``<!-- DATASET -->`` (where a class was forgotten, ``<!--
+            DATASET-class -->``) and ``<!-- end -->`` becomes the table.
 
     Returns:
         The content of the folder's ``results.json``, as :mod:`classification.tables` documents it.
@@ -145,6 +147,7 @@ def table(config: Config, results: str | None = None, into: str | None = None) -
     summary = tables.read(Path(results)) if results else tables.gather(folder, config.methods, config.seeds)
     if into:
         name = Path(summary["scenario"]["dataset"]).name
+        name += "-class" * summary["scenario"]["forget"].startswith("class:")
         source = f" --results {Path(results).as_posix()}" if results else f" --output_dir {config.output_dir}"
         made = f"Made by `python -m classification table{source} --into {Path(into).as_posix()}`."
         put_into(Path(into), name, f"{tables.markdown(summary)} {made}")

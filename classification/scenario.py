@@ -16,7 +16,9 @@ from salun_diffusion.options import checked
 from salun_diffusion.tensors import read_safetensors, write_safetensors
 
 from . import memorisation, models
+from .classwise import classwise
 from .config import Config
+from .convergence import relearning
 from .data import Data, Pictures, forget_rows, load, others, read_indices, share_of
 from .methods import METHODS
 from .methods.boundary import last_layer
@@ -76,7 +78,7 @@ class Scenario:
             SalunError: a forget set that cannot be, or a model, a source or a test part that do not fit the data.
         """
         model = self.model(self.config.source_seed)
-        if "be" in self.config.methods:
+        if {"be", "bias_shift", "ts_bgrm", "lb_hr"} & set(self.config.methods):
             last_layer(model, len(self.data.classes))
         if self.config.source:
             models.load_weights(model, self.config.source, bool(self.config.mean))
@@ -248,18 +250,22 @@ class Scenario:
         Raises:
             SalunError: an unknown method or setting, or a mask of another model.
         """
-        settings, sets, model = self.settings(method, over), self.sets(seed), self.source()
-        task = Task(
-            model=model, forget=sets["forget"], retain=sets["retain"], classes=len(self.data.classes),
-            settings=settings, generator=torch.Generator().manual_seed(seed),
-            fresh=lambda: self.model(1000 + seed), recipe=self.recipe, title=f"{METHODS[method].title}, seed {seed}",
-        )  # fmt: skip
+        task = self.task(method, seed, over)
         if mask:
             task.masks = self.read_masks(mask)
         begun = time.perf_counter()
         with seeded(seed):
             METHODS[method](task)
-        return model.eval(), (time.perf_counter() - begun) / 60, settings
+        return task.model.eval(), (time.perf_counter() - begun) / 60, task.settings
+
+    def task(self, method: str, seed: int, over: dict | None = None) -> Task:
+        """The source, and what a method is told to do with it."""
+        settings, sets = self.settings(method, over), self.sets(seed)
+        return Task(
+            model=self.source(), forget=sets["forget"], retain=sets["retain"], classes=len(self.data.classes),
+            settings=settings, generator=torch.Generator().manual_seed(seed),
+            fresh=lambda: self.model(1000 + seed), recipe=self.recipe, title=f"{METHODS[method].title}, seed {seed}",
+        )  # fmt: skip
 
     def read_masks(self, path: str) -> dict[str, torch.Tensor]:
         """The masks of a file, by parameter; what it does not name may not move.
@@ -275,4 +281,9 @@ class Scenario:
         """Every metric of an unlearned model."""
         sets = self.sets(seed)
         goal = self.accuracy(self.source(), sets["forget"])
-        return evaluate(model, **sets, seed=seed, goal=goal)
+        found = evaluate(model, **sets, seed=seed, goal=goal)
+        if self.config.forget.startswith("class:"):
+            kept = {name: sets[name] for name in ("forget", "test", "unseen")}
+            found["classwise"] = classwise(model, self.source(), **kept, names=self.data.classes)
+            found["classwise"]["relearning"] = relearning(model, self.source(), sets["forget"], seed)
+        return found

@@ -3,6 +3,7 @@
 ``results.json`` (``format`` "salun-diffusion unlearning table 1") holds ``scenario``, ``versions``, ``n``, ``source``
 (its accuracy), ``seeds``, and ``methods``: for each ``title``, ``settings``, ``mask`` if a file gave it, and metric →
 ``mean``, ``std`` (over seeds, n − 1), ``gap`` (|mean − Retrain's mean|, for UA, RA, TA and MIA), ``values`` (by seed);
+``classwise`` (:mod:`classification.classwise_table`) is there where a class was forgotten;
 ``avg_gap`` is the mean of the four gaps, as published, with ``avg_gap_by_seed`` beside it; ``minutes`` is RTE.
 """
 
@@ -21,6 +22,7 @@ from salun_diffusion.colours import BLUE, GREY, ORANGE  # noqa: E402
 from salun_diffusion.errors import SalunError  # noqa: E402
 from salun_diffusion.files import read_json, write_json  # noqa: E402
 
+from . import classwise_table  # noqa: E402
 from .methods import METHODS  # noqa: E402
 from .metrics import COMPARED, gap  # noqa: E402
 
@@ -86,6 +88,8 @@ def gather(folder: Path, methods: list[str], seeds: list[int]) -> dict:
     }
     for method, mine in cells.items():
         told = {"title": METHODS[method].title, "settings": mine[0]["settings"]}
+        if apart := classwise_table.gather(mine):
+            told["classwise"] = apart
         if mask := mine[0].get("mask"):
             told |= {"title": f"{told['title']}, mask {mask['file']}", "mask": mask}
         for key in METRICS:
@@ -160,7 +164,8 @@ def notes(found: dict) -> str:
 
 def markdown(found: dict) -> str:
     table = tables.markdown(_rows(found, "±", "–"))
-    return "\n".join([table, *_published(found["scenario"]), "", notes(found)])
+    apart = classwise_table.markdown(found)
+    return "\n".join([table, *_published(found["scenario"]), "", *([apart, ""] if apart else []), notes(found)])
 
 
 def _published(scenario: dict) -> list[str]:

@@ -31,6 +31,7 @@ class Method:
         settings: those of them that it reads; a configuration that names another is refused.
         takes_mask: whether ``unlearn --mask FILE`` may replace the mask that it would make.
         tuned: the one setting that ``tune`` chooses.
+        whole_classes: whether it can forget whole classes alone; ``all`` leaves it out elsewhere.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Method:
     settings: tuple[str, ...] = TRAINING
     takes_mask: bool = False
     tuned: Literal["learning_rate", "alpha"] = "learning_rate"
+    whole_classes: bool = False
 
     def __call__(self, task: "Task") -> None:
         """Unlearn: import the function and run it on ``task``, whose ``model`` changes in place."""
@@ -87,5 +89,30 @@ METHODS: dict[str, Method] = {
         "NegGrad+", "gradient_ascent.neggrad_plus",
         "climbs the forget set's loss while descending the retain set's", "Kurmanji et al. 2023", {"alpha": 0.95},
         (*TRAINING, "alpha"),
+    ),
+    "ieu": Method(
+        "IEU", "ieu.ieu", "NegGrad+ with a capped ascent, and noise on the weights", "2604.09391, reconstructed",
+        {"alpha": 0.5, "momentum": 0.0}, (*TRAINING, "alpha"),
+    ),
+    "mcu": Method(
+        "MCU", "mode_connectivity.mode_connectivity", "the best point of a curve learnt from the source to RL's model",
+        "2505.10859", {"alpha": 0.2}, (*TRAINING, "alpha"),
+    ),
+    "damp": Method(
+        "DAMP", "damp.damp", "projects the class's own directions out of each layer's input",
+        "2604.15166, reconstructed", {"alpha": 1.0}, ("alpha",), tuned="alpha", whole_classes=True,
+    ),
+    "bias_shift": Method(
+        "BiasShift", "head.bias_shift", "lowers the class's bias in the last layer", "2605.08730", {"alpha": 10.0},
+        ("alpha",), tuned="alpha", whole_classes=True,
+    ),
+    "ts_bgrm": Method(
+        "TS-BGRM", "head.ts_bgrm", "GA in the last layer alone, then one pass of the retain set",
+        "2605.08730", {"epochs": 8, "weight_decay": 1e-4},
+        ("epochs", "learning_rate", "batch_size", "weight_decay", "augment"), whole_classes=True,
+    ),
+    "lb_hr": Method(
+        "LB-HR", "head.lb_hr", "the retain set in the last layer alone, its biases held above a floor", "2605.08730",
+        {"learning_rate": 0.1, "alpha": 1.0}, (*TRAINING, "alpha"), whole_classes=True,
     ),
 }  # fmt: skip

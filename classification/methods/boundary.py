@@ -70,5 +70,8 @@ def last_layer(model: nn.Module, classes: int) -> tuple[str, nn.Linear]:
     """
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not layers or layers[-1][1].out_features != classes:
-        raise SalunError("BE widens a linear layer of classes, and this model does not end in one: leave be out.")
+        raise SalunError(
+            "BE and the methods that change the head's biases need a linear layer of classes, and this model does not "
+            "end in one: leave them out."
+        )
     return layers[-1]

@@ -62,6 +62,11 @@ class Task:
     title: str
     masks: dict[str, torch.Tensor] | None = None
 
+    @property
+    def forgotten(self) -> torch.Tensor:
+        """The forget set's classes, int64."""
+        return self.forget.labels.unique()
+
     def batches(self, pictures: Pictures) -> Iterator[tuple]:
         """One shuffled, augmented pass."""
         return batches(pictures, self.settings.batch_size, self.generator, self.settings.augment)
