@@ -149,12 +149,13 @@ def notes(found: dict) -> str:
     trained = f"{scenario['epochs']} epochs of {scenario['schedule']} training"
     if scenario.get("source"):
         trained = f"the source is {Path(scenario['source']).name}, Retrain has {trained}"
+    seeds = len(found["seeds"])
+    over = f"Mean ± standard deviation over {seeds} seeds" if seeds > 1 else "One seed"
     return (
         f"{scenario['model']} on {scenario['dataset']}, {scenario['forget']} forgotten ({n['forget']:,} of "
         f"{n['forget'] + n['retain']:,} training pictures; {n['test']:,} to test), {trained}{told}. "
-        f"Mean ± standard deviation over {len(found['seeds'])} seeds, in "
-        "percent; in brackets the distance of the mean to Retrain's. UA: forget pictures answered wrong; RA, TA: "
-        "retain and test pictures answered right; MIA: forget pictures that the published attack calls unseen; Avg. "
+        f"{over}, in percent; in brackets the distance of the mean to Retrain's. UA: forget pictures answered "
+        "wrong; RA, TA: retain and test pictures answered right; MIA: forget pictures that the published attack calls unseen; Avg. "
         "Gap: the mean of the four distances. AUC 0.5 and TPR 1: forgotten pictures cannot be told from unseen ones. "
         "Relearn: passes over the forget set until it is known as before, 20 at most. "
         f"torch {versions['torch']}, scikit-learn "
