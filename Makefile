@@ -75,5 +75,5 @@ clean:
 
 .venv/installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
-	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[classification,data,eval,export,quantize,test]'
+	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[classification,data,eval,export,test]'
 	touch $@

@@ -117,7 +117,7 @@ class RunFolder:
         shutil.rmtree(self.path / "previous", ignore_errors=True)
 
 
-def check_is_base(model: Model, edited: str | None) -> None:
+def check_is_base(model: Model, edited: str | None = None) -> None:
     """Pass if nothing is applied to the pipeline, whose network ``edited`` (None: the denoiser) is to be trained.
 
     Raises:

@@ -18,7 +18,7 @@ SHORT = {  # as little as there can be of attacks within the training; and those
     "gradient_ascent": "--max_train_steps 28",
     "race": "--max_train_steps 16 --attack_steps 1",
     "stereo": "--max_train_steps 16 --rounds 1 --round_steps 4 --search_steps 4",
-    "advunlearn": "--attack_steps 1",
+    "advunlearn": "--max_train_steps 32 --attack_steps 1 --learning_rate 0.002",
     "salun_adv": "--max_train_steps 20 --attack_steps 1 --rounds 1 --search_steps 4",
 }
 
@@ -26,9 +26,9 @@ SHORT = {  # as little as there can be of attacks within the training; and those
 def erased(folder, method, *concepts):
     """The run folder of a short erasure in ``folder``, with the demo model's own settings."""
     kind = find_method(method)
-    words = [] if kind.closed_form else ["--train_batch_size", "5", "--max_train_steps", "18"]
-    words += ["--num_retain_images", "24"] if kind.uses_retain else []
-    words += ["--num_forget_images", "20"] if kind.sets(kind.mask) != ["name"] and not kind.guard else []
+    words = [] if kind.closed_form else ["--train_batch_size", "5", "--max_train_steps", str(10 + 9 * len(concepts))]
+    words += ["--num_retain_images", str(24 * len(concepts))] if kind.uses_retain else []
+    words += ["--num_forget_images", str(8 + 12 * len(concepts))] if kind.sets(kind.mask) != ["name"] and not kind.guard else []
     words += [word for concept in concepts for word in ("--concept", concept)]
     words += ["--pretrained_model_name_or_path", "demo", "--method", method]
     words += ["--output_dir", str(folder / method), "--data_dir", str(folder / "data")]
@@ -41,7 +41,6 @@ def unlearned(folder, concept, runs):
     here(
         "python", "-m", "eval", "accuracy", "--pretrained_model_name_or_path", "demo", "--concept", concept,
         "--erasure", *runs, "--output_dir", folder / concept, "--num_forget_images", "20", "--num_retain_images", "2",
-        "--num_inference_steps", "5",
     )  # fmt: skip
     models = json.loads((folder / concept / "results.json").read_text())["models"]
     return {model["name"]: model["ua"] for model in models}
