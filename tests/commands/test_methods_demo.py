@@ -28,7 +28,11 @@ def erased(folder, method, *concepts):
     kind = find_method(method)
     words = [] if kind.closed_form else ["--train_batch_size", "5", "--max_train_steps", str(10 + 9 * len(concepts))]
     words += ["--num_retain_images", str(24 * len(concepts))] if kind.uses_retain else []
-    words += ["--num_forget_images", str(8 + 12 * len(concepts))] if kind.sets(kind.mask) != ["name"] and not kind.guard else []
+    words += (
+        ["--num_forget_images", str(8 + 12 * len(concepts))]
+        if kind.sets(kind.mask) != ["name"] and not kind.guard
+        else []
+    )
     words += [word for concept in concepts for word in ("--concept", concept)]
     words += ["--pretrained_model_name_or_path", "demo", "--method", method]
     words += ["--output_dir", str(folder / method), "--data_dir", str(folder / "data")]
