@@ -15,7 +15,7 @@ FORGETS = [name for name in METHODS if name not in ("finetune", "safree")]
 SHORT = {  # as little as there can be of attacks within the training; and those that are slow to forget
     "forget_me_not": "--max_train_steps 48 --train_batch_size 6",
     "salun_esd": "--max_train_steps 28",
-    "gradient_ascent": "--max_train_steps 28",
+    "gradient_ascent": "--max_train_steps 40",
     "race": "--max_train_steps 16 --attack_steps 1",
     "stereo": "--max_train_steps 16 --rounds 1 --round_steps 4 --search_steps 4",
     "advunlearn": "--max_train_steps 32 --attack_steps 1 --learning_rate 0.002",
