@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .data import Pictures
-from .training import logits
+from .training import accuracy, logits
 
 HEAD_BIAS = ("bias_gap", "bsc", "mbg", "mbs")
 
@@ -44,12 +44,8 @@ def selectivity(model: nn.Module, source: nn.Module, test: Pictures, unseen: Pic
     """The fall of the accuracy on the forgotten class less that on the kept ones, in points, on held-out pictures: 100
     where all of the class and nothing else was lost (the metric of DAMP, from notes on the paper, 2604.15166).
     """
-    lost, cost = (_accuracy(source, part) - _accuracy(model, part) for part in (unseen, test))
+    lost, cost = (accuracy(source, part) - accuracy(model, part) for part in (unseen, test))
     return lost - cost
-
-
-def _accuracy(model: nn.Module, pictures: Pictures) -> float:
-    return 100 * (logits(model, pictures).argmax(1) == pictures.labels.cpu()).double().mean().item()
 
 
 def redistribution(before: torch.Tensor, after: torch.Tensor, classes: torch.Tensor, names: tuple[str, ...]) -> dict:

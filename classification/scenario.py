@@ -24,7 +24,7 @@ from .methods import METHODS
 from .methods.boundary import last_layer
 from .methods.task import Settings, Task
 from .metrics import evaluate
-from .training import batches, logits, seeded, train
+from .training import accuracy, batches, seeded, train
 
 FORMAT = "salun-diffusion classifier 1"
 
@@ -78,7 +78,7 @@ class Scenario:
             SalunError: a forget set that cannot be, or a model, a source or a test part that do not fit the data.
         """
         model = self.model(self.config.source_seed)
-        if {"be", "bias_shift", "ts_bgrm", "lb_hr"} & set(self.config.methods):
+        if any(METHODS[name].last_layer for name in self.config.methods):
             last_layer(model, len(self.data.classes))
         if self.config.source:
             models.load_weights(model, self.config.source, bool(self.config.mean))
@@ -160,8 +160,7 @@ class Scenario:
 
     def accuracy(self, model: torch.nn.Module, pictures: Pictures) -> float:
         """Percent."""
-        right = logits(model, pictures).argmax(1) == pictures.labels.cpu()
-        return round(100 * right.float().mean().item(), 3)
+        return round(accuracy(model, pictures), 3)
 
     def write_model(self, path: Path, model: torch.nn.Module) -> None:
         about = {"format": FORMAT, "model": self.config.model, "dataset": self.config.dataset}

@@ -212,3 +212,8 @@ def logits(model: nn.Module, pictures: Pictures) -> torch.Tensor:
     if not torch.isfinite(whole).all():
         raise SalunError("The model answers NaN or infinity: it is broken, so nothing was measured.")
     return whole
+
+
+def accuracy(model: nn.Module, pictures: Pictures) -> float:
+    """Percent of the pictures that the model, in eval mode, answers right."""
+    return 100 * (logits(model, pictures).argmax(1) == pictures.labels.cpu()).float().mean().item()

@@ -31,6 +31,7 @@ class Method:
         settings: those of them that it reads; a configuration that names another is refused.
         takes_mask: whether ``unlearn --mask FILE`` may replace the mask that it would make.
         tuned: the one setting that ``tune`` chooses.
+        last_layer: whether it needs a model that ends in a linear layer of classes.
         whole_classes: whether it can forget whole classes alone; ``all`` leaves it out elsewhere.
     """
 
@@ -42,6 +43,7 @@ class Method:
     settings: tuple[str, ...] = TRAINING
     takes_mask: bool = False
     tuned: Literal["learning_rate", "alpha"] = "learning_rate"
+    last_layer: bool = False
     whole_classes: bool = False
 
     def __call__(self, task: "Task") -> None:
@@ -67,7 +69,7 @@ METHODS: dict[str, Method] = {
     ),
     "be": Method(
         "BE", "boundary.boundary_expanding", "teaches the forget set one more class, then removes it",
-        "Chen et al. 2023", {"learning_rate": 1e-4},
+        "Chen et al. 2023", {"learning_rate": 1e-4}, last_layer=True,
     ),
     "bs": Method(
         "BS", "boundary.boundary_shrink", "teaches the forget set the answers to its pictures moved by FGSM",
@@ -104,15 +106,15 @@ METHODS: dict[str, Method] = {
     ),
     "bias_shift": Method(
         "BiasShift", "head.bias_shift", "lowers the class's bias in the last layer", "2605.08730", {"alpha": 10.0},
-        ("alpha",), tuned="alpha", whole_classes=True,
+        ("alpha",), tuned="alpha", last_layer=True, whole_classes=True,
     ),
     "ts_bgrm": Method(
         "TS-BGRM", "head.ts_bgrm", "GA in the last layer alone, then one pass of the retain set",
         "2605.08730", {"epochs": 8, "weight_decay": 1e-4},
-        ("epochs", "learning_rate", "batch_size", "weight_decay", "augment"), whole_classes=True,
+        ("epochs", "learning_rate", "batch_size", "weight_decay", "augment"), last_layer=True, whole_classes=True,
     ),
     "lb_hr": Method(
         "LB-HR", "head.lb_hr", "the retain set in the last layer alone, its biases held above a floor", "2605.08730",
-        {"learning_rate": 0.1, "alpha": 1.0}, (*TRAINING, "alpha"), whole_classes=True,
+        {"learning_rate": 0.1, "alpha": 1.0}, (*TRAINING, "alpha"), last_layer=True, whole_classes=True,
     ),
 }  # fmt: skip

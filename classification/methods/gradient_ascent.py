@@ -2,8 +2,6 @@
 (Kurmanji et al. 2023, section 4.1).
 """
 
-from itertools import cycle
-
 import torch
 import torch.nn.functional as F
 
@@ -20,13 +18,8 @@ def neggrad_plus(task: Task) -> None:
     """α · CE(retain) − (1 − α) · CE(forget), a batch of each together, over the retain set."""
     alpha = task.settings.alpha
 
-    def passes(epoch: int):
-        forget = cycle(list(task.batches(task.forget)))
-        for (kept, labels), (lost, others) in zip(task.batches(task.retain), forget, strict=False):
-            yield torch.cat([kept, lost]), (labels, others)
-
     def loss(logits: torch.Tensor, labels: tuple) -> torch.Tensor:
         kept, lost = logits.split([len(part) for part in labels])
         return alpha * F.cross_entropy(kept, labels[0]) - (1 - alpha) * F.cross_entropy(lost, labels[1])
 
-    task.optimise(passes, loss, task.count(task.retain))
+    task.optimise(lambda epoch: task.both(), loss, task.count(task.retain))

@@ -6,7 +6,6 @@ where the forget set is answered as by chance.
 """
 
 import math
-from itertools import cycle
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +20,6 @@ def ieu(task: Task) -> None:
     size = math.sqrt(task.settings.learning_rate) * NOISE
     alpha, most = task.settings.alpha, math.log(task.classes)
 
-    def passes(epoch: int):
-        forget = cycle(list(task.batches(task.forget)))
-        for (kept, labels), (lost, others) in zip(task.batches(task.retain), forget, strict=False):
-            yield torch.cat([kept, lost]), (labels, others)
-
     def loss(logits: torch.Tensor, labels: tuple) -> torch.Tensor:
         kept, lost = logits.split([len(part) for part in labels])
         return F.cross_entropy(kept, labels[0]) - alpha * F.cross_entropy(lost, labels[1]).clamp(max=most)
@@ -35,4 +29,4 @@ def ieu(task: Task) -> None:
         for weight in task.model.parameters():
             weight += size * torch.randn(weight.shape, generator=task.generator).to(weight)
 
-    task.optimise(passes, loss, task.count(task.retain), shake)
+    task.optimise(lambda epoch: task.both(), loss, task.count(task.retain), shake)

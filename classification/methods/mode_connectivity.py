@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.optim.swa_utils import update_bn
 
 from ..data import Pictures
 from ..training import EVALUATION_BATCH, inputs, logits
@@ -87,23 +88,8 @@ class Path:
         with torch.no_grad():
             for name, value in self.at(t).items():
                 found.get_parameter(name).copy_(value)
-        return refreshed(found, retain)
-
-
-@torch.no_grad()
-def refreshed(model: nn.Module, pictures: Pictures) -> nn.Module:
-    """``model`` with the running statistics of all its batch-norms made anew: the mean over batches."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [module.momentum for module in norms]
-    for module in norms:
-        module.reset_running_stats()
-        module.momentum = None  # torch's cumulative mean
-        module.train()
-    for images in pictures.images.split(EVALUATION_BATCH):
-        model(inputs(images))
-    for module, momentum in zip(norms, momenta, strict=True):
-        module.momentum = momentum
-    return model.eval()
+        update_bn((inputs(images) for images in retain.images.split(EVALUATION_BATCH)), found)
+        return found.eval()
 
 
 def _worth(model: nn.Module, task: Task) -> float:

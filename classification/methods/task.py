@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from itertools import cycle
 
 import torch
 from torch import nn
@@ -70,6 +71,14 @@ class Task:
     def batches(self, pictures: Pictures) -> Iterator[tuple]:
         """One shuffled, augmented pass."""
         return batches(pictures, self.settings.batch_size, self.generator, self.settings.augment)
+
+    def both(self) -> Iterator[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]]:
+        """One pass of the retain set with a batch of the forget set, over and over, behind each of its own: the
+        pictures, and the labels of the two parts.
+        """
+        forget = cycle(list(self.batches(self.forget)))
+        for (kept, labels), (lost, others) in zip(self.batches(self.retain), forget, strict=False):
+            yield torch.cat([kept, lost]), (labels, others)
 
     def count(self, *parts: Pictures) -> int:
         """Batches in one pass over ``parts``."""

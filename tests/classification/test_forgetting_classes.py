@@ -20,7 +20,7 @@ from classification.convergence import relearning
 from classification.data import Pictures, load
 from classification.methods import METHODS
 from classification.methods.damp import damp, directions
-from classification.methods.mode_connectivity import Path, refreshed
+from classification.methods.mode_connectivity import Path
 from classification.training import inputs
 from salun_diffusion.errors import SalunError
 
@@ -260,9 +260,8 @@ def test_the_path_of_mcu_is_the_curve_and_one_step_on_it(data):
 
 
 def test_batch_norms_statistics_are_those_of_the_pictures(data):
-    model = nn.Sequential(nn.BatchNorm2d(1))
-    part = data.train[torch.arange(50)]
-    refreshed(model, part)
+    source, part = nn.Sequential(nn.BatchNorm2d(1)), data.train[torch.arange(50)]
+    model = Path(source, source).model(0.5, part)
     x = inputs(part.images)
     assert torch.allclose(model[0].running_mean, x.mean()) and torch.allclose(model[0].running_var, x.var())
     assert model[0].momentum == 0.1 and not model.training
