@@ -3,11 +3,12 @@
 benchmarks/methods.json, or another ``--comparison FILE``, says all that matters: the concepts, the pictures measured,
 the settings that all methods share, and each method's grid. First each method tries its grid on the tuning concepts,
 one object and one style, which are not in the table; the trial with the highest mean of UA, IRA and CRA is its
-setting for that kind of concept. Then it has to forget the table's concepts; SalUn once more with the settings under
-"further", which took more trials than others had. Each is then attacked and relearned as "hidden" says, for what UA
-does not show. Each erasure is a process of its own on a core of its own, for its time and peak memory. What
-``--output_dir`` holds already is not made again; ``docs/results/methods.json``, and the tables and plot of
-docs/methods.md, are written in the end (``--write_only``: from the committed JSON alone).
+setting for that kind of concept. Then it has to forget the table's concepts; SalUn and its adversarial form once more
+with the settings under "further", which took more trials than others had. Each is then attacked and relearned as
+"hidden" says, for what UA does not show. Each erasure is a process of its own on a core of its own, for its time and
+peak memory. ``docs/results/methods.json``, and the tables and plot of docs/methods.md, are written anew after the trials
+and after each concept; what that file or ``--output_dir`` holds already is not made again (``--write_only``: the page
+from the committed JSON alone).
 """
 
 import json
@@ -68,18 +69,25 @@ def compare(options: MethodsConfig) -> None:
     """Tune, measure and write, as the module's docstring says."""
     if not options.write_only:
         config = _read(Path(options.comparison or HERE / "methods.json"))
-        folder = Path(options.output_dir)
+        folder, known = Path(options.output_dir), read_json(RESULTS) if RESULTS.exists() else {}
         for core in CORES:
             FREE.put(core)
-        chosen, trials = tune(config, folder)
-        found = {kind: [measure(config, chosen[kind], name, kind, folder) for name in names]
-                 for kind, names in config["concepts"].items()}  # fmt: skip
         about = {"processor": platform.processor() or platform.machine(), "cores": len(CORES)}
-        limits = frontier(config, chosen, folder)
-        write_json(RESULTS, {"about": about, "config": config, "chosen": chosen, "trials": trials, "concepts": found,
-                             "frontier": limits})  # fmt: skip
+        chosen, trials = tune(config, folder, known)
+        found = {"about": about, "config": config, "chosen": chosen, "trials": trials, "concepts": {}}
+        found["frontier"] = frontier(config, chosen, folder, known)
+        held = {(kind, entry["concept"]): entry for kind, mine in known.get("concepts", {}).items() for entry in mine}
+        for kind, name in in_turn(config["concepts"]):
+            wanted = wanted_of(config, chosen[kind])
+            asked, entry = _told(config, wanted), held.get((kind, name), {})
+            if entry.get("asked") != asked:
+                entry = {"asked": asked} | measure(config, wanted, name, kind, folder)
+            found["concepts"].setdefault(kind, []).append(entry)
+            write_json(RESULTS, found)
+            methods_page.write(found)
         shown = config["concepts"]["object"][1]
-        methods_page.pictures(json.loads(RESULTS.read_text()), folder / "table" / shown, shown)
+        if (folder / "table" / shown).is_dir():
+            methods_page.pictures(found, folder / "table" / shown, shown)
     results = json.loads(RESULTS.read_text())
     methods_page.write(results)
     shipped = json.loads((HERE.parent / "demo" / "settings.json").read_text())
@@ -87,6 +95,28 @@ def compare(options: MethodsConfig) -> None:
         for method, settings in methods.items():
             if shipped[kind].get(method) != settings:
                 print(f"demo/settings.json has others for {kind}, {method}; found here: {json.dumps(settings)}")
+
+
+def in_turn(concepts: dict[str, list[str]]) -> list[tuple[str, str]]:
+    """``(kind, concept)``, the first of each kind, then the second of each: a stopped run has some of all kinds."""
+    longest = max(map(len, concepts.values()))
+    return [(kind, names[i]) for i in range(longest) for kind, names in concepts.items() if i < len(names)]
+
+
+def wanted_of(config: dict, chosen: dict) -> dict[str, tuple[str, dict]]:
+    """Row of the table → method and its own settings: each method's best trial, and those with more trials."""
+    wanted = {method: (method, own) for method, own in chosen.items()}
+    return wanted | {row: (method, config["further"]) for row, method in methods_page.FURTHER.items()}
+
+
+def _told(config: dict, wanted: dict) -> dict:
+    """All that decides what is measured of a concept."""
+    return {
+        "models": {name: list(what) for name, what in wanted.items()},
+        "settings": config["settings"],
+        "images": config["images"]["table"],
+        "hidden": config["hidden"],
+    }
 
 
 def best_settings(results: dict) -> dict[str, dict[str, dict]]:
@@ -106,37 +136,49 @@ def best_settings(results: dict) -> dict[str, dict[str, dict]]:
     return best
 
 
-def tune(config: dict, folder: Path) -> tuple[dict, dict]:
-    """``(chosen, trials)``: by kind of concept and method, the settings of the best trial, and all trials' scores."""
+def tune(config: dict, folder: Path, known: dict) -> tuple[dict, dict]:
+    """``(chosen, trials)``: by kind of concept and method, the settings of the best trial, and all trials' scores.
+
+    Args:
+        config: what to measure.
+        folder: of the trials.
+        known: results before this; trials in them that are wanted as they were made are taken from there.
+    """
     chosen: dict = {kind: {} for kind in config["tuning"]}
     trials: dict = {kind: {} for kind in config["tuning"]}
+    alike = all(_tuned(known, key) == _tuned({"config": config}, key) for key in ("base", "settings", "images"))
     for kind, concept in config["tuning"].items():
-        wanted = {
-            f"{method}-{i}": (method, own) for method, grid in config["grid"].items() for i, own in enumerate(grid)
-        }
-        models = erase_and_judge(config, wanted, concept, folder / "tuning" / concept, "tuning")["models"]
-        for model in models[1:]:
-            method, own = wanted[model["name"]]
-            score = sum(model[key]["percent"] for key in ("ua", "ira", "cra")) / 3
-            trials[kind].setdefault(method, []).append(
-                {"settings": own, "score": round(score, 2)}
-                | {key: model[key]["percent"] for key in ("ua", "ira", "cra")}
-            )
+        made: dict = known["trials"].get(kind, {}) if alike and known["config"]["tuning"].get(kind) == concept else {}
+        new = {}
+        for method, grid in config["grid"].items():
+            held = {json.dumps(trial["settings"]): trial for trial in made.get(method, [])}
+            trials[kind][method] = [held.get(json.dumps(own)) for own in grid]
+            new |= {f"{method}-{i}": (method, own) for i, own in enumerate(grid) if not trials[kind][method][i]}
+        if new:
+            models = erase_and_judge(config, new, concept, folder / "tuning" / concept, "tuning")["models"][1:]
+            for model, (method, own) in zip(models, new.values(), strict=True):
+                scores = {key: model[key]["percent"] for key in ("ua", "ira", "cra")}
+                mean = {"score": round(sum(scores.values()) / 3, 2)}
+                trials[kind][method][config["grid"][method].index(own)] = {"settings": own} | mean | scores
         for method, mine in trials[kind].items():
             chosen[kind][method] = max(mine, key=lambda trial: trial["score"])["settings"]
     return chosen, trials
 
 
-def measure(config: dict, chosen: dict, concept: str, kind: str, folder: Path) -> dict:
+def _tuned(results: dict, key: str):
+    """What the trials were made with."""
+    value = results.get("config", {}).get(key)
+    return value["tuning"] if key == "images" and value else value
+
+
+def measure(config: dict, wanted: dict, concept: str, kind: str, folder: Path) -> dict:
     """One concept of the table: the base model's and each method's counts, seconds, memory and file size."""
-    wanted = {method: (method, own) for method, own in chosen.items()}
-    wanted[methods_page.FURTHER] = ("salun", config["further"])
     results = erase_and_judge(config, wanted, concept, folder / "table" / concept, "table")
     found = hidden(config, wanted, concept, folder / "table" / concept)
     rows = []
     for model in results["models"]:
         row = {"method": model["name"], "ua": model["ua"], "retained": model["retained"], "ira": model["ira"]}
-        row |= {"cra": model["cra"]} | found[model["name"]]
+        row |= {"cra": model["cra"], "instead": model["instead"]} | found[model["name"]]
         if model["erasure"]:
             row |= json.loads((folder / "table" / concept / model["name"] / "cost.json").read_text())
             row |= {"megabytes": round(model["erasure"]["bytes"] / 1e6, 2), "seconds": model["erasure"]["seconds"]}
@@ -176,18 +218,22 @@ def name_of(name: str) -> str:
     return name.replace(" ", "-").replace(",", "")
 
 
-def frontier(config: dict, chosen: dict, folder: Path) -> list[dict]:
+def frontier(config: dict, chosen: dict, folder: Path, known: dict) -> list[dict]:
     """SalUn on objects outside the table, from the table's setting to the one tuned further: what limits it."""
     own, found = chosen["object"]["salun"], []
     changes = {name: change for name, change in config["frontier"]["changes"].items() if own | change != own}
-    changes = {"as in the table": {}} | changes
+    wanted = {name: ("salun", own | change) for name, change in ({"as in the table": {}} | changes).items()}
+    wanted["salun_further"] = ("salun", config["further"])
+    held = {entry["concept"]: entry for entry in known.get("frontier", [])}
     for concept in config["frontier"]["object"]:
-        wanted = {name: ("salun", own | change) for name, change in changes.items()}
-        wanted[methods_page.FURTHER] = ("salun", config["further"])
-        results = erase_and_judge(config, wanted, concept, folder / "frontier" / concept, "table")
-        models = [{key: model[key] for key in ("ua", "ira", "cra", "retained")} | {"method": model["name"]}
-                  for model in results["models"]]  # fmt: skip
-        found.append({"concept": concept, "models": models})
+        entry = held.get(concept, {})
+        asked = {key: value for key, value in _told(config, wanted).items() if key != "hidden"}
+        if entry.get("asked") != asked:
+            results = erase_and_judge(config, wanted, concept, folder / "frontier" / concept, "table")
+            models = [{key: model[key] for key in ("ua", "ira", "cra", "retained")} | {"method": model["name"]}
+                      for model in results["models"]]  # fmt: skip
+            entry = {"concept": concept, "asked": asked, "models": models}
+        found.append(entry)
     return found
 
 

@@ -8,9 +8,11 @@ from salun_diffusion.tables import markdown, put_into
 
 DOCS = Path(__file__).parent.parent / "docs"
 BASE = "base"
-FURTHER = "salun_further"  # SalUn with settings from more trials than the others had
-TITLES = {BASE: "Base model", FURTHER: "SalUn, tuned further"}
+FURTHER = {"salun_further": "salun", "salun_adv_further": "salun_adv"}  # rows whose settings took more trials → method
+TITLES = {BASE: "Base model", "salun_further": "SalUn, tuned further",
+          "salun_adv_further": "SalUn, adversarial, with those settings"}  # fmt: skip
 COLUMNS = ("UA", "IRA", "CRA", "background", "count", "left / right")
+INSTEAD = {"anchor": "drawn as anchor", "nothing": "as nothing"}
 ATTACKS = {
     "concept_inversion": "learned token", "unlearndiffatk": "UnlearnDiffAtk", "ring_a_bell": "Ring-A-Bell",
     "tina": "TINA", "noise_probe": "noise",
@@ -39,6 +41,8 @@ def shares_by_column(concepts: list[dict], method: str) -> dict[str, list[dict]]
         "IRA": [row["ira"] for row in rows],
         "CRA": [row["cra"] for row in rows],
     }
+    for name in INSTEAD:
+        found[name] = [row["instead"][name] for row in rows if "instead" in row]
     for column, question in (("background", "background"), ("count", "count"), ("left / right", "left_right")):
         found[column] = [row["retained"][question] for row in rows]
     return found
@@ -60,6 +64,11 @@ def summary(concepts: list[dict], method: str) -> dict:
     return found
 
 
+def _rows(found: dict, kind: str) -> list[str]:
+    """The models of a table, in order."""
+    return [BASE, *found["chosen"][kind], *FURTHER]
+
+
 def _title(method: str) -> str:
     return TITLES.get(method) or find_method(method).title
 
@@ -67,10 +76,10 @@ def _title(method: str) -> str:
 def table(found: dict, kind: str) -> str:
     concepts = found["concepts"][kind]
     names = ", ".join(concept["concept"] for concept in concepts)
-    rows = [["", *COLUMNS, "training, s", "whole run, s", "peak, GiB", "file, MB"]]
-    for method in (BASE, *found["chosen"][kind], FURTHER):
+    rows = [["", *COLUMNS[:3], *INSTEAD.values(), *COLUMNS[3:], "training, s", "whole run, s", "peak, GiB", "file, MB"]]
+    for method in _rows(found, kind):
         about = summary(concepts, method)
-        cells = [shown(about[column]) for column in COLUMNS]
+        cells = [shown(about[column]) for column in (*COLUMNS[:3], *INSTEAD, *COLUMNS[3:])]
         costs = [("seconds", ".0f"), ("wall_seconds", ".0f"), ("peak_gib", ".2f"), ("megabytes", ".2f")]
         cells += ["" if method == BASE else format(about[key], how) for key, how in costs]
         rows.append([_title(method), *cells])
@@ -80,7 +89,7 @@ def table(found: dict, kind: str) -> str:
 def hidden(found: dict, kind: str) -> str:
     """What attacks and fine-tuning bring back, as a table pooled over the kind's concepts."""
     concepts = found["concepts"][kind]
-    methods = (BASE, *found["chosen"][kind], FURTHER)
+    methods = _rows(found, kind)
     models = [
         [next(m for m in concept["models"] if m["method"] == method) for concept in concepts] for method in methods
     ]
@@ -122,7 +131,7 @@ def _chosen(found: dict, kind: str) -> str:
 
     tuned = found["config"]["tuning"][kind]
     listed = "; ".join(f"{_title(method)} {said(own)}" for method, own in found["chosen"][kind].items())
-    return f"Chosen on {tuned}: {listed}. {_title(FURTHER)}: {said(found['config']['further'])}."
+    return f"Chosen on {tuned}: {listed}. {_title('salun_further')}: {said(found['config']['further'])}."
 
 
 def _protocol(found: dict) -> str:
@@ -156,14 +165,13 @@ def _plot(found: dict, path: Path) -> None:
         base = summary(concepts, BASE)["retained"]["percent"]
         axis.axhline(base, color="grey", linewidth=0.8, linestyle=":")
         axis.annotate("base model", (0, base), fontsize=8, color="grey", va="bottom")
-        for number, method in enumerate([*found["chosen"][kind], FURTHER]):
+        for number, method in enumerate(_rows(found, kind)[1:]):
             about = summary(concepts, method)
             ua, kept = about["UA"], about["retained"]
             spread = [[[share["percent"] - share["low"]], [share["high"] - share["percent"]]] for share in (ua, kept)]
             axis.errorbar(
-                ua["percent"], kept["percent"], xerr=spread[0], yerr=spread[1], fmt="osD^vP*X<>p"[number],
-                color=f"C{number}" if number < 10 else "black", elinewidth=0.7,
-                markersize=11 if method in ("salun", FURTHER) else 7,
+                ua["percent"], kept["percent"], xerr=spread[0], yerr=spread[1], fmt="osD^vP*X<>p"[number % 11],
+                color=f"C{number % 10}", elinewidth=0.7, markersize=11 if method.startswith("salun") else 7,
                 label=_title(method),
             )  # fmt: skip
         axis.set(title=f"{kind}s: {', '.join(concept['concept'] for concept in concepts)}", xlabel="forgotten: UA, %")
@@ -191,7 +199,7 @@ def pictures(found: dict, folder: Path, concept: str, count: int = 7) -> None:
     from PIL import Image
 
     kind = next(kind for kind, concepts in found["config"]["concepts"].items() if concept in concepts)
-    methods, images = [BASE, *found["chosen"][kind], FURTHER], found["config"]["images"]["table"]
+    methods, images = _rows(found, kind), found["config"]["images"]["table"]
     forget, total = images["num_forget_images"], sum(images.values())
     names = [f"forget-{i:04d}" for i in range(0, forget, forget // count)][:count]
     names += [f"retain-{i:04d}" for i in range(forget, total, (total - forget) // count)][:count]
