@@ -6,8 +6,8 @@ one object and one style, which are not in the table; the trial with the highest
 setting for that kind of concept. Then it has to forget the table's concepts; SalUn and its adversarial form once more
 with the settings under "further", which took more trials than others had. Each is then attacked and relearned as
 "hidden" says, for what UA does not show. Each erasure is a process of its own on a core of its own, for its time and
-peak memory. ``docs/results/methods.json``, and the tables and plot of docs/methods.md, are written anew after the trials
-and after each concept; what that file or ``--output_dir`` holds already is not made again (``--write_only``: the page
+peak memory. ``docs/results/methods.json``, and the tables and plot of docs/methods.md, are written anew after each
+concept; what that file or ``--output_dir`` holds already is not made again (``--write_only``: the page
 from the committed JSON alone).
 """
 
