@@ -47,7 +47,7 @@ class MethodsConfig:
     write_only: bool = option(False, "the table and the plot, from the committed results")
 
 
-def _read(path: Path) -> dict:
+def read(path: Path) -> dict:
     """What to measure.
 
     Raises:
@@ -68,7 +68,7 @@ def _read(path: Path) -> dict:
 def compare(options: MethodsConfig) -> None:
     """Tune, measure and write, as the module's docstring says."""
     if not options.write_only:
-        config = _read(Path(options.comparison or HERE / "methods.json"))
+        config = read(Path(options.comparison or HERE / "methods.json"))
         folder, known = Path(options.output_dir), read_json(RESULTS) if RESULTS.exists() else {}
         for core in CORES:
             FREE.put(core)
@@ -79,7 +79,7 @@ def compare(options: MethodsConfig) -> None:
         held = {(kind, entry["concept"]): entry for kind, mine in known.get("concepts", {}).items() for entry in mine}
         for kind, name in in_turn(config["concepts"]):
             wanted = wanted_of(config, chosen[kind])
-            asked, entry = _told(config, wanted), held.get((kind, name), {})
+            asked, entry = told(config, wanted), held.get((kind, name), {})
             if entry.get("asked") != asked:
                 entry = {"asked": asked} | measure(config, wanted, name, kind, folder)
             found["concepts"].setdefault(kind, []).append(entry)
@@ -109,7 +109,7 @@ def wanted_of(config: dict, chosen: dict) -> dict[str, tuple[str, dict]]:
     return wanted | {row: (method, config["further"]) for row, method in methods_page.FURTHER.items()}
 
 
-def _told(config: dict, wanted: dict) -> dict:
+def told(config: dict, wanted: dict) -> dict:
     """All that decides what is measured of a concept."""
     return {
         "models": {name: list(what) for name, what in wanted.items()},
@@ -227,7 +227,7 @@ def frontier(config: dict, chosen: dict, folder: Path, known: dict) -> list[dict
     held = {entry["concept"]: entry for entry in known.get("frontier", [])}
     for concept in config["frontier"]["object"]:
         entry = held.get(concept, {})
-        asked = {key: value for key, value in _told(config, wanted).items() if key != "hidden"}
+        asked = {key: value for key, value in told(config, wanted).items() if key != "hidden"}
         if entry.get("asked") != asked:
             results = erase_and_judge(config, wanted, concept, folder / "frontier" / concept, "table")
             models = [{key: model[key] for key in ("ua", "ira", "cra", "retained")} | {"method": model["name"]}
