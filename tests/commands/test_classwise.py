@@ -36,6 +36,14 @@ def test_the_page_has_a_row_for_each_method_and_the_gap_to_retrain():
     assert "| SalUn | 4 (90%), 0 (10%) |" in classwise_page.drawn_as({"runs": runs})
 
 
+def test_the_page_is_made_of_the_committed_results():
+    found = json.loads(classwise_page.RESULTS.read_text(encoding="utf-8"))
+    page = classwise_page.PAGE.read_text(encoding="utf-8")
+    for part in (classwise_page.table, classwise_page.drawn_as, classwise_page.relearning):
+        assert part(found) in page
+    assert "](classwise.png)" in page and classwise_page.PICTURE.exists()
+
+
 def test_relearning_is_told_by_medians_and_what_was_not_reached_by_the_last_step():
     def row(seed, half, most, share):
         curve = [[0, 0.0], [5, share], [40, 80.0]]
