@@ -5,7 +5,7 @@ import json
 import pytest
 from shell import ROOT, here
 
-from benchmarks import methods_page
+from benchmarks import methods_page, saliency
 from salun_diffusion import erase
 from salun_diffusion.command_line import parse
 from salun_diffusion.methods import METHODS, find_method
@@ -68,4 +68,6 @@ def test_the_table_is_made_of_the_committed_results():
     page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     assert all(methods_page.table(found, kind) in page for kind in ("object", "style"))
     assert methods_page.frontier(found) in page
+    masks = json.loads((ROOT / "docs" / "results" / "saliency.json").read_text(encoding="utf-8"))["concepts"]
+    assert saliency.table(masks) in page
     assert all(methods_page.hidden(found, kind) in page for kind in ("object", "style"))
