@@ -50,6 +50,11 @@ def picture(pipe):
         return pipe.unet(noisy, 5, words).sample
 
 
+def same_but_for_rounding(one, other):
+    """Of the same weights elsewhere in memory: a processor may sum in another order where they begin otherwise."""
+    return torch.allclose(one, other, rtol=0, atol=1e-6)
+
+
 def refused(sentence, act, *arguments, **options):
     with pytest.raises(SalunError, match=sentence) as caught:
         act(*arguments, **options)
@@ -149,10 +154,12 @@ def offload(pipe, folder):
 
 
 def test_offloading_to_disk(pipe, base, file, tmp_path):
+    plain = picture(pipe)
     load_erasure(pipe, file)
     erased = picture(pipe)
+    assert not same_but_for_rounding(erased, plain)
     offload(pipe, tmp_path / "offloaded")
-    assert torch.equal(picture(pipe), erased) and list_erasures(pipe)[0]["intact"] is True
+    assert same_but_for_rounding(picture(pipe), erased) and list_erasures(pipe)[0]["intact"] is True
     refused("are offloaded to disk .* before enable_group_offload", unload_erasure, pipe)
     other = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
     offload(other, tmp_path / "clean")
@@ -164,8 +171,9 @@ def test_offloading_to_a_folder_of_another_run(pipe, base, file, tmp_path):
     offload(pipe, tmp_path / "offloaded")
     other = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
     load_erasure(other, file)
+    assert not same_but_for_rounding(picture(other), plain)
     offload(other, tmp_path / "offloaded")
-    assert torch.equal(picture(other), plain)  # diffusers does not rewrite what lies there
+    assert same_but_for_rounding(picture(other), plain)  # diffusers does not rewrite what lies there
     assert list_erasures(other)[0]["intact"] is False
 
 
