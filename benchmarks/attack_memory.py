@@ -31,7 +31,7 @@ def attack_memory(config: BenchmarkConfig) -> dict:
     """
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        sizes = _pipeline(config, work / "model")
+        sizes = random_pipeline(config, work / "model")
         nudge(work / "model", work / "nudged.safetensors")
         first = _attacked(work)
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
@@ -54,7 +54,7 @@ def attack_memory(config: BenchmarkConfig) -> dict:
     }  # fmt: skip
 
 
-def _pipeline(config: BenchmarkConfig, path: Path) -> dict[str, int]:
+def random_pipeline(config: BenchmarkConfig, path: Path) -> dict[str, int]:
     """Write a pipeline of random weights to ``path``, with the demo's words and concepts; the weights of each part."""
     words = CLIPTokenizer.from_pretrained(DEMO / "tokenizer")
     text = CLIPTextConfig(

@@ -11,6 +11,7 @@ MEASUREMENTS = (
     "delta",
     "memory",
     "i2p",
+    "accuracy",
     "attack",
     "attack_memory",
     "flux_memory",

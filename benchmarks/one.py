@@ -13,9 +13,9 @@ from .config import BenchmarkConfig
 def main() -> None:
     name, options = sys.argv[1:]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice on optional packages helps nobody here
-    from . import attack, attack_memory, evaluation, flux_memory, loading, measurements, memory
+    from . import accuracy, attack, attack_memory, evaluation, flux_memory, loading, measurements, memory
 
-    modules = (memory, flux_memory, evaluation, loading, measurements, attack, attack_memory)
+    modules = (memory, flux_memory, evaluation, loading, measurements, attack, attack_memory, accuracy)
     work = next(getattr(module, name) for module in modules if hasattr(module, name))
     print(json.dumps(work(BenchmarkConfig(**json.loads(options)))))
 

@@ -67,6 +67,11 @@ def _section(found: dict) -> str:
         rows.append(["one copy of those layers in memory", "", f"{d['copy_seconds']:.2f} s", ""])
     if "i2p" in found:
         rows += _evaluation(found["i2p"])
+    if "accuracy" in found:
+        a = found["accuracy"]
+        ratio = f"{a['ours'] / a['plain']:.2g}×"
+        speeds = (f"{a[side]:.3g} pictures/s" for side in ("plain", "ours"))
+        rows.append([f"`eval accuracy`, base and one erasure ({a['how']})", *speeds, ratio])
     if "attack" in found:
         a = found["attack"]
         rows.append(_row(f"a step of an attack ({a['how']})", a["plain"], a["ours"], "s"))
