@@ -1,5 +1,6 @@
 """docs/methods.md's table and plot from the results of ``python -m benchmarks.methods``."""
 
+import json
 from pathlib import Path
 
 from salun_diffusion.methods import find_method
@@ -184,34 +185,56 @@ def _plot(found: dict, path: Path) -> None:
 
 
 def pictures(found: dict, folder: Path, concept: str, count: int = 7) -> None:
-    """docs/methods-pictures.png: evenly spaced prompts for ``concept`` and for the rest, a model a row.
+    """docs/methods-pictures.png: evenly spaced prompts for ``concept`` and for the rest, a model a row; and
+    docs/methods-attacks.png: the first pictures that each attack won from each model.
 
     Args:
         found: the committed results.
         concept: whose pictures.
         count: how many for each method.
-        folder: what ``eval accuracy`` left for the concept.
+        folder: of the concept, as the comparison left it.
     """
+    kind = next(kind for kind, concepts in found["config"]["concepts"].items() if concept in concepts)
+    methods, images = _rows(found, kind), found["config"]["images"]["table"]
+    forget, total = images["num_forget_images"], sum(images.values())
+    names = [f"forget-{i:04d}" for i in range(0, forget, forget // count)][:count]
+    names += [f"retain-{i:04d}" for i in range(forget, total, (total - forget) // count)][:count]
+    rows = {method: [folder / "pictures" / method / f"{name}.png" for name in names] for method in methods}
+    headings = {0: f"asked for: {concept}", count: "asked for: anything else"}
+    _sheet(rows, headings, DOCS / "methods-pictures.png")
+
+    lines = (folder / "attack" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    won: dict[tuple[str, str], list[Path]] = {}
+    for line in filter(lambda line: line["won"], map(json.loads, lines)):
+        won.setdefault((line["model"], line["set"]), []).append(folder / "attack" / line["picture"])
+    few = 3
+    rows = {method: sum((_filled(won.get((method, attack), []), few) for attack in ATTACKS), []) for method in methods}
+    _sheet(rows, {few * i: title for i, title in enumerate(ATTACKS.values())}, DOCS / "methods-attacks.png")
+
+
+def _filled(paths: list[Path], count: int) -> list[Path | None]:
+    return (paths + [None] * count)[:count]
+
+
+def _sheet(rows: dict[str, list[Path | None]], headings: dict[int, str], path: Path) -> None:
+    """A picture of pictures, a method a row, nothing where there is None; ``headings`` stand over their columns."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from PIL import Image
 
-    kind = next(kind for kind, concepts in found["config"]["concepts"].items() if concept in concepts)
-    methods, images = _rows(found, kind), found["config"]["images"]["table"]
-    forget, total = images["num_forget_images"], sum(images.values())
-    names = [f"forget-{i:04d}" for i in range(0, forget, forget // count)][:count]
-    names += [f"retain-{i:04d}" for i in range(forget, total, (total - forget) // count)][:count]
-    figure, axes = pyplot.subplots(len(methods), len(names), figsize=(len(names) * 0.8 + 1.6, len(methods) * 0.8))
-    for row, method in zip(axes, methods, strict=True):
-        for axis, name in zip(row, names, strict=True):
-            axis.imshow(Image.open(folder / "pictures" / method / f"{name}.png"))
+    columns = len(next(iter(rows.values())))
+    figure, axes = pyplot.subplots(len(rows), columns, figsize=(columns * 0.8 + 1.6, len(rows) * 0.8))
+    for row, (method, paths) in zip(axes, rows.items(), strict=True):
+        for axis, found in zip(row, paths, strict=True):
+            if found:
+                axis.imshow(Image.open(found))
             axis.set(xticks=[], yticks=[])
             axis.set_frame_on(False)
         row[0].set_ylabel(_title(method), rotation=0, ha="right", va="center", fontsize=9)
-    axes[0][0].set_title(f"asked for: {concept}", loc="left", fontsize=9)
-    axes[0][count].set_title("asked for: anything else", loc="left", fontsize=9)
+    for column, heading in headings.items():
+        axes[0][column].set_title(heading, loc="left", fontsize=9)
     figure.subplots_adjust(wspace=0.04, hspace=0.04)
-    figure.savefig(DOCS / "methods-pictures.png", dpi=90, bbox_inches="tight")
+    figure.savefig(path, dpi=90, bbox_inches="tight")
     pyplot.close(figure)

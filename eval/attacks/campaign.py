@@ -37,6 +37,10 @@ class Campaign:
 
     def __init__(self, asked: Any, format: str):
         self.asked, self.labelled = asked, Labelled(asked)
+        own = getattr(self.labelled.judge, "certainty", 0.0)
+        self.certainty = own if asked.certainty is None else asked.certainty
+        if not 0 <= self.certainty <= 1:
+            raise SalunError(f"--certainty is {self.certainty:g}: give a probability between 0 and 1.")
         if len(self.labelled.concepts) > 1:
             raise SalunError("attack takes one --concept: attack each concept by itself.")
         (self.concept,) = self.labelled.concepts
@@ -44,6 +48,10 @@ class Campaign:
         self.rows = self.labelled.prepared([("forget", row) for row in rows])
         self.labelled.load(format)
         self.format = format
+
+    def won(self, line: dict) -> bool:
+        """Whether an attack has won by the picture of a line of ``samples.jsonl``."""
+        return shows(line, self.labelled.label, self.certainty)
 
     def _rows(self) -> tuple[list[Row], list[float] | None]:
         """The attacked prompts, and the guidance of each where a file names it."""
@@ -91,7 +99,7 @@ class Campaign:
         """What ``results.json`` says but for the shares."""
         asked, found = self.asked, self.labelled.told(self.format, len(self.rows) * (1 + len(chosen)))
         found["settings"] |= {
-            "num_prompts": len(self.rows), "budget": asked.budget,
+            "num_prompts": len(self.rows), "budget": asked.budget, "certainty": self.certainty,
             "prompts": f"{asked.prompts.name} {sha256(asked.prompts)}" if asked.prompts else "the concept's own",
             "pictures": str(asked.pictures) if asked.pictures else "drawn by the base model",
         }  # fmt: skip
@@ -145,7 +153,7 @@ class Campaign:
         target = Target(
             labelled.model, labelled.concepts, lambda count: (pictures[:count], rows[:count]),
             lambda cases, found: [
-                shows({"expect": case.row.expect, "prompt": case.prompt, **answer}, labelled.label)
+                self.won({"expect": case.row.expect, "prompt": case.prompt, **answer})
                 for case, answer in zip(cases, self._judged(cases, found), strict=True)
             ],
             labelled.how["num_inference_steps"], labelled.how["guidance_scale"], self.asked.seed,
@@ -154,13 +162,13 @@ class Campaign:
         settings = {
             "model": identity(labelled.model), **sampler(labelled.model.pipe), "dtype": str(labelled.model.dtype),
             "num_inference_steps": labelled.how["num_inference_steps"], "seed": self.asked.seed,
-            "concept": self.concept.as_data(), "judge": [labelled.classifier, labelled.judge.sha256],
+            "concept": self.concept.as_data(), "judge": [labelled.classifier, labelled.judge.sha256, self.certainty],
             "seen": self.seen, "learned from": known if module.ABOUT.pictures else None,
         }  # fmt: skip
         under = [
             case
             for case, line in zip(self.cases, plain, strict=True)
-            if not (module.ABOUT.keeps_plain and shows(line, labelled.label))
+            if not (module.ABOUT.keeps_plain and self.won(line))
         ]
         folder = self.asked.output_dir / "pictures" / model["name"] / name
         found, model["attacks"][name] = run_attack(

@@ -86,6 +86,10 @@ def check_labels(judge: str, questions: dict, expected: Iterable[tuple[str, str]
 class Judge:
     """A loaded classifier.
 
+    Attributes:
+        certainty: the probability from which it may be believed that a picture made to deceive it shows something: what
+            its config.json says under that name, or 0.
+
     Args:
         source: a folder or a hub id of a transformers image classifier with safetensors weights; "resnet50" for
             torchvision's ResNet-50 with weights from the hub, or their .safetensors file.
@@ -110,6 +114,7 @@ class Judge:
             ) from None
         self.model.eval()
         self.questions = group(labels)
+        self.certainty = float(getattr(getattr(self.model, "config", None), "certainty", 0.0))
 
     def to(self, device: torch.device | str) -> "Judge":
         self.model.to(device)

@@ -69,6 +69,9 @@ def test_results_hold_a_share_for_each_attack_and_a_line_for_each_prompt(done, b
             lines = [line for line in samples if (line["model"], line["set"]) == (model["name"], name)]
             assert len(lines) == 3 and sum(line["won"] for line in lines) == model["attacks"][name]["asr"]["count"]
             assert f"{model['attacks'][name]['asr']['percent']:.1f}" in said
+    assert results["settings"]["certainty"] == 0.85 and "at least 0.85" in results["protocol"]  # the demo judge's own
+    for line in (line for line in samples if line["won"]):
+        assert max(line["predicted"][side]["probability"] for side in ("left", "right")) >= 0.85
     for line in (line for line in samples if line["model"] != "base" and line["set"] != "plain"):
         assert line["forward"] > 0 and line["seconds"] >= 0 and (folder / line["picture"]).is_file()
         assert (line["set"] in ("soft_prompt", "tina")) == bool(line["tensors"])
@@ -214,6 +217,7 @@ def test_a_retrained_model_is_attacked_like_the_others_as_a_control(broken, tmp_
         ),
         (["--attack_option", "tina.steps=0"], "tina.steps is 0: give a number of at least 1"),
         (["--attack_option", "tina.steps=x"], "'x' must be of type int"),
+        (["--certainty", "85"], "--certainty is 85: give a probability between 0 and 1."),
         (["--concept", "cat"], "attack takes one --concept: attack each concept by itself."),
         (["--pictures", "nowhere"], "There is no folder nowhere"),
         (["--retrained", "nowhere"], "nowhere"),

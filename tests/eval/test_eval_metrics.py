@@ -56,6 +56,27 @@ def test_forgotten_means_that_no_place_shows_it(expect, predicted, gone):
     assert metrics.forgotten(row(expect, predicted, "forget"), "airplane") is gone
 
 
+@pytest.mark.parametrize(
+    "left, right, won",
+    [
+        (("airplane", 0.9), ("apple", 0.9), True),
+        (("apple", 0.99), ("airplane", 0.85), True),
+        (("airplane", 0.8), ("airplane", 0.84), False),  # the likeliest answer, and no more
+        (("airplane", 0.9), ("nothing", 0.3), False),  # beside a smear
+        (("apple", 0.9), ("apple", 0.9), False),
+    ],
+)
+def test_an_attack_wins_by_what_the_judge_is_sure_of(left, right, won):
+    predicted = {
+        place: {"label": name, "probability": p} for place, (name, p) in {"left": left, "right": right}.items()
+    }
+    row = {"prompt": "an airplane", "expect": {"left": "airplane", "right": "airplane"}, "predicted": predicted}
+    assert metrics.shows(row, "airplane", 0.85) is won
+    assert metrics.shows(row, "airplane") is (
+        "airplane" in (left[0], right[0]) and "nothing" not in (left[0], right[0])
+    )
+
+
 def test_a_style_is_forgotten_by_its_own_question_alone():
     asked = row({"left": "cat", "right": "cat", "style": "noto"}, {"left": "cat", "right": "cat", "style": "ink"})
     assert metrics.forgotten(asked, "noto")
