@@ -19,6 +19,7 @@ METHODS = {
     "stereo": "stereo.STEREO",
     "advunlearn": "advunlearn.AdvUnlearn",
     "salun_adv": "salun_adv.SalUnAdv",
+    "salun_anchored": "salun_anchored.SalUnAnchored",
     "sld": "guard.SLD",
     "safree": "guard.SAFREE",
 }

@@ -20,7 +20,7 @@ FAST = [
 ]  # fmt: skip
 FROM_A_PICTURE = [
     "completion.kept=0.7", "completion.steps=10", "inpainting.hole=0.5,0.375", "inpainting.steps=10",
-    "image_guided.strength=0.4,0.3", "image_guided.steps=10", "image_guided.pictures=4",
+    "image_guided.strength=0.4,0.2", "image_guided.steps=10", "image_guided.pictures=4",
 ]  # fmt: skip
 LAUNCH = ("python", "-m", "eval")
 NAMES = ["concept_inversion", "soft_prompt", "unlearndiffatk", "ring_a_bell", "tina", "noise_probe"]

@@ -43,6 +43,19 @@ def plain_salun(net, base, forget, retain, trainer):
     return F.mse_loss(erased, anchor) + trainer.config.alpha * plain_denoising(net, retain)
 
 
+def plain_salun_anchored(net, base, forget, retain, trainer):
+    """Picture by picture, each noised from the set that its own chance says."""
+    sets, losses = trainer.batches.sets, []
+    for i, index in enumerate(forget.index):
+        chance = torch.rand(1, generator=trainer.batches.generator("anchored", forget.step, i))
+        clean, t = sets["anchor" if chance < 0.5 else "forget"].latents[index[None]], forget.timesteps[i : i + 1]
+        noisy = trainer.model.schedule.add_noise(clean, forget.noise[i : i + 1], t)
+        with torch.no_grad():
+            anchor = net(noisy, t, told(forget, "anchor_condition")[i : i + 1]).sample
+        losses.append(F.mse_loss(net(noisy, t, told(forget)[i : i + 1]).sample, anchor))
+    return sum(losses) / len(losses) + trainer.config.alpha * plain_denoising(net, retain)
+
+
 def plain_denoising(net, batch):
     return F.mse_loss(net(batch.noisy, batch.timesteps, told(batch)).sample, batch.target)
 
@@ -264,6 +277,7 @@ def plain_word(net, trainer, number=0):
 PLAIN = {
     "salun": plain_salun,
     "random_label": plain_salun,
+    "salun_anchored": plain_salun_anchored,
     "gradient_ascent": plain_gradient_ascent,
     "concept_ablation": plain_concept_ablation,
     "finetune": plain_finetune,

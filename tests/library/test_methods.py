@@ -120,9 +120,9 @@ def test_every_saliency_chooses_as_many_weights_and_others(folders, tmp_path):
     assert 0.5 < share["contrast"] < 1 and share["magnitude"] < 0.5
 
 
-@pytest.mark.parametrize("method", ["race", "salun_adv", "stereo", "advunlearn"])
-def test_attacks_do_not_depend_on_how_a_step_is_shared(method, folders, tmp_path):
-    """Two accumulated batches, or two processes, meet the same attacks as one batch."""
+@pytest.mark.parametrize("method", ["race", "salun_adv", "stereo", "advunlearn", "salun_anchored"])
+def test_what_is_drawn_by_chance_does_not_depend_on_how_a_step_is_shared(method, folders, tmp_path):
+    """Two accumulated batches, or two processes, meet the same attacks and pictures as one batch."""
     words = ["--save_dtype", "fp32", "--mask", "none"]
     whole = erase(folders["sd1"], method, tmp_path / "whole", *words, "--train_batch_size", "4")
     erase(folders["sd1"], method, tmp_path / "two", *words, "--gradient_accumulation_steps", "2")
