@@ -42,6 +42,8 @@ METHODS = {
     "uce": {"anchor": "cat", "num_retain_images": 2},
     "rece": {"anchor": "cat", "num_retain_images": 2},
     "race": {"warm_up": 0.0, "attack_steps": 1},
+    "finetune": {"num_retain_images": 2},
+    "salun_esd": {},
     "salun_adv": {"anchor": "cat", "num_retain_images": 2, "attacked": 0.5, "attack_tokens": "all", "attack_steps": 1,
                   "inverted": 0.0, "empty": 0.25},
 }  # fmt: skip
@@ -63,7 +65,7 @@ def folder(tmp_path_factory):
 def erased(pipe, output, method="salun", **options):
     few = {"num_inference_steps": 2, "train_batch_size": 2, "max_train_steps": 1, "learning_rate": 1e-2}
     few = {} if method in ("uce", "rece") else few
-    few |= {} if method in ("esd", "race") else {"num_forget_images": 2}
+    few |= {} if method in ("esd", "race", "finetune") else {"num_forget_images": 2}
     few |= METHODS[method] | options
     return erase(
         pipe,
