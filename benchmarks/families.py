@@ -95,7 +95,7 @@ def table(found: dict) -> str:
     """The table of docs/models.md: a row for each method and family, each digit's pictures of all seeds together."""
     digits = sorted({row["digit"] for row in found["runs"]})
     head = ["", *(f"{what}, a {digit} forgotten" for what in ("UA ↑", "other digits ↑") for digit in digits)]
-    rows = [[*head, "seconds", "learning rate"]]
+    rows = [[*head, "Fréchet to real ↓", "learning rate"]]
     counts = {"ua": found["pictures"]["forget"], "others": 9 * found["pictures"]["kept"]}
     for method, family in product(dict.fromkeys(row["method"] for row in found["runs"]), MODELS):
         own = [row for row in found["runs"] if (row["method"], row["family"]) == (method, family)]
@@ -104,15 +104,15 @@ def table(found: dict) -> str:
             shares = [row[key] for row in own if row["digit"] == digit]
             right = sum(round(share * counts[key] / 100) for share in shares)
             cells.append(shown(wilson(right, counts[key] * len(shares))))
-        rate, seconds = own[0].get("learning_rate"), [row["seconds"] for row in own]
-        took = "–" if rate is None else f"{sum(seconds) / len(seconds):.0f}"
-        rows.append([f"{method}, {family}", *cells, took, "–" if rate is None else f"{rate:g}"])
+        rate, apart = own[0].get("learning_rate"), sum(row["frechet_real"] for row in own) / len(own)
+        rows.append([f"{method}, {family}", *cells, f"{apart:.2f}", "–" if rate is None else f"{rate:g}"])
     seeds = sorted({row["seed"] for row in found["runs"]})
     forget, kept = counts["ua"], counts["others"]
     return (
         f"{markdown(rows)}\n\nIntervals: Wilson, 95%, over the pictures of seeds "
         f"{' and '.join(map(str, seeds))} together (n = {forget * len(seeds)} of the forgotten digit, "
-        f"{kept * len(seeds)} of the others; of an original {forget} and {kept}). Learning rate: the best of "
+        f"{kept * len(seeds)} of the others; of an original {forget} and {kept}). Fréchet: the other digits in the "
+        "judge's 64 features, beside all real ones; mean of digits and seeds. Learning rate: the best of "
         f"{', '.join(f'{rate:g}' for rate in found['tuning']['learning_rates'])} for the digit "
         f"{found['tuning']['digit']}, seed {found['tuning']['seed']}, for each family and method. Made by "
         "`python -m benchmarks.families`; every number is in `docs/results/families.json`."
