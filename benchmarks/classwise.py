@@ -53,10 +53,10 @@ class ClasswiseConfig:
 
 
 class Runs:
-    """The erasures and retrained models of one work folder."""
+    """The erasures and retrained models of one work folder, of the base model in ``folder``."""
 
-    def __init__(self, config: ClasswiseConfig):
-        self.config, self.work, self.bench = config, Path(config.work_dir), Bench(config)
+    def __init__(self, config, folder: Path = MODEL):
+        self.config, self.folder, self.work, self.bench = config, folder, Path(config.work_dir), Bench(config, folder)
 
     def path(self, name: str, digit: int, seed: int, rate: float) -> Path:
         """Where an erasure is, or will be."""
@@ -74,8 +74,8 @@ class Runs:
         if path.exists():
             shutil.rmtree(path)  # of a command that was stopped
         return erase(
-            str(MODEL), str(digit), output_dir=path, data_dir=str(self.work / "latents"), seed=seed, learning_rate=rate,
-            **options, **data,
+            str(self.folder), str(digit), output_dir=path, data_dir=str(self.work / "latents"), seed=seed,
+            learning_rate=rate, **options, **data,
         ).seconds  # fmt: skip
 
     def erased(self, name: str, digit: int, seed: int, rate: float, **how) -> dict:
@@ -94,7 +94,7 @@ class Runs:
         if (folder / "concepts.json").exists():
             return folder, None
         begun, fresh = time.perf_counter(), not list(training.glob("digits-*"))
-        _run("demo.digits", "--work_dir", training, "--without", digit, "--seed", seed, "--output_dir", folder)
+        run_module("demo.digits", "--work_dir", training, "--without", digit, "--seed", seed, "--output_dir", folder)
         return folder, round(time.perf_counter() - begun, 1) if fresh else None
 
     def relearned(self, digit: int, seed: int, rates: dict[str, float]) -> list[dict]:
@@ -109,7 +109,7 @@ class Runs:
             word for key, value in RELEARN.items() for word in (f"--{key}", *(value if key == "steps" else [value]))
         ]
         output = self.work / "relearn" / f"{digit}-{seed}"
-        _run("eval", "relearn", "--pretrained_model_name_or_path", MODEL, "--concept", digit, "--erasure",
+        run_module("eval", "relearn", "--pretrained_model_name_or_path", MODEL, "--concept", digit, "--erasure",
              *paths.values(), "--retrained", self.retrain(digit, seed)[0], "--no_control", "--pictures",
              self.work / "data" / str(digit), "--seed", seed, "--output_dir", output, *words)  # fmt: skip
         models = read_json(output / "results.json")["models"]
@@ -140,7 +140,7 @@ def run(config: ClasswiseConfig) -> None:
         raise SalunError(f"{RESULTS} is of other numbers of pictures, {results['pictures']}: give those, or move it.")
     results |= {"pictures": drawn, "tuning": TUNING, "relearn": RELEARN}
     if not (work / "data").is_dir():
-        _run("demo.digits", "--data_dir", work / "data")
+        run_module("demo.digits", "--data_dir", work / "data")
     runs = Runs(config)
 
     def note(kind, row):
@@ -198,7 +198,12 @@ def chosen(trials: list[dict]) -> dict[str, float]:
     return {name: max(found, key=found.get) for name, found in scores.items()}
 
 
-def _run(*words) -> None:
+def run_module(*words) -> None:
+    """``python -m`` with those words.
+
+    Raises:
+        SalunError: it failed.
+    """
     command = [sys.executable, "-m", *map(str, words)]
     if subprocess.run(command, cwd=ROOT).returncode:
         raise SalunError(f"{' '.join(command[1:])} failed, as it says above.")

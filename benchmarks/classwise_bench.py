@@ -2,23 +2,32 @@
 
 from pathlib import Path
 
+from salun_diffusion.files import read_json
+
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "demo" / "digits" / "model"
 SHOWN = 4  # pictures of the forgotten digit that are kept of each model
 
 
 class Bench:
-    """The base model, the judge and the real digits, and how a model is measured with them."""
+    """The base model, the judge and the real digits, and how a model is measured with them.
 
-    def __init__(self, config):
+    Args:
+        config: how many pictures, as ``python -m benchmarks.classwise`` has it.
+        folder: of the base model; it says how models are drawn from.
+    """
+
+    def __init__(self, config, folder: Path = MODEL):
         import torch
         from sklearn.datasets import load_digits
         from transformers import AutoModelForImageClassification
 
         from salun_diffusion.models import load_model
 
-        self.config, self.model = config, load_model(str(MODEL))
-        self.judge = AutoModelForImageClassification.from_pretrained(MODEL / "judge", dtype=torch.float32).eval()
+        self.config, self.model = config, load_model(str(folder))
+        settings = read_json(folder / "concepts.json")["settings"]["digit"]
+        self.how = {key: settings[key] for key in ("num_inference_steps", "guidance_scale")}
+        self.judge = AutoModelForImageClassification.from_pretrained(folder / "judge", dtype=torch.float32).eval()
         found = load_digits()
         self.real = torch.from_numpy(found.images).float().unsqueeze(1) / 8 - 1
         self.labels = torch.from_numpy(found.target)
@@ -28,15 +37,16 @@ class Bench:
         import torch
         import torch.nn.functional as F
 
-        x = F.interpolate(pictures.clamp(-1, 1), 32, mode="bilinear").expand(-1, 3, -1, -1)  # as its processor does
+        x = F.interpolate(pictures, 32, mode="bilinear").expand(-1, 3, -1, -1)  # as its processor does
         with torch.no_grad():
             features = self.judge.resnet(x).pooler_output.flatten(1)
             return self.judge.classifier(features[:, :, None, None]).argmax(1), features
 
     def drawn(self, model, digit: int, noise: int = 50_000):
-        """Pictures of the forgotten digit and of the others, and what each should be; every model's noise is of the
-        seeds from ``noise`` on.
+        """Pictures of the forgotten digit and of the others, ``(n, 3, 8, 8)`` in −1…1, and what each should be; every
+        model's noise is of the seeds from ``noise`` on.
         """
+        import numpy as np
         import torch
 
         from salun_diffusion.concepts.concept import Row
@@ -45,8 +55,8 @@ class Bench:
         wanted = [digit] * self.config.forget_pictures
         wanted += [one for one in range(len(names)) if one != digit for _ in range(self.config.kept_pictures)]
         rows = [Row(names[one], None, {}, noise + i) for i, one in enumerate(wanted)]
-        how = {"num_inference_steps": 25, "guidance_scale": 1.5, "batch_size": 125, "output_type": "latent"}
-        return torch.stack(model.draw(rows, **how)), torch.tensor(wanted)
+        drawn = np.stack(model.draw(rows, batch_size=125, output_type="np", **self.how))
+        return torch.from_numpy(drawn).permute(0, 3, 1, 2) * 2 - 1, torch.tensor(wanted)
 
     def measured(self, model, digit: int, retrain=None, noise: int = 50_000, shown: Path | None = None):
         """The scores of a model, and the judge's features of its kept digits.
@@ -78,10 +88,10 @@ class Bench:
 
 
 def side_by_side(pictures, path: Path) -> None:
-    """Write ``pictures`` ``(n, 1, height, width)`` in −1…1 as one grey PNG, from left to right."""
+    """Write ``pictures`` ``(n, 3, height, width)`` in −1…1 as one grey PNG, from left to right."""
     from PIL import Image
 
-    row = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte().squeeze(1)
+    row = ((pictures.mean(1).clamp(-1, 1) + 1) * 127.5).round().byte()
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(row.permute(1, 0, 2).flatten(1).numpy()).save(path)
 

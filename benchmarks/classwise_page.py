@@ -71,12 +71,13 @@ def relearning(results: dict) -> str:
     return markdown(rows)
 
 
-def picture(results: dict, folder: Path) -> None:
-    """Write ``docs/classwise.png``: what each model of the first seed draws for the digit that it forgot.
+def picture(results: dict, folder: Path, file: Path = PICTURE) -> None:
+    """Write ``file``: what each model of the first seed draws for the digit that it forgot.
 
     Args:
         results: of the runs.
         folder: with the pictures of each run, as the command left them.
+        file: a PNG.
     """
     import matplotlib
 
@@ -98,7 +99,7 @@ def picture(results: dict, folder: Path) -> None:
     for axis, digit in zip(axes[0], digits, strict=True):
         axis.set_title(f"forgot {digit}", fontsize=9)
     figure.subplots_adjust(wspace=0.06, hspace=0.1)
-    figure.savefig(PICTURE, dpi=110, bbox_inches="tight")
+    figure.savefig(file, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
 
 

@@ -1,5 +1,6 @@
 """The demo's AutoencoderKL: 64×64×3 pictures ↔ 16×16×4 latents of zero mean and unit scale in every channel."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,23 +25,33 @@ def build() -> AutoencoderKL:
     )
 
 
-def train(pictures: torch.Tensor, work: Path, steps: int) -> AutoencoderKL:
-    """Mean absolute + squared error, with a faint pull of the latents towards a Gaussian."""
+def train(
+    pictures: torch.Tensor, file: Path, steps: int, build: Callable[[], AutoencoderKL] = build, bfloat16: bool = True
+) -> AutoencoderKL:
+    """Mean absolute + squared error, with a faint pull of the latents towards a Gaussian.
+
+    Args:
+        pictures: uint8 ``(n, 3, side, side)``.
+        file: the checkpoint.
+        steps: of ``BATCH`` pictures.
+        build: makes it, with random weights.
+        bfloat16: whether it trains in bf16, where that is faster; the weights are fp32.
+    """
     torch.manual_seed(0)
     vae = build()
     optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=0.0, betas=(0.9, 0.99), fused=True)
 
     def loss_of(step: int) -> torch.Tensor:
         x = to_model(pictures[torch.randint(len(pictures), (BATCH,))])
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
             posterior = vae.encode(x).latent_dist
             error = vae.decode(posterior.sample()).sample.float() - x
-        return error.abs().mean() + 2 * error.square().mean() + 1e-5 * posterior.kl().mean() / 1024
+        return error.abs().mean() + 2 * error.square().mean() + 1e-5 * posterior.kl().mean() / posterior.mean[0].numel()
 
     loop(
         "autoencoder",
         steps,
-        Checkpoint(work / "autoencoder.safetensors", vae, optimizer),
+        Checkpoint(file, vae, optimizer),
         warm_cosine(2e-3, steps),
         loss_of,
     )
@@ -49,7 +60,7 @@ def train(pictures: torch.Tensor, work: Path, steps: int) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
-    """Latent means, fp32 ``(n, 4, 16, 16)``."""
+    """Latent means, fp32 ``(n, channels, side, side)``: of 64×64 pictures ``(n, 4, 16, 16)``."""
     return torch.cat([vae.encode(to_model(part)).latent_dist.mean for part in pictures.split(128)])
 
 

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DModel
 
 from salun_diffusion.concepts.concept import Row
 from salun_diffusion.files import write_json
@@ -19,11 +20,11 @@ from .training import Checkpoint, loop
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a class-conditional U-Net is trained: noise prediction, some labels replaced by the null class, the weights
+    """How a class-conditional network is trained: noise prediction, some labels replaced by the null class, the weights
     averaged (EMA).
 
     Attributes:
-        network: the config of the ``UNet2DModel``, without the number of classes; the null class comes after them.
+        network: its config, without the number of classes; the null class comes after them.
         schedule: the config of the noise schedule.
         batch: pictures a step.
         rate: the learning rate of a step, of so many steps.
@@ -33,6 +34,7 @@ class Recipe:
         flip: whether half of the pictures are mirrored.
         antithetic: whether each timestep t comes with 999 − t, as published.
         bfloat16: whether it trains in bf16 where that is faster; the weights are fp32.
+        kind: the network's class.
     """
 
     network: dict
@@ -45,17 +47,25 @@ class Recipe:
     flip: bool = False
     antithetic: bool = False
     bfloat16: bool = False
+    kind: type[UNet2DModel] | type[DiTTransformer2DModel] = UNet2DModel
+
+    def build(self, classes: int) -> UNet2DModel | DiTTransformer2DModel:
+        """The network with random weights, in the mode in which it is trained."""
+        if self.kind is UNet2DModel:
+            return self.kind(**self.network, num_class_embeds=classes + 1).train()
+        # it adds the null class by itself; in train mode each block would leave out labels of its own
+        return self.kind(**self.network, num_embeds_ada_norm=classes).eval()
 
 
 def train(
     recipe: Recipe, pictures: torch.Tensor, labels: torch.Tensor, classes: int, name: str, file: Path, steps: int,
     seed: int, device: str = "cpu", averaged: bool = True,
-) -> UNet2DModel:  # fmt: skip
+) -> UNet2DModel | DiTTransformer2DModel:  # fmt: skip
     """A trained network, in eval mode on the CPU.
 
     Args:
         recipe: how.
-        pictures: uint8, or fp32 in −1…1, ``(n, channels, side, side)``.
+        pictures: uint8, or fp32 as the network is to draw them, ``(n, channels, side, side)``.
         labels: int64 ``(n,)``.
         classes: how many there are, also those that no picture shows.
         name: for the progress bar.
@@ -66,7 +76,7 @@ def train(
         averaged: whether the weights are the moving average.
     """
     torch.manual_seed(seed)
-    network = UNet2DModel(**recipe.network, num_class_embeds=classes + 1).to(device).train()
+    network = recipe.build(classes).to(device)
     schedule = DDPMScheduler(**recipe.schedule)
     ema = {key: p.detach().clone() for key, p in network.named_parameters()}
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=recipe.decay, fused=True)
@@ -101,9 +111,18 @@ def train(
     return network.cpu().eval()
 
 
-def save(network: UNet2DModel, scheduler, names: list[str], judge, side: int, settings: dict, folder: Path) -> None:
-    """A class-conditional pipeline in fp16, its judge of pictures of ``side`` px, and its settings, in ``folder``."""
-    pipe = ClassConditionalPipeline(network, scheduler, dict(enumerate(names)))
+def save(
+    network, scheduler, names: list[str], judge, side: int, settings: dict, folder: Path,
+    vae: AutoencoderKL | None = None,
+) -> None:  # fmt: skip
+    """A class-conditional pipeline in fp16, its judge of pictures of ``side`` px, and its settings, in ``folder``; a
+    network that draws the latents of a ``vae`` is a DiT.
+    """
+    if vae is None:
+        pipe = ClassConditionalPipeline(network, scheduler, dict(enumerate(names)))
+    else:
+        pipe = DiTPipeline(network, vae, scheduler)
+        pipe.register_to_config(id2label=dict(enumerate(names)))  # which that class forgets
     pipe.to(dtype=torch.float16).save_pretrained(folder)
     judge.half().save_pretrained(folder / "judge")
     processor(side).save_pretrained(folder / "judge")
@@ -126,8 +145,8 @@ def judged(folder: Path, judge, side: int, settings: dict, pictures: int, withou
     names = model.names
     rows = [Row(name, None, {}, 1000 * pictures + i) for name in names for i in range(pictures)]
     how = {key: settings[key] for key in ("num_inference_steps", "guidance_scale")}
-    how |= {"batch_size": settings["sample_batch_size"], "output_type": "latent"}
-    drawn = torch.stack(model.draw(rows, progress="drawing", **how)).float().clamp(-1, 1)
+    how |= {"batch_size": settings["sample_batch_size"], "output_type": "np"}
+    drawn = torch.from_numpy(np.stack(model.draw(rows, progress="drawing", **how))).permute(0, 3, 1, 2) * 2 - 1
     with torch.no_grad():
         named = torch.cat([judge(prepared(part, side)).logits.argmax(1) for part in drawn.split(100)]).view(
             len(names), -1

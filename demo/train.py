@@ -53,7 +53,7 @@ def train(config: TrainConfig) -> None:
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "concepts.json", vocabulary())
 
-    vae = autoencoder.train(pictures, work, config.autoencoder_steps)
+    vae = autoencoder.train(pictures, work / "autoencoder.safetensors", config.autoencoder_steps)
     cache = work / "latents.safetensors"
     if not cache.exists():
         training.write_tensors(cache, {"latents": autoencoder.encode(vae, pictures)}, {})

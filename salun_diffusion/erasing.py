@@ -101,7 +101,7 @@ def _erase(config: EraseConfig, pipe) -> Run:
         say(config.table())
         hub_id = _repository(config) if is_main and config.push_to_hub else None
         with _model(config, pipe, commit) as model, ExitStack() as undo:
-            model.need(method.needs, f"--method {config.method}")
+            method.check_fit(model, method.parse(config.method_option), f"--method {config.method}")
             if method.guard:
                 method.guard.check_fit(model.pipe, f"--method {config.method}")
             if config.offload:
@@ -161,7 +161,7 @@ def _erase(config: EraseConfig, pipe) -> Run:
                 trainer = Trainer(accelerator, model, sets, config)
                 undo.callback(trainer.method.close)
                 model.move_others("cpu")
-                if pipe is None and not config.validation_steps and "embeddings" not in method.needs:
+                if pipe is None and not config.validation_steps and not {"embeddings", "words"} & {*method.needs}:
                     model.drop_encoders()  # every prompt of the sets is encoded by now
             by_concept = torch.arange(len(sets["forget"])).split(sets["forget"].shares) if "forget" in sets else ()
             scores = (trainer.saliency(parameters, rows) for rows in by_concept)  # none is made before it is asked for

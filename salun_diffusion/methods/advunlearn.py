@@ -53,7 +53,7 @@ class AdvUnlearn(HalfDenoising):
         "max_train_steps": 1000, "learning_rate": 1e-5, "train_batch_size": 5, "alpha": 0.3, "retain_target": "base",
     }  # fmt: skip
     Options = AdvUnlearnOptions
-    needs = ("text", "embeddings", "one text encoder")
+    needs = ("text", "words", "one text encoder")
     has_anchor = False
     uses_retain = True
     ignores = ("condition_dropout",)

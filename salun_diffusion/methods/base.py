@@ -149,6 +149,20 @@ class Method:
         ]
 
     @classmethod
+    def check_fit(cls, model: Model, options: Any, by: str) -> None:
+        """Pass if ``model`` has what the method needs with these ``options``.
+
+        Args:
+            model: the base model.
+            options: of :attr:`Options`.
+            by: who needs it, for the message: "--method salun".
+
+        Raises:
+            SalunError: it has not.
+        """
+        model.need(cls.needs, by)
+
+    @classmethod
     def parse(cls, given: list[str]) -> Any:
         """:attr:`Options` with those ``NAME=VALUE`` put in that were ``given``; the last one of a name counts.
 

@@ -45,13 +45,13 @@ class RACE(ESD):
             start = forget.noise.float()
 
             def loss(tokens):
-                predicted = self.predict(noisy, t, self.model.with_tokens(condition, tokens))
+                predicted = self.predict(noisy, t, self.model.with_embeddings(condition, tokens))
                 return (self.model.noise_in(predicted, noisy, t).float() - start).square().sum()
 
-            tokens = self.model.tokens(condition)
+            tokens = self.model.embeddings(condition)
             random = uniform(self.batches, forget, "race", tokens.shape[1:])
             attacked = embedding_pgd(loss, tokens, random, options.radius, options.attack_steps, options.step_size)
-            condition = self.model.with_tokens(condition, attacked)
+            condition = self.model.with_embeddings(condition, attacked)
         loss = denoising(self.predict(noisy, t, condition), target)
         if options.lasso:
             loss = loss + options.lasso * sum(delta.abs().mean() for delta in self.change.deltas().values())

@@ -71,6 +71,14 @@ class SalUnAdv(SalUn):
     needs = ("text", "embeddings")
     phased = True
 
+    @classmethod
+    def check_fit(cls, model, options, by):
+        super().check_fit(model, options, by)
+        if options.inverted and options.rounds:
+            model.need(["words"], f"{by} with --inverted above 0")
+        if options.attacked and options.attack_tokens == "concept":  # the concept's words are marked where these are
+            model.need(["cross-attention"], f"{by} without --attack_tokens all")
+
     def __init__(self, model, options, batches):
         super().__init__(model, options, batches)
         rounds, self.rounds = options.rounds if options.inverted else 0, Rounds(None)
@@ -148,14 +156,14 @@ class SalUnAdv(SalUn):
         sign = -1 if options.attack_goal == "far" else 1
 
         def loss(tokens: torch.Tensor) -> torch.Tensor:
-            predicted = self.predict(noisy, t, self.model.with_tokens(condition, tokens))
+            predicted = self.predict(noisy, t, self.model.with_embeddings(condition, tokens))
             return sign * (predicted.float() - goal.float()).square().sum()
 
-        tokens = self.model.tokens(condition)
+        tokens = self.model.embeddings(condition)
         start = uniform(self.batches, replace(forget, rows=forget.rows[rows.cpu()]), "attack", tokens.shape[1:])
         if options.attack_tokens == "concept":
             start = start * (forget.tokens["concept"] | forget.tokens["end"])[rows][..., None]
         radius = options.radius * tokens.float().square().mean((1, 2), keepdim=True).sqrt()
         found = embedding_pgd(loss, tokens, start, radius, options.attack_steps, options.step_size)
-        whole = self.model.tokens(forget.condition).index_copy(0, rows, found.to(tokens))
-        return self.model.with_tokens(forget.condition, whole)
+        whole = self.model.embeddings(forget.condition).index_copy(0, rows, found.to(tokens))
+        return self.model.with_embeddings(forget.condition, whole)

@@ -54,7 +54,7 @@ class STEREO(HalfDenoising):
     title = "STEREO"
     settings = {"max_train_steps": 200, "learning_rate": 2e-5, "train_batch_size": 1}
     Options = STEREOOptions
-    needs = ("text", "embeddings")
+    needs = ("text", "words")
 
     @classmethod
     def sets(cls, mask):

@@ -30,7 +30,8 @@ Condition = dict[str, torch.Tensor]
 CAPABILITIES = {  # what a method or a measure may need, and how its lack is told
     "text": "encodes prompts as sequences of tokens",
     "cross-attention": "attends to the tokens of a prompt in layers of its own, called attn2",
-    "embeddings": "takes embeddings in place of a prompt's tokens, as CLIP's encoders do",
+    "embeddings": "is told a prompt by its tokens' embeddings",
+    "words": "takes a word of one's own by its token's embedding, as CLIP's encoders do",
     "one text encoder": "reads prompts by one text encoder alone",
     "pictures": "encodes pictures as samples",
     "diffusion": "was trained on a diffusion's noise schedule, and not as a flow",

@@ -75,7 +75,7 @@ class PixArtSigma(CrossDiT):
     use.
     """
 
-    capabilities = frozenset({"text", "cross-attention", "pictures", "diffusion"})
+    capabilities = frozenset({"text", "cross-attention", "embeddings", "pictures", "diffusion"})
 
     @classmethod
     def accepts(cls, pipe):
@@ -100,7 +100,7 @@ class Sana(CrossDiT, FlowModel):
     scheduler's own config says ``shift``. Steps of our own are shifted as the pipeline's are, by its ``flow_shift``.
     """
 
-    capabilities = frozenset({"text", "cross-attention", "pictures"})
+    capabilities = frozenset({"text", "cross-attention", "embeddings", "pictures"})
     scopes = CROSS_DIT
     logit_normal = False
 

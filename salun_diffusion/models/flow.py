@@ -18,7 +18,7 @@ class FlowModel(LatentModel):
     says otherwise.
     """
 
-    capabilities = frozenset({"text", "pictures"})
+    capabilities = frozenset({"text", "embeddings", "pictures"})
     scopes = JOINT
     Schedule = FlowMatchEulerDiscreteScheduler
     logit_normal = True  # how diffusers' training script for the family draws timesteps by default; else all alike

@@ -3,7 +3,7 @@
 import torch
 from PIL import Image
 
-from .base import Model
+from .base import Condition, Model
 
 
 class LatentModel(Model):
@@ -12,6 +12,14 @@ class LatentModel(Model):
     @property
     def picture_side(self):
         return self.network.config.sample_size * self.pipe.vae_scale_factor
+
+    def embeddings(self, condition: Condition) -> torch.Tensor:
+        """What the text encoders make of each token, ``(batch, tokens, width)``."""
+        return condition["encoder_hidden_states"]
+
+    def with_embeddings(self, condition: Condition, embeddings: torch.Tensor) -> Condition:
+        """``condition`` with other :meth:`embeddings`; what is pooled of a prompt stays."""
+        return condition | {"encoder_hidden_states": embeddings.to(condition["encoder_hidden_states"].dtype)}
 
     def draw(self, rows, *, output_type="pil", **how):
         if output_type == "latent" or self.pipe.vae.dtype == self.dtype:

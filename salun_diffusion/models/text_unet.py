@@ -19,7 +19,7 @@ ADDED = ("text_embeds", "time_ids")  # what SDXL's U-Net takes as added_cond_kwa
 class TextUNet(LatentModel):
     """One text encoder (SD 1.x, 2.x) or two (SDXL), a ``UNet2DConditionModel``, an autoencoder."""
 
-    capabilities = frozenset({"text", "cross-attention", "embeddings", "pictures", "diffusion"})
+    capabilities = frozenset({"text", "cross-attention", "embeddings", "words", "pictures", "diffusion"})
 
     def __init__(self, pipe):
         super().__init__(pipe)
@@ -54,12 +54,8 @@ class TextUNet(LatentModel):
         return self.network(noisy, timesteps, return_dict=False, **arguments(condition))[0]
 
     def tokens(self, condition: Condition) -> torch.Tensor:
-        """The embedding of each token, ``(batch, tokens, width)``."""
-        return condition["encoder_hidden_states"]
-
-    def with_tokens(self, condition: Condition, tokens: torch.Tensor) -> Condition:
-        """``condition`` with other embeddings of its tokens, ``(batch, tokens, width)``."""
-        return condition | {"encoder_hidden_states": tokens.to(condition["encoder_hidden_states"].dtype)}
+        """The embedding of each token as the attention layers get it, ``(batch, tokens, width)``."""
+        return self.embeddings(condition)
 
     def word_tables(self) -> list[torch.Tensor]:
         """The embedding of every token of the vocabulary, ``(vocabulary, width)``, of each text encoder."""

@@ -2,7 +2,7 @@
 
 import json
 
-from benchmarks import classwise, classwise_bench, classwise_page
+from benchmarks import classwise, classwise_bench, classwise_page, families
 
 
 def test_each_method_takes_the_learning_rate_that_did_best_on_the_tuning_digits():
@@ -60,3 +60,24 @@ def test_the_committed_page_is_of_the_committed_results():
         return
     page = classwise_page.PAGE.read_text(encoding="utf-8")
     assert classwise_page.table(json.loads(classwise.RESULTS.read_text(encoding="utf-8"))) in page
+
+
+def test_the_table_of_families_is_made_of_the_committed_results():
+    found = json.loads(families.RESULTS.read_text(encoding="utf-8"))
+    assert families.table(found) in (families.DOCS / "models.md").read_text(encoding="utf-8")
+    rates = {(row["family"], row["method"]): row.get("learning_rate") for row in found["runs"]}
+    for (family, method), rate in rates.items():
+        trials = [row for row in found["trials"] if row["family"] == family]
+        assert method == "Original" or rate == classwise.chosen(trials)[method]
+        assert all(row["digit"] not in {run["digit"] for run in found["runs"]} for row in trials)
+
+
+def test_pictures_of_all_seeds_are_counted_together():
+    def run(family, seed, ua):
+        return {"family": family, "method": "SalUn", "digit": 3, "seed": seed, "learning_rate": 1e-4, "ua": ua,
+                "others": 100.0, "frechet_real": seed / 2}  # fmt: skip
+
+    runs = [run(family, seed, ua) for family in ("U-Net", "DiT") for seed, ua in ((1, 100.0), (2, 98.0))]
+    tuning = {"digit": 0, "seed": 0, "learning_rates": [1e-4]}
+    rows = families.table({"runs": runs, "tuning": tuning, "pictures": {"forget": 100, "kept": 50}}).splitlines()
+    assert rows[3] == "| SalUn, DiT | 99.0 (96.4–99.7) | 100.0 (99.6–100.0) | 0.75 | 0.0001 |"

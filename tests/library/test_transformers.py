@@ -18,6 +18,7 @@ from eval.attacks.text import Text
 from salun_diffusion import SalunError, erase, load_erasure, unload_erasure
 from salun_diffusion.concepts.concept import Row
 from salun_diffusion.masks.scope import scoped_parameters
+from salun_diffusion.methods.adversarial import embedding_pgd
 from salun_diffusion.methods.forget_me_not import Recorder
 from salun_diffusion.methods.uce import UCE, UCEOptions
 from salun_diffusion.models import load_model, model_of
@@ -40,7 +41,12 @@ METHODS = {
     "forget_me_not": {},
     "uce": {"anchor": "cat", "num_retain_images": 2},
     "rece": {"anchor": "cat", "num_retain_images": 2},
-}
+    "race": {"warm_up": 0.0, "attack_steps": 1},
+    "finetune": {"num_retain_images": 2},
+    "salun_esd": {},
+    "salun_adv": {"anchor": "cat", "num_retain_images": 2, "attacked": 0.5, "attack_tokens": "all", "attack_steps": 1,
+                  "inverted": 0.0, "empty": 0.25},
+}  # fmt: skip
 CROSS_ATTENTION = ("forget_me_not", "uce", "rece")
 
 
@@ -59,7 +65,7 @@ def folder(tmp_path_factory):
 def erased(pipe, output, method="salun", **options):
     few = {"num_inference_steps": 2, "train_batch_size": 2, "max_train_steps": 1, "learning_rate": 1e-2}
     few = {} if method in ("uce", "rece") else few
-    few |= {} if method == "esd" else {"num_forget_images": 2}
+    few |= {} if method in ("esd", "race", "finetune") else {"num_forget_images": 2}
     few |= METHODS[method] | options
     return erase(
         pipe,
@@ -94,11 +100,35 @@ def test_erase_load_draw_unload(pipe, method, tmp_path):
     assert all(map(torch.equal, before, bits(pipe)))
 
 
-@pytest.mark.parametrize("method", ["race", "salun_adv", "stereo", "advunlearn"])
-def test_methods_that_attack_embeddings_say_which_models_they_need(folder, tmp_path, method):
-    words = ["--pretrained_model_name_or_path", folder, "--concept", "airplane", "--output_dir", tmp_path / "run"]
-    done = here("python", "erase_concept.py", *words, "--method", method, check=False)
-    assert done.returncode == 1 and "takes embeddings in place of a prompt's tokens" in done.stderr
+def test_embeddings_are_attacked_through_every_transformer(pipe):
+    """Projected gradient descent moves what each is told of a prompt to where it predicts a goal better."""
+    model = model_of(pipe)
+    condition = {key: model.moved(value) for key, value in model.encode(["a cat", "a photo of a dog"]).items()}
+    noisy, goal = torch.randn(2, 2, *model.sample_shape, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([500, 100])
+
+    def loss(embeddings):
+        return (model.predict(noisy, t, model.with_embeddings(condition, embeddings)) - goal).square().sum()
+
+    embeddings = model.embeddings(condition)
+    found = embedding_pgd(loss, embeddings, torch.full_like(embeddings, 1e-3), 0.1, 4, 0.25)
+    with torch.no_grad():
+        assert loss(found) < loss(embeddings) and (found - embeddings).abs().max() <= 0.1 + 1e-6
+
+
+@pytest.mark.parametrize(
+    "method, options, told",
+    [
+        ("stereo", {}, "--method stereo needs a base model that takes a word of one's own"),
+        ("advunlearn", {}, "--method advunlearn needs a base model that takes a word of one's own"),
+        ("salun_adv", {}, "--method salun_adv with --inverted above 0 needs a base model that takes a word"),
+        ("salun_adv", {"inverted": 0.0}, "--method salun_adv without --attack_tokens all needs a base model that"),
+    ],
+)
+def test_methods_that_attack_words_say_which_models_they_need(folder, tmp_path, method, options, told):
+    with pytest.raises(SalunError, match=told):
+        erase(str(folder), "airplane", method=method, output_dir=tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("more", [{"guided": False}, {"t5": False}])
