@@ -32,6 +32,21 @@ class Normalised(nn.Module):
         return self.network((pictures - self.mean) / self.std)
 
 
+class Mixture(nn.Module):
+    """Networks behind a gate: log p(c | x) = log Σ_s g_s(x) p_s(c | x), fp32 ``(n, classes)``, p_s the softmax of
+    network s and g that of the gate's first outputs, one for each network.
+    """
+
+    def __init__(self, networks: list[Normalised], gate: Normalised):
+        super().__init__()
+        self.networks, self.gate = nn.ModuleList(networks), gate
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        shares = self.gate(pictures)[:, : len(self.networks)].log_softmax(1)
+        each = torch.stack([network(pictures).log_softmax(1) for network in self.networks], 1)
+        return (shares[:, :, None] + each).logsumexp(1)
+
+
 def _resnet18(channels: int, classes: int, size: int) -> nn.Module:
     """With CIFAR's stem: a 3×3 convolution of stride 1, and no pooling after it."""
     network = vision.resnet18(num_classes=classes)

@@ -166,6 +166,8 @@ class Scenario:
         about = {"format": FORMAT, "model": self.config.model, "dataset": self.config.dataset}
         about |= {"classes": json.dumps(self.data.classes), "split_seed": str(self.config.split_seed)}
         about |= {"data": self.digest}
+        if isinstance(model, models.Mixture):
+            about["networks"] = str(len(model.networks))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(path, {name: value.cpu().contiguous() for name, value in model.state_dict().items()}, about)
 
@@ -183,6 +185,8 @@ class Scenario:
             more = " (the pictures, their labels or their split are others)" if "data" in differing else ""
             raise SalunError(f"{path} is not this scenario's model: {told}{more}; give another --output_dir.")
         model = self.model(0)
+        if "networks" in about:
+            model = models.Mixture([self.model(0) for _ in range(int(about["networks"]))], model)
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:
@@ -252,10 +256,11 @@ class Scenario:
         task = self.task(method, seed, over)
         if mask:
             task.masks = self.read_masks(mask)
+        forget = METHODS[method].load()  # before the clock starts: some import what takes seconds
         begun = time.perf_counter()
         with seeded(seed):
-            METHODS[method](task)
-        return task.model.eval(), (time.perf_counter() - begun) / 60, task.settings
+            forget(task)
+        return task.model.eval(), (time.perf_counter() - begun - task.learning_seconds) / 60, task.settings
 
     def task(self, method: str, seed: int, over: dict | None = None) -> Task:
         """The source, and what a method is told to do with it."""
