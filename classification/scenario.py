@@ -1,12 +1,15 @@
 """A scenario: data, source model and forget set, made from the settings, and the steps that commands are made of."""
 
 import json
+import platform
 import time
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
+import sklearn
 import torch
+import torchvision
 
 from salun_diffusion.erasures.mask import load_masks
 from salun_diffusion.errors import SalunError
@@ -27,6 +30,12 @@ from .metrics import evaluate
 from .training import accuracy, batches, seeded, train
 
 FORMAT = "salun-diffusion classifier 1"
+VERSIONS = {
+    "python": platform.python_version(),
+    "torch": torch.__version__,
+    "torchvision": torchvision.__version__,
+    "scikit-learn": sklearn.__version__,
+}
 
 
 class Scenario:
@@ -56,6 +65,15 @@ class Scenario:
                 raise SalunError(f"--source {self.config.source} is no file: give the weights as safetensors.")
             found["source_sha256"] = sha256(Path(self.config.source))
         return found
+
+    def also(self, settings: dict) -> None:
+        """What else the folder's content depends on, checked and kept with the rest.
+
+        Raises:
+            SalunError: the folder was made with others.
+        """
+        self.shared |= settings
+        self._check_folder()
 
     def _check_folder(self) -> None:
         path = self.folder / "config.json"

@@ -86,13 +86,12 @@ def adapt(task: Task, new: Pictures | None = None) -> None:
 
 
 def _with_adapters(task: Task, parts: list[str], layers: list[str]) -> nn.Module:
-    """The model with an adapter for each part on ``layers``, all at work, and nothing else that moves."""
+    """The model with an adapter for each part on ``layers``, and nothing else that moves."""
     configs = {part: LoraConfig(r=RANKS[part], lora_alpha=RANKS[part], target_modules=layers) for part in parts}
     with seeded(int(torch.randint(2**31, (), generator=task.generator))):
         tuned = get_peft_model(task.model, configs[parts[0]], parts[0])
         for part in parts[1:]:
             tuned.add_adapter(part, configs[part])
-    tuned.base_model.set_adapter(parts)
     return tuned.eval()
 
 
@@ -104,6 +103,8 @@ def _train(task: Task, tuned: nn.Module, head: nn.Linear, sets: dict[str, Pictur
     for _ in tqdm(range(task.settings.epochs), desc=task.title, unit="epoch", leave=False):
         for turn in together({part: [*task.batches(pictures)] for part, pictures in sets.items()}):
             for part, (pixels, labels) in turn.items():
+                # all work; but for attention peft lets the gradient through to the last of them alone
+                tuned.base_model.set_adapter([*(other for other in sets if other != part), part])
                 tuned.zero_grad()
                 losses[part](pixels, labels).backward()
                 for weight in head.parameters():

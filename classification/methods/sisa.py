@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data import Pictures
+from ..data import Pictures, joined
 from ..models import Mixture
 from ..training import EVALUATION_BATCH, batches, inputs, seeded
 from .task import Task
@@ -44,10 +44,6 @@ def sisa(task: Task) -> None:
     task.learning_seconds = time.perf_counter() - begun
     ensemble.forget(task.forgotten.tolist(), task.retain)
     task.model = ensemble.model().eval()
-
-
-def joined(*parts: Pictures) -> Pictures:
-    return Pictures(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))
 
 
 @dataclass(frozen=True)

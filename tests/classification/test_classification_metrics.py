@@ -192,7 +192,7 @@ def test_every_metric_of_a_model_by_hand(data, learnt):
         found["counts"]["ta"]["n"] == 360 and found["counts"]["ta"]["low"] < found["ta"] < found["counts"]["ta"]["high"]
     )
     p = logits(learnt, forget).double().softmax(1).gather(1, forget.labels[:, None]).flatten()
-    log_odds = metrics._confidence(logits(learnt, forget), forget.labels)
+    log_odds = metrics.confidence(logits(learnt, forget), forget.labels)
     assert torch.allclose((p / (1 - p)).log(), torch.from_numpy(log_odds), atol=1e-3, rtol=1e-3)
 
 

@@ -12,10 +12,10 @@ from torch import nn
 from torchvision.models import VisionTransformer
 
 from classification import models
-from classification.data import load
-from classification.methods import METHODS
+from classification.data import joined, load
+from classification.methods import METHODS, bid_lora
 from classification.methods.bid_lora import adapt, escape, replayed
-from classification.methods.sisa import Ensemble, Kept, joined, replay
+from classification.methods.sisa import Ensemble, Kept, replay
 from classification.training import inputs, seeded
 from salun_diffusion.errors import SalunError
 
@@ -204,7 +204,15 @@ def test_bid_lora_is_three_losses_each_on_its_own_adapter(data):
     assert not torch.allclose(after["first.weight"], before["first.weight"], atol=1e-2)
 
 
-def test_bid_lora_adapts_attention_alone_where_there_is_any(data):
+def test_bid_lora_adapts_attention_alone_where_there_is_any(data, monkeypatch):
+    def seen(task, tuned, *rest):
+        train(task, tuned, *rest)
+        moved = {name: bool(weight.any()) for name, weight in tuned.named_parameters() if "lora_B" in name}
+        assert len(moved) == 8 and all(moved.values()), "both adapters get a gradient, B begins at 0"
+
+    train = bid_lora._train
+    monkeypatch.setattr(bid_lora, "_train", seen)
+
     class Seen(nn.Module):
         def __init__(self):
             super().__init__()
