@@ -27,7 +27,6 @@ from salun_diffusion.files import read_json, write_json
 from .config import Config
 from .data import Pictures, joined
 from .methods import METHODS
-from .methods.bid_lora import adapt, replayed
 from .methods.task import Task
 from .metrics import confidence, corrected_attack
 from .scenario import VERSIONS, Scenario
@@ -143,6 +142,8 @@ def _learn(
     scenario: Scenario, method: str, last: Path | None, before: range, after: range, seed: int, number: int
 ) -> nn.Module:
     """The model after a task: all of ``after`` is to be known, and nothing else of ``before``."""
+    from .methods.bid_lora import adapt, replayed  # only now: peft takes seconds, and all commands import this file
+
     parts = ({*before} & {*after}, {*after} - {*before}, {*before} - {*after})
     keep, new, gone = (_of(scenario.data.train, classes) for classes in parts)
     fresh = functools.partial(scenario.model, 1000 + seed)
