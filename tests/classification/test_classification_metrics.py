@@ -129,6 +129,12 @@ def test_models_take_small_colour_pictures(name):
     assert torch.allclose(model.std.flatten().double(), pixels.std((0, 2, 3), unbiased=False), atol=1e-6)
 
 
+def test_a_small_vit_takes_grey_pictures(data):
+    model = models.build("vit_xs", data, 0).eval()
+    assert model(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+    assert model.network.conv_proj.weight.shape == (64, 1, 2, 2), "four patches a side"
+
+
 def test_models_that_cannot_be(data):
     with pytest.raises(SalunError, match="takes colour pictures, and digits has grey ones"):
         models.build("swin_t", data, 0)
