@@ -7,7 +7,7 @@
 `run` does it all: it trains a source model, lets each method forget with each seed, measures, and prints the table of
 means and gaps to Retrain; what is there already is not made again. `train`, `unlearn`, `evaluate` and `table` are its
 steps. `tune` chooses each method's main setting by the same five trials, on validation pictures. `curve` draws
-the one that MCU learns.
+the one that MCU learns. `continual` forgets and learns classes in turn.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from salun_diffusion.options import add_options, finish, options_from
 
-from .config import Config, TableConfig, TuneConfig, UnlearnConfig
+from .config import Config, ContinualConfig, TableConfig, TuneConfig, UnlearnConfig
 from .methods import METHODS
 
 DIGITS = Path(__file__).parent / "configs" / "digits.json"  # what `tune` chose for it
@@ -27,6 +27,7 @@ COMMANDS = {
     "evaluate": (Config, "the metrics of unlearned models"),
     "table": (TableConfig, "the table and the plots from what was measured"),
     "curve": (Config, "draw the curve that the method mcu learns"),
+    "continual": (ContinualConfig, "forget and learn classes in turn, task after task"),
     "tune": (TuneConfig, "choose each method's learning rate or alpha on validation pictures"),
 }
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .data import Pictures
+from .models import Mixture
 from .training import accuracy, logits
 
 HEAD_BIAS = ("bias_gap", "bsc", "mbg", "mbs")
@@ -86,10 +87,10 @@ def head_bias(model: nn.Module, classes: torch.Tensor) -> dict:
     Returns:
         ``bias_gap`` mean b_V − mean b_R; ``bsc`` 1/(1 + |bias_gap|); ``mbg`` σ(median b_V − min b_R); ``mbs``
         σ(min b_V − min b_R). Low mbg and mbs: the head was pressed down. Nothing where the model ends in no linear
-        layer with a bias.
+        layer with a bias, or in several.
     """
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not linear or linear[-1].bias is None:
+    if isinstance(model, Mixture) or not linear or linear[-1].bias is None:
         return {}
     bias = linear[-1].bias.detach().double().cpu()
     gone = torch.zeros(len(bias), dtype=torch.bool)

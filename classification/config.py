@@ -8,11 +8,12 @@ from salun_diffusion.options import option
 
 from .methods import METHODS
 
-MODELS = ("resnet8", "resnet20", "resnet18", "vgg16_bn", "swin_t", "vit_s")
+MODELS = ("resnet8", "resnet20", "resnet18", "vgg16_bn", "swin_t", "vit_s", "vit_xs")
 SHARED = (  # what all cells of a folder have in common
     "dataset", "model", "source", "mean", "std", "forget", "split_seed", "source_seed", "image_size", "limit", "epochs",
     "learning_rate", "batch_size", "weight_decay", "schedule", "augment",
 )  # fmt: skip
+CONTINUAL = ("retrain", "ft", "bid_lora")  # methods that can also learn new classes
 SEEDS = 1_000_000  # no reported seed reaches it: what is tuned draws from there
 RECIPES = {  # of the source model, by data set; the published one for all others
     "digits": {"epochs": 30, "learning_rate": 0.1, "batch_size": 64, "schedule": "one-cycle", "augment": "crop"},
@@ -90,15 +91,7 @@ class Config:
         for name in (*self.methods, *self.method_settings):
             if name not in METHODS and (name != "all" or name in self.method_settings):
                 raise SalunError(f"There is no method '{name}': choose some of {', '.join(METHODS)}, or all.")
-        classes = self.forget.startswith("class:")
-        if not classes and (wrong := [n for n in self.methods if n != "all" and METHODS[n].whole_classes]):
-            raise SalunError(
-                f"The method {wrong[0]} forgets whole classes, and --forget is {self.forget}: give class:NAME, or "
-                "leave it out."
-            )
-        every = [name for name, method in METHODS.items() if classes or not method.whole_classes]
-        chosen = every if "all" in self.methods else self.methods
-        self.methods = [name for name in METHODS if name in chosen or name == "retrain"]
+        self._choose_methods()
         check_model(self.model)
         for name in ("image_size", "limit", "epochs", "batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -116,6 +109,17 @@ class Config:
             if not 0 <= getattr(self, name) < 2**32:
                 raise SalunError(f"--{name} is {getattr(self, name)}: give a whole number from 0 to {2**32 - 1:,}.")
         self._check_normalisation()
+
+    def _choose_methods(self) -> None:
+        classes = self.forget.startswith("class:")
+        if not classes and (wrong := [n for n in self.methods if n != "all" and METHODS[n].whole_classes]):
+            raise SalunError(
+                f"The method {wrong[0]} forgets whole classes, and --forget is {self.forget}: give class:NAME, or "
+                "leave it out."
+            )
+        every = [name for name, method in METHODS.items() if classes or not method.whole_classes]
+        chosen = every if "all" in self.methods else self.methods
+        self.methods = [name for name in METHODS if name in chosen or name == "retrain"]
 
     def _check_normalisation(self) -> None:
         mean, std = self.mean or [], self.std or []
@@ -175,6 +179,34 @@ class TuneConfig(Config):
     """Of ``tune``."""
 
     output: str = option(None, "where the chosen settings go, for --config", metavar="FILE.json", required=True)
+
+
+@dataclass
+class ContinualConfig(Config):
+    """Of ``continual``."""
+
+    start: int | None = option(None, "classes that the source knows (default: 3 of 10)", least=2)
+    step: int | None = option(None, "classes that each task forgets, and learns (default: 1 of 10)", least=1)
+    tasks: int | None = option(None, "how many (default: as the classes allow, six at most)", least=1)
+    results: str | None = option(None, "a continual.json, in place of running", metavar="FILE")
+    into: str | None = option(
+        None, "also put the table into this Markdown document, between its lines <!-- DATASET-continual --> and "
+        "<!-- end -->", metavar="FILE.md",
+    )  # fmt: skip
+
+    def check(self) -> None:
+        self.output_dir = self.output_dir or f"runs/classification/{_plain(self.dataset)}-continual"
+        super().check()
+
+    def _choose_methods(self) -> None:
+        if self.forget != Config.forget:
+            raise SalunError(f"--forget is {self.forget}, and here the window of classes says what goes: leave it out.")
+        if self.source or self.source_seed:
+            raise SalunError("Each seed trains a source of its own, of the first classes: leave --source(_seed) out.")
+        if wrong := [name for name in self.methods if name not in ("all", *CONTINUAL)]:
+            raise SalunError(f"The method {wrong[0]} learns no new classes: choose some of {', '.join(CONTINUAL)}.")
+        chosen = CONTINUAL if "all" in self.methods else self.methods
+        self.methods = [name for name in CONTINUAL if name in chosen or name == "retrain"]
 
 
 def _plain(text: str) -> str:

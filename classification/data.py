@@ -206,3 +206,8 @@ def others(rows: torch.Tensor, count: int) -> torch.Tensor:
     kept = torch.ones(count, dtype=torch.bool)
     kept[rows] = False
     return kept.nonzero().flatten()
+
+
+def joined(*parts: Pictures) -> Pictures:
+    """All pictures, one part after another."""
+    return Pictures(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))

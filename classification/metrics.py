@@ -42,7 +42,7 @@ def evaluate(
         for name, part in (("f", forget), ("r", retain), ("t", test))
     }
     lost, kept, tested = (_proportion(correct[name], flip) for name, flip in (("f", True), ("r", False), ("t", False)))
-    chances = {name: _confidence(answers[name], part.labels.cpu()) for name, part in
+    chances = {name: confidence(answers[name], part.labels.cpu()) for name, part in
                (("f", forget), ("r", retain), ("t", test), ("u", unseen))}  # fmt: skip
     attack = corrected_attack(chances["f"], chances["u"])
     return {
@@ -61,7 +61,7 @@ def _proportion(right: torch.Tensor, flip: bool) -> dict:
     return wilson(int((~right if flip else right).sum()), len(right), 3)
 
 
-def _confidence(answers: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+def confidence(answers: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
     """Log p/(1−p) of the true label, float64 ``(n,)``: of its probability p, what no rounding to 1 has flattened."""
     scores = answers.double()
     true = scores.gather(1, labels[:, None])

@@ -32,6 +32,21 @@ class Normalised(nn.Module):
         return self.network((pictures - self.mean) / self.std)
 
 
+class Mixture(nn.Module):
+    """Networks behind a gate: log p(c | x) = log Σ_s g_s(x) p_s(c | x), fp32 ``(n, classes)``, p_s the softmax of
+    network s and g that of the gate's first outputs, one for each network.
+    """
+
+    def __init__(self, networks: list[Normalised], gate: Normalised):
+        super().__init__()
+        self.networks, self.gate = nn.ModuleList(networks), gate
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        shares = self.gate(pictures)[:, : len(self.networks)].log_softmax(1)
+        each = torch.stack([network(pictures).log_softmax(1) for network in self.networks], 1)
+        return (shares[:, :, None] + each).logsumexp(1)
+
+
 def _resnet18(channels: int, classes: int, size: int) -> nn.Module:
     """With CIFAR's stem: a 3×3 convolution of stride 1, and no pooling after it."""
     network = vision.resnet18(num_classes=classes)
@@ -76,11 +91,20 @@ def _swin_t(channels: int, classes: int, size: int) -> nn.Module:
     )  # fmt: skip
 
 
-def _vit_s(channels: int, classes: int, size: int) -> nn.Module:
-    return vision.VisionTransformer(
-        image_size=size, patch_size=max(size // 8, 1), num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536,
-        num_classes=classes,
-    )  # fmt: skip
+def _vit(layers: int, heads: int, width: int, patches: int) -> Callable[[int, int, int], nn.Module]:
+    """A ViT of ``patches`` patches a side (as many as there are pixels, where these are fewer)."""
+
+    def build(channels: int, classes: int, size: int) -> nn.Module:
+        patch = max(size // patches, 1)
+        network = vision.VisionTransformer(
+            image_size=size, patch_size=patch, num_layers=layers, num_heads=heads, hidden_dim=width, mlp_dim=4 * width,
+            num_classes=classes,
+        )  # fmt: skip
+        if channels != 3:
+            network.conv_proj = nn.Conv2d(channels, width, patch, patch)
+        return network
+
+    return build
 
 
 MODELS: dict[str, Callable[[int, int, int], nn.Module]] = {
@@ -89,7 +113,8 @@ MODELS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "resnet18": _resnet18,
     "vgg16_bn": _vgg16_bn,
     "swin_t": _swin_t,
-    "vit_s": _vit_s,
+    "vit_s": _vit(12, 6, 384, 8),
+    "vit_xs": _vit(4, 4, 64, 4),
 }
 
 
@@ -107,7 +132,7 @@ def build(name: str, data: Data, seed: int, moments: tuple | None = None) -> Nor
             channels.
     """
     channels, size = data.train.images.shape[1], data.train.images.shape[-1]
-    if channels != 3 and (name in ("swin_t", "vit_s") or name not in MODELS):
+    if channels != 3 and (name == "swin_t" or name not in MODELS):
         raise SalunError(f"The model {name} takes colour pictures, and {data.name} has grey ones: choose another.")
     mean, std = (torch.tensor(each) for each in moments) if moments else _moments(data.train.images)
     if len(mean) != channels:

@@ -16,13 +16,9 @@ holds), ``versions``.
 
 import json
 import math
-import platform
 from dataclasses import asdict
 from pathlib import Path
 
-import sklearn
-import torch
-import torchvision
 from tqdm import tqdm
 
 from salun_diffusion.errors import SalunError
@@ -31,19 +27,14 @@ from salun_diffusion.tables import put_into
 
 from . import tables
 from .config import SEEDS, Config
-from .curve import curve  # noqa: F401  (a command too)
+from .continual import continual  # noqa: F401  (a command too)
+from .curve import curve  # noqa: F401
 from .methods import METHODS
 from .metrics import COMPARED, gap
-from .scenario import Scenario
+from .scenario import VERSIONS, Scenario
 
 FORMAT = "salun-diffusion unlearning 1"
 UNLEARNED, RESULTS = "unlearned.json", "results.json"
-VERSIONS = {
-    "python": platform.python_version(),
-    "torch": torch.__version__,
-    "torchvision": torchvision.__version__,
-    "scikit-learn": sklearn.__version__,
-}
 TUNE_SEED = SEEDS  # draws a forget set that no reported seed draws
 FACTORS = (0.1, 0.3, 1, 3, 10)  # what the one setting that each method is tuned in is multiplied by
 

@@ -1,12 +1,15 @@
 """A scenario: data, source model and forget set, made from the settings, and the steps that commands are made of."""
 
 import json
+import platform
 import time
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
+import sklearn
 import torch
+import torchvision
 
 from salun_diffusion.erasures.mask import load_masks
 from salun_diffusion.errors import SalunError
@@ -27,6 +30,12 @@ from .metrics import evaluate
 from .training import accuracy, batches, seeded, train
 
 FORMAT = "salun-diffusion classifier 1"
+VERSIONS = {
+    "python": platform.python_version(),
+    "torch": torch.__version__,
+    "torchvision": torchvision.__version__,
+    "scikit-learn": sklearn.__version__,
+}
 
 
 class Scenario:
@@ -56,6 +65,15 @@ class Scenario:
                 raise SalunError(f"--source {self.config.source} is no file: give the weights as safetensors.")
             found["source_sha256"] = sha256(Path(self.config.source))
         return found
+
+    def also(self, settings: dict) -> None:
+        """What else the folder's content depends on, checked and kept with the rest.
+
+        Raises:
+            SalunError: the folder was made with others.
+        """
+        self.shared |= settings
+        self._check_folder()
 
     def _check_folder(self) -> None:
         path = self.folder / "config.json"
@@ -166,6 +184,8 @@ class Scenario:
         about = {"format": FORMAT, "model": self.config.model, "dataset": self.config.dataset}
         about |= {"classes": json.dumps(self.data.classes), "split_seed": str(self.config.split_seed)}
         about |= {"data": self.digest}
+        if isinstance(model, models.Mixture):
+            about["networks"] = str(len(model.networks))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(path, {name: value.cpu().contiguous() for name, value in model.state_dict().items()}, about)
 
@@ -183,6 +203,8 @@ class Scenario:
             more = " (the pictures, their labels or their split are others)" if "data" in differing else ""
             raise SalunError(f"{path} is not this scenario's model: {told}{more}; give another --output_dir.")
         model = self.model(0)
+        if "networks" in about:
+            model = models.Mixture([self.model(0) for _ in range(int(about["networks"]))], model)
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:
@@ -252,10 +274,11 @@ class Scenario:
         task = self.task(method, seed, over)
         if mask:
             task.masks = self.read_masks(mask)
+        forget = METHODS[method].load()  # before the clock starts: some import what takes seconds
         begun = time.perf_counter()
         with seeded(seed):
-            METHODS[method](task)
-        return task.model.eval(), (time.perf_counter() - begun) / 60, task.settings
+            forget(task)
+        return task.model.eval(), (time.perf_counter() - begun - task.learning_seconds) / 60, task.settings
 
     def task(self, method: str, seed: int, over: dict | None = None) -> Task:
         """The source, and what a method is told to do with it."""

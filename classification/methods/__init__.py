@@ -7,6 +7,7 @@ torch is imported until a method is called, so that ``--help`` answers at once.
 The defaults are the published ones where there are such (CIFAR-10, ResNet-18, 10% forgotten at random).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal
@@ -47,9 +48,13 @@ class Method:
     whole_classes: bool = False
 
     def __call__(self, task: "Task") -> None:
-        """Unlearn: import the function and run it on ``task``, whose ``model`` changes in place."""
+        """Unlearn: run the function on ``task``, whose ``model`` changes in place or is replaced."""
+        self.load()(task)
+
+    def load(self) -> Callable[["Task"], None]:
+        """The function, imported."""
         module, _, name = self.function.rpartition(".")
-        getattr(import_module(f".{module}", __name__), name)(task)
+        return getattr(import_module(f".{module}", __name__), name)
 
 
 METHODS: dict[str, Method] = {
@@ -103,6 +108,16 @@ METHODS: dict[str, Method] = {
     "damp": Method(
         "DAMP", "damp.damp", "projects the class's own directions out of each layer's input",
         "2604.15166, reconstructed", {"alpha": 1.0}, ("alpha",), tuned="alpha", whole_classes=True,
+    ),
+    "sisa": Method(
+        "SISA", "sisa.sisa", "networks that share the classes; the one of the class goes back to before it",
+        "2604.27804", {"epochs": 80, "alpha": 0.43}, (*TRAINING, "alpha"), tuned="alpha", whole_classes=True,
+    ),
+    "bid_lora": Method(
+        "BID-LoRA", "bid_lora.bid_lora", "one low-rank adapter draws the class to a far point, one holds the others",
+        "2604.12686", {"epochs": 50, "learning_rate": 1e-3, "batch_size": 32, "weight_decay": 0.01, "alpha": 10.0},
+        ("epochs", "learning_rate", "batch_size", "weight_decay", "augment", "alpha"), last_layer=True,
+        whole_classes=True,
     ),
     "bias_shift": Method(
         "BiasShift", "head.bias_shift", "lowers the class's bias in the last layer", "2605.08730", {"alpha": 10.0},

@@ -46,10 +46,11 @@ class Settings:
 
 @dataclass
 class Task:
-    """A source model, which a method changes in place, and what it is to forget and to keep.
+    """A source model, which a method changes in place or replaces, and what it is to forget and to keep.
 
     ``fresh`` makes an untrained model, ``recipe`` is what the source was trained with; ``generator``, on the CPU, fixes
     all that is random. ``masks`` (bool, by parameter name) replace the ones that a method would make.
+    ``learning_seconds`` is what a method spent on learning before it began to forget; RTE does not count it.
     """
 
     model: nn.Module
@@ -62,6 +63,7 @@ class Task:
     recipe: Recipe
     title: str
     masks: dict[str, torch.Tensor] | None = None
+    learning_seconds: float = 0.0
 
     @property
     def forgotten(self) -> torch.Tensor:

@@ -129,6 +129,12 @@ def test_models_take_small_colour_pictures(name):
     assert torch.allclose(model.std.flatten().double(), pixels.std((0, 2, 3), unbiased=False), atol=1e-6)
 
 
+def test_a_small_vit_takes_grey_pictures(data):
+    model = models.build("vit_xs", data, 0).eval()
+    assert model(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+    assert model.network.conv_proj.weight.shape == (64, 1, 2, 2), "four patches a side"
+
+
 def test_models_that_cannot_be(data):
     with pytest.raises(SalunError, match="takes colour pictures, and digits has grey ones"):
         models.build("swin_t", data, 0)
@@ -192,7 +198,7 @@ def test_every_metric_of_a_model_by_hand(data, learnt):
         found["counts"]["ta"]["n"] == 360 and found["counts"]["ta"]["low"] < found["ta"] < found["counts"]["ta"]["high"]
     )
     p = logits(learnt, forget).double().softmax(1).gather(1, forget.labels[:, None]).flatten()
-    log_odds = metrics._confidence(logits(learnt, forget), forget.labels)
+    log_odds = metrics.confidence(logits(learnt, forget), forget.labels)
     assert torch.allclose((p / (1 - p)).log(), torch.from_numpy(log_odds), atol=1e-3, rtol=1e-3)
 
 

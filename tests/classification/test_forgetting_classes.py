@@ -201,12 +201,27 @@ def test_methods_for_whole_classes_are_for_them_alone():
 
 
 def test_a_run_that_forgets_a_class_has_a_second_table(tmp_path):
-    quick = ["--limit", "400", "--epochs", "2", "--forget", "class:3", "--methods", "bias_shift", "--seeds", "0"]
-    here("python", "-m", "classification", "run", "--output_dir", tmp_path / "out", *quick)
+    (tmp_path / "quick.json").write_text(json.dumps({"method_settings": {"sisa": {"epochs": 1}}}))
+    quick = [
+        "--limit",
+        "400",
+        "--epochs",
+        "2",
+        "--forget",
+        "class:3",
+        "--methods",
+        "bias_shift",
+        "sisa",
+        "--seeds",
+        "0",
+    ]
+    here("python", "-m", "classification", "run", "--output_dir", tmp_path / "out", *quick,
+         "--config", tmp_path / "quick.json")  # fmt: skip
     cell = json.loads((tmp_path / "out/seed-0/bias_shift/results.json").read_text())["metrics"]["classwise"]
     assert set(cell["redistribution"]["score"]) == set("0123456789") and cell["redistribution"]["score"]["3"] == 0
     text = (tmp_path / "out/table.md").read_text()
     assert re.search(rf"^\| BiasShift \| {cell['selectivity']:.1f} \| .*{cell['bias_gap']:.2f}", text, re.M)
+    assert re.search(r"^\| SISA \| .*\| – \| – \| – \| – \| [\d.]+ \|$", text, re.M), "an ensemble has no one head"
     document = tmp_path / "d.md"
     document.write_text("<!-- digits-class -->\n<!-- end -->\n")
     here("python", "-m", "classification", "table", "--results", tmp_path / "out/results.json", "--into", document,
