@@ -1,4 +1,4 @@
-"""SalUn and other methods on two families of the digits' model, a U-Net and a DiT: ``python -m benchmarks.families``.
+"""SalUn and Selective Amnesia on two families of the digits' model, a U-Net and a DiT: ``python -m benchmarks.families``.
 
 Both models (demo/digits/model, demo/digits-dit) learned the same digits, and each erasure is given the same real ones.
 For each family a method first tries the same learning rates on one digit, with a seed and starting noise that the table
@@ -23,7 +23,7 @@ from .methods_page import DOCS, shown
 
 RESULTS = DOCS / "results" / "families.json"
 MODELS = {"U-Net": ROOT / "demo" / "digits" / "model", "DiT": ROOT / "demo" / "digits-dit"}
-METHODS = ("SalUn", "Selective Amnesia", "ESD")
+METHODS = ("SalUn", "Selective Amnesia")
 TUNING = {"digit": 0, "seed": 0, "learning_rates": [3e-5, 1e-4, 3e-4]}
 
 
