@@ -1,4 +1,4 @@
-"""SalUn and Selective Amnesia on two families of the digits' model, a U-Net and a DiT: ``python -m benchmarks.families``.
+"""Two families forget a digit, a U-Net and a DiT, by SalUn and Selective Amnesia: ``python -m benchmarks.families``.
 
 Both models (demo/digits/model, demo/digits-dit) learned the same digits, and each erasure is given the same real ones.
 For each family a method first tries the same learning rates on one digit, with a seed and starting noise that the table

@@ -12,7 +12,6 @@ from transformers import AutoModelForImageClassification
 
 from demo.class_judge import prepared
 from demo.digits import judge
-from demo.digits.__main__ import DigitsConfig, make
 from demo.digits.data import NAMES, digits, write_pictures
 from salun_diffusion import erase, load_erasure, unload_erasure
 from salun_diffusion.concepts.concept import Row
@@ -59,8 +58,8 @@ def test_the_dit_is_diffusers_own_and_small():
 def test_a_digit_is_forgotten_by_a_transformer(tmp_path, seen):
     write_pictures(tmp_path / "digits")
     run = erase(
-        str(DIT), "3", output_dir=tmp_path / "run", data_dir=tmp_path / "data", max_train_steps=40, train_batch_size=16,
-        num_forget_images=60, num_retain_images=180, forget_data=[str(tmp_path / "digits")],
+        str(DIT), "3", output_dir=tmp_path / "run", data_dir=tmp_path / "data", max_train_steps=30, train_batch_size=16,
+        num_forget_images=60, num_retain_images=90, forget_data=[str(tmp_path / "digits")],
         retain_data=str(tmp_path / "digits"),
     )  # fmt: skip
     model, wanted = load_model(str(DIT)), torch.tensor([3] * 20 + [0, 1, 2, 4, 5, 6, 7, 8, 9] * 4)
@@ -102,12 +101,11 @@ def test_a_model_without_a_digit_is_trained_on_the_others_and_resumed(tmp_path):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_a_dit_without_a_digit_is_trained_with_its_autoencoder_and_resumed(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # else of all tests that follow
-    few = {"network": "dit", "without": 7, "steps": 2, "judge_steps": 1, "autoencoder_steps": 2, "pictures": 1}
+def test_a_dit_without_a_digit_is_trained_with_its_autoencoder_and_resumed(tmp_path):
+    few = "--network dit --without 7 --steps 2 --judge_steps 1 --autoencoder_steps 2 --pictures 1".split()
     for work, output in (("one", "first"), ("one", "again"), ("other", "anew")):
-        make(DigitsConfig(work_dir=str(tmp_path / work), output_dir=str(tmp_path / output), **few))
-        told = capsys.readouterr().out
+        words = [*few, "--work_dir", tmp_path / work, "--output_dir", tmp_path / output]
+        told = here("python", "-m", "demo.digits", *words).stdout
         assert "round trip of the held-out digits" in told and "Asked for 7, which it never saw, it draws" in told
     first, again, anew = (load_model(str(tmp_path / name)).pipe for name in ("first", "again", "anew"))
     for part in ("transformer", "vae"):
