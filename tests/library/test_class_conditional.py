@@ -63,7 +63,7 @@ def test_every_method_that_needs_no_text_erases_a_class(unet, dit, tmp_path, met
         assert tiny.same(before, tiny.bits(pipe))
 
 
-@pytest.mark.parametrize("method", ["uce", "rece", "forget_me_not"])
+@pytest.mark.parametrize("method", ["uce", "rece", "speed", "forget_me_not"])
 def test_methods_on_text_are_refused(unet, tmp_path, method):
     words = ["--concept", "3", "--method", method, "--output_dir", tmp_path / "run"]
     done = here("python", "erase_concept.py", "--pretrained_model_name_or_path", unet, *words, check=False)

@@ -21,6 +21,7 @@ from salun_diffusion.masks.scope import scoped_parameters
 from salun_diffusion.methods import METHODS, find_method
 from salun_diffusion.methods.forget_me_not import Recorder
 from salun_diffusion.methods.rece import adversarial
+from salun_diffusion.methods.speed import affected, change, null_space
 from salun_diffusion.methods.uce import moved, solve
 from salun_diffusion.models import model_of
 from salun_diffusion.models.load import load_pipeline
@@ -483,6 +484,25 @@ def test_rece_finds_the_embedding_that_brings_the_concept_back():
     for c, attack in zip(concept, found, strict=True):
         wanted = torch.cat([w @ c for w in weights] + [torch.zeros(12)])
         torch.testing.assert_close(attack, torch.linalg.lstsq(stacked, wanted[:, None]).solution[:, 0])
+
+
+def test_speed_is_the_papers_closed_form_and_leaves_kept_tokens_alone():
+    """The paper's Δ with its Lagrange multipliers; tokens are its columns, C₁ the concept's, C₂ the invariants."""
+    torch.manual_seed(0)
+    concept, anchor, fixed = (torch.randn(n, 12, dtype=torch.float64) for n in (9, 9, 2))
+    kept = torch.randn(40, 5, dtype=torch.float64) @ torch.randn(5, 12, dtype=torch.float64)  # in 5 of 12 directions
+    weight, ridge = torch.randn(8, 12, dtype=torch.float64), 0.3
+    found = change(weight, concept, anchor, null_space(kept, fixed, 1e-8), ridge)
+    directions = torch.linalg.eigh(kept.T @ kept)[1][:, :7]
+    free, one = directions @ directions.T, torch.eye(12, dtype=torch.float64)
+    inverse = torch.linalg.inv(concept.T @ concept @ free / 9 + ridge * one)
+    held = inverse @ fixed.T @ torch.linalg.inv(fixed @ free @ inverse @ fixed.T) @ fixed @ free
+    wanted = weight @ (anchor - concept).T @ concept / 9 @ free @ (one - held) @ inverse
+    torch.testing.assert_close(found, wanted)
+    assert (found @ kept.T).abs().max() < 1e-10 and (found @ fixed.T).abs().max() < 1e-10
+    assert found.norm() > 0.1
+    lengths = [(found @ token).norm() ** 2 for token in anchor]
+    assert affected(found, anchor).tolist() == [length > sum(lengths) / 9 for length in lengths]
 
 
 def test_the_method_that_the_document_adds_trains(folders, tmp_path, monkeypatch):

@@ -46,8 +46,9 @@ METHODS = {
     "salun_esd": {},
     "salun_adv": {"anchor": "cat", "num_retain_images": 2, "attacked": 0.5, "attack_tokens": "all", "attack_steps": 1,
                   "inverted": 0.0, "empty": 0.25},
+    "speed": {"anchor": "cat", "num_retain_images": 2},
 }  # fmt: skip
-CROSS_ATTENTION = ("forget_me_not", "uce", "rece")
+CROSS_ATTENTION = ("forget_me_not", "uce", "rece", "speed")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -64,7 +65,7 @@ def folder(tmp_path_factory):
 
 def erased(pipe, output, method="salun", **options):
     few = {"num_inference_steps": 2, "train_batch_size": 2, "max_train_steps": 1, "learning_rate": 1e-2}
-    few = {} if method in ("uce", "rece") else few
+    few = {} if method in ("uce", "rece", "speed") else few
     few |= {} if method in ("esd", "race", "finetune") else {"num_forget_images": 2}
     few |= METHODS[method] | options
     return erase(
