@@ -14,6 +14,7 @@ METHODS = {
     "concept_ablation": "concept_ablation.ConceptAblation",
     "uce": "uce.UCE",
     "rece": "rece.RECE",
+    "fia": "fia.FIA",
     "selective_amnesia": "selective_amnesia.SelectiveAmnesia",
     "race": "race.RACE",
     "stereo": "stereo.STEREO",
