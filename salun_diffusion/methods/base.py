@@ -124,6 +124,7 @@ class Method:
     uses_retain = True  # whether it has a retain term
     ignores: tuple[str, ...] = ()  # settings that it has no use for: giving one is an error
     closed_form = False
+    sparse = False  # of a closed form: whether it changes single weights, which are then all that the file holds
     guard: type | None = None  # what it makes in place of new weights (methods/guard.py)
     phased = False  # whether what a step does depends on how many there are in all
 
@@ -228,7 +229,6 @@ class ClosedForm(Method):
     """
 
     closed_form = True
-    sparse = False  # whether it changes a few single weights, which are then all that the file holds
     scope = "cross-attention-kv"
     uses_retain = False
     ignores = NEEDS_TRAINING

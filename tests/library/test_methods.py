@@ -60,7 +60,7 @@ def test_it_runs_everywhere_changes_its_scope_alone_and_is_deterministic(method,
     delta = erase(folders[kind], method, tmp_path / "one", "--save_dtype", "fp32")
     scope = re.compile((TEXT_ENCODER if component else SCOPES)[find_method(method).scope])
     assert delta.metadata["method"] == method and delta.metadata["scope"] == find_method(method).scope
-    if getattr(find_method(method), "sparse", False):
+    if find_method(method).sparse:
         assert 0 < delta.metadata["density"] < 0.1
     else:
         assert delta.metadata["density"] == (0.5 if find_method(method).mask == "saliency" else 1.0)
@@ -193,6 +193,7 @@ def test_what_is_set_for_a_method_holds_for_those_made_from_it():
         ("random_label", ["--saliency", "fisher"], "--saliency means nothing to --method random_label without --mask"),
         ("uce", ["--scope", "all"], "use --scope cross-attention-kv"),
         ("fia", ["--scope", "feed-forward"], "fia prunes the weights of linear layers alone: use --scope feed-forward"),
+        ("fia", ["--mask", "saliency"], "chooses its weights itself"),
         ("fia", ["--sensitive", "1.5"], "sensitive is 1.5: give a share above 0, and 1 at most"),
         ("concept_ablation", ["--forget_data", "tests"], "--forget_data means nothing"),
         ("salun", ["--method_option", "ewc=1"], "no option 'ewc'. Its own: target=current"),
