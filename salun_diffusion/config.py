@@ -101,8 +101,9 @@ class EraseConfig:
     scope: str | None = option(
         None,
         "which layers are scored and may change: cross-attention, cross-attention-kv (its keys and values), "
-        "cross-attention+resnets, no-cross-attention, self-attention, feed-forward, feed-forward-out, all, or a regular "
-        "expression that is searched in the parameters' names; the method's, cross-attention+resnets for salun; help lists them "
+        "cross-attention+resnets, no-cross-attention, self-attention, feed-forward, feed-forward-out, all, or a "
+        "regular expression that is searched in the parameters' names; the method's, cross-attention+resnets for "
+        "salun; help lists them "
         "for the base model, with the number of their weights",
     )
     threshold: str = option("global", "take the density of all scores together, or of each layer", THRESHOLDS)
