@@ -101,8 +101,9 @@ class EraseConfig:
     scope: str | None = option(
         None,
         "which layers are scored and may change: cross-attention, cross-attention-kv (its keys and values), "
-        "cross-attention+resnets, no-cross-attention, self-attention, feed-forward, all, or a regular expression that "
-        "is searched in the parameters' names; the method's, cross-attention+resnets for salun; help lists them "
+        "cross-attention+resnets, no-cross-attention, self-attention, feed-forward, feed-forward-out, all, or a "
+        "regular expression that is searched in the parameters' names; the method's, cross-attention+resnets for "
+        "salun; help lists them "
         "for the base model, with the number of their weights",
     )
     threshold: str = option("global", "take the density of all scores together, or of each layer", THRESHOLDS)
@@ -265,7 +266,8 @@ class EraseConfig:
                 raise SalunError(f"--{setting} means nothing to --method {self.method}: leave it out.")
         mask = self.mask or filled["mask"]
         if method.closed_form and mask != "none":
-            raise SalunError(f"--mask {mask}: --method {self.method} solves for whole matrices; only none goes.")
+            does = "chooses its weights itself" if method.sparse else "solves for whole matrices"
+            raise SalunError(f"--mask {mask}: --method {self.method} {does}; only none goes.")
         self.unused = [*method.unused(mask), *self._check_adapter(method, mask)]
         if self.offload and self.validation_steps:
             raise SalunError(

@@ -34,6 +34,7 @@ from .models.quantized import check_not_quantized, quantize_frozen
 from .process import Callback, accelerator_for, reporting_to
 from .run import DTYPES, Run, RunFolder, borrowed, check_is_base
 from .training.adapter import AdapterChange
+from .training.batches import Batches
 from .training.change import MaskedChange
 from .training.checkpoints import Checkpoints, threads_of
 from .training.trainer import Trainer
@@ -154,10 +155,12 @@ def _erase(config: EraseConfig, pipe) -> Run:
 
             # The weights that carry the concept.
             begun = time.perf_counter()
-            trainer = None
+            trainer, solved = None, {}
             if config.offload:  # from here on the network stays where it is trained
                 model.pipe.remove_all_hooks()
-            if not method.closed_form:
+            if method.closed_form:
+                solved = _solved(method, model, sets, parameters, concepts, config, accelerator)
+            else:
                 trainer = Trainer(accelerator, model, sets, config)
                 undo.callback(trainer.method.close)
                 model.move_others("cpu")
@@ -179,6 +182,8 @@ def _erase(config: EraseConfig, pipe) -> Run:
                     mask = resumed.whole_mask(parameters if reused is None else reused)
                 elif reused is not None:
                     mask = reused
+                elif solved and method.sparse:
+                    mask = {name: solved[name] != p.detach().cpu().float() for name, p in parameters.items()}
                 elif config.mask == "none":
                     mask = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
                 else:
@@ -195,8 +200,7 @@ def _erase(config: EraseConfig, pipe) -> Run:
                 validate = _validation(model, concepts, config, run.path, accelerator)
                 trainer.train(change, run.path / "training.jsonl", checkpoints, resumed, validate)
             else:
-                pairs, prompts = _prompts(concepts, config)
-                change.set(method(model, method.parse(config.method_option)).solve(parameters, pairs, prompts))
+                change.set(solved)
             seconds = None if resumed else round(time.perf_counter() - begun, 1)  # of a run in parts, nobody knows
             change.snap(DTYPES[config.save_dtype])
             accelerator.end_training()
@@ -329,12 +333,18 @@ def _adapted(parameters: dict, layers: dict, ranks: dict[str, int]) -> str:
     return text + (f" It cannot hold the {rest} biases and norms in scope." if rest else "")
 
 
-def _prompts(concepts: list[Concept], config: EraseConfig) -> tuple[list[tuple[str, str]], list[str]]:
-    """A closed form's distinct pairs of concept and anchor prompts, and its retain prompts."""
-    forget = sum(shared_rows(concepts, "forget", config.num_forget_images, config.seed, "training"), [])
-    retain = sum(shared_rows(concepts, "retain", config.num_retain_images, config.seed, "training"), [])
-    pairs = dict.fromkeys((row.prompt, row.anchor_prompt) for row in forget)
-    return list(pairs), list(dict.fromkeys(row.prompt for row in retain))
+def _solved(method, model: Model, sets, parameters, concepts, config: EraseConfig, accelerator) -> dict:
+    """The new weights by a closed form: from each concept's pairs of prompts, its own and its anchor's, and from the
+    prompts that are kept.
+    """
+    model.network.eval()
+    model.autocast = accelerator.autocast
+    batches = Batches.of(accelerator, model, sets, config)
+    forget = shared_rows(concepts, "forget", config.num_forget_images, config.seed, "training")
+    retain = shared_rows(concepts, "retain", config.num_retain_images, config.seed, "training")
+    pairs = [list(dict.fromkeys((row.prompt, row.anchor_prompt) for row in rows)) for rows in forget]
+    kept = list(dict.fromkeys(row.prompt for rows in retain for row in rows))
+    return method(model, method.parse(config.method_option), batches).solve(parameters, pairs, kept)
 
 
 def _validation(model: Model, concepts: list[Concept], config: EraseConfig, folder: Path, accelerator):

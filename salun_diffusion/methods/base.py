@@ -82,6 +82,7 @@ class Batches(Protocol):
     seed: int
     size: int  # pictures of each set at once
     num_inference_steps: int
+    drawing: dict[str, Any]  # how the run draws: what ``Model.draw`` is given beside the rows
     max_train_steps: int
     accelerator: Any
 
@@ -123,6 +124,7 @@ class Method:
     uses_retain = True  # whether it has a retain term
     ignores: tuple[str, ...] = ()  # settings that it has no use for: giving one is an error
     closed_form = False
+    sparse = False  # of a closed form: whether it changes single weights, which are then all that the file holds
     guard: type | None = None  # what it makes in place of new weights (methods/guard.py)
     phased = False  # whether what a step does depends on how many there are in all
 
@@ -231,11 +233,13 @@ class GradientMethod(Method):
 
 
 class ClosedForm(Method):
-    """A method that computes the new weights from prompts alone.
+    """A method that computes the new weights itself, where others are trained: from prompts alone, unless its
+    :meth:`sets` name pictures.
 
     Args:
-        model: whose network is edited.
+        model: whose network is edited; it is in eval mode.
         options: of the class's ``Options``.
+        batches: the sets, and what the seed fixes.
     """
 
     closed_form = True
@@ -247,17 +251,17 @@ class ClosedForm(Method):
     def sets(cls, mask: str | None) -> list[str]:
         return []
 
-    def __init__(self, model: Model, options: Any):
-        self.model, self.options = model, options
+    def __init__(self, model: Model, options: Any, batches: Batches):
+        self.model, self.options, self.batches = model, options, batches
 
     def solve(
-        self, parameters: dict[str, torch.nn.Parameter], pairs: list[tuple[str, str]], kept: list[str]
+        self, parameters: dict[str, torch.nn.Parameter], pairs: list[list[tuple[str, str]]], kept: list[str]
     ) -> dict[str, torch.Tensor]:
-        """The new values of ``parameters``, by name, float32.
+        """The new values of ``parameters``, by name, float32, on the CPU. The network is left as it was found.
 
         Args:
             parameters: those of the scope, at the base model's weights.
-            pairs: each concept prompt, and the anchor's wording of it; distinct.
+            pairs: for each concept its prompts, and the anchor's wording of each; distinct.
             kept: distinct prompts that must be drawn as before.
         """
         raise NotImplementedError

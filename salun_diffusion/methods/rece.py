@@ -29,7 +29,7 @@ class RECE(UCE):
 
     def solve(self, parameters, pairs, kept):
         check_keys_and_values(parameters)
-        concept, anchor = token_pairs(self.model, pairs)
+        concept, anchor = token_pairs(self.model, sum(pairs, []))
         kept = kept_tokens(self.model, kept)
         how = self.options.erase, self.options.preserve, self.options.ridge
         transform = solve((concept, anchor), kept, *how)

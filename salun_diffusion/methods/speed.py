@@ -49,11 +49,11 @@ class SPEED(ClosedForm):
     def solve(self, parameters, pairs, kept):
         check_keys_and_values(parameters)
         options, found = self.options, {}
-        concept, anchor = token_pairs(self.model, pairs)
+        concept, anchor = token_pairs(self.model, sum(pairs, []))
         kept = kept_tokens(self.model, kept)
         fixed = kept_tokens(self.model, [""])
         size = options.augment, len(kept), options.augment_rank
-        noise = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=kept.dtype)  # alike in every run
+        noise = torch.randn(size, generator=self.batches.generator("speed"), dtype=kept.dtype)
         free = torch.eye(kept.shape[1], dtype=kept.dtype)
         for name, parameter in parameters.items():
             weight, held = parameter.detach().cpu().double(), kept

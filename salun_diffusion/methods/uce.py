@@ -39,7 +39,7 @@ class UCE(ClosedForm):
     def solve(self, parameters, pairs, kept):
         check_keys_and_values(parameters)
         options = self.options
-        tokens = token_pairs(self.model, pairs), kept_tokens(self.model, kept)
+        tokens = token_pairs(self.model, sum(pairs, [])), kept_tokens(self.model, kept)
         transform = solve(*tokens, options.erase, options.preserve, options.ridge)
         return moved(parameters, transform)
 

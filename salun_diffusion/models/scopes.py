@@ -6,6 +6,7 @@ UNET = {
     "cross-attention+resnets": r"\.attn2\.|\.resnets\.",
     "self-attention": r"\.attn1\.",
     "feed-forward": r"\.ff\.",
+    "feed-forward-out": r"\.ff\.net\.2\.weight$",
     "no-cross-attention": r"^(?!.*\.attn2\.)",
     "all": r"",
 }
@@ -34,6 +35,7 @@ JOINT = {
     "self-attention": _PICTURE,
     "joint-attention": rf"{_TEXT}|{_PICTURE}",
     "feed-forward": r"\.ff(_context)?\.|\.proj_mlp\.",
+    "feed-forward-out": r"\.ff(_context)?\.net\.2\.weight$",
     "no-cross-attention": r"^(?!.*(\.add_[qkv]_proj\.|\.to_add_out\.))",
     "all": r"",
 }

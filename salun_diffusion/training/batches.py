@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from accelerate import Accelerator
 
+from ..config import EraseConfig
 from ..data.cache import cached_tensors
 from ..data.sets import ImageSet
 from ..methods.base import Batch
@@ -29,6 +30,7 @@ class Batches:
         data_dir: where :meth:`cached` keeps files.
         condition_dropout: share of a step's pictures whose condition, and the anchor's, is left out.
         max_train_steps: of the whole training, for methods that have phases.
+        drawing: how the run draws, as :meth:`..models.base.Model.draw` is told, for methods that watch it.
     """
 
     def __init__(
@@ -42,10 +44,24 @@ class Batches:
         data_dir: str,
         condition_dropout: float = 0.0,
         max_train_steps: int = 0,
+        drawing: dict | None = None,
     ):
         self.accelerator, self.model, self.sets, self.seed, self.size = accelerator, model, sets, seed, size
         self.num_inference_steps, self.data_dir = num_inference_steps, data_dir
         self.condition_dropout, self.max_train_steps = condition_dropout, max_train_steps
+        self.drawing = drawing or {}
+
+    @classmethod
+    def of(cls, accelerator: Accelerator, model: Model, sets: dict[str, ImageSet], config: EraseConfig) -> "Batches":
+        """Those of a run with the settings ``config``, filled. What a setting is of no use to is not asked for."""
+        drawing = {
+            "num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale,
+            "batch_size": config.sample_batch_size,
+        }  # fmt: skip
+        return cls(
+            accelerator, model, sets, config.seed, config.train_batch_size or 1, config.num_inference_steps or 0,
+            config.data_dir, config.condition_dropout or 0.0, config.max_train_steps or 0, drawing,
+        )  # fmt: skip
 
     @property
     def retain(self) -> ImageSet | None:

@@ -50,10 +50,7 @@ class Trainer:
         model.autocast = accelerator.autocast
         if config.gradient_checkpointing:
             model.network.enable_gradient_checkpointing()
-        self.batches = Batches(
-            accelerator, model, sets, config.seed, config.train_batch_size, config.num_inference_steps, config.data_dir,
-            config.condition_dropout or 0.0, config.max_train_steps,
-        )  # fmt: skip
+        self.batches = Batches.of(accelerator, model, sets, config)
         method = find_method(config.method)
         self.method: GradientMethod = method(model, method.parse(config.method_option), self.batches)
 

@@ -278,9 +278,9 @@ def test_uce_solves_for_the_tokens_that_the_attention_sees(build, seen_by, tmp_p
     one, other = seen("a picture of an airplane")[-1 - marks :], seen("a picture of a cat")[-1 - marks :]
     tokens = torch.cat([seen(prompt) for prompt in kept])
     options = UCEOptions()
-    found = UCE(model, options).solve(
+    found = UCE(model, options, None).solve(
         scoped_parameters(model.network, "cross-attention-kv", model.scopes),
-        [("a picture of an airplane", "a picture of a cat")], kept,
+        [[("a picture of an airplane", "a picture of a cat")]], kept,
     )  # fmt: skip
     assert len(found) == 4  # keys and values of two blocks, and no bias
     for name, moved in found.items():
