@@ -21,6 +21,9 @@ METHODS = {
     "salun_adv": "salun_adv.SalUnAdv",
     "sld": "guard.SLD",
     "safree": "guard.SAFREE",
+    "concept_steerers": "guard.ConceptSteerers",
+    "groce": "guard.GrOCE",
+    "egloce": "guard.EGLOCE",
 }
 NEEDS_DRAWING = ("guidance_scale", "sample_batch_size")  # and those that only pictures have that a run draws
 NEEDS_SALIENCY = (
