@@ -2,15 +2,16 @@
 
 The format, `salun-guard` version 1
 -----------------------------------
-A safetensors file without tensors. Its metadata MUST have
+A safetensors file that holds the tensors that the guard learned from its base model (``Guard.learned``), and none
+besides: most guards have none. Its metadata MUST have
     format    MUST be "salun-guard"
     method    MUST be the name of a guard (``salun_diffusion.guards.GUARDS``)
 and as JSON
     version   MUST be 1
     options   MUST map the guard's own options to their values; what is missing has its default
     phrases   MUST list one or more texts: what is not to be drawn
-beside concept, base_model … as in a masked delta's (``delta.py``). It is of no base model: any pipeline that the guard
-fits may wear it.
+beside concept, base_model … as in a masked delta's (``delta.py``). Without tensors it is of no base model: any pipeline
+that the guard fits may wear it. What one learned is of the text encoder that it was learned from.
 """
 
 import hashlib
@@ -40,7 +41,7 @@ def save_guard(path, guard: Guard, about: dict) -> None:
     """
     options = {key: value for key, value in asdict(guard.options).items() if value is not None and key != "phrases"}
     about = about | {"options": options, "phrases": guard.phrases}
-    write_safetensors(path, {}, metadata_to_text(path, about, format=FORMAT, version=VERSION))
+    write_safetensors(path, guard.tensors, metadata_to_text(path, about, format=FORMAT, version=VERSION))
 
 
 class WornGuard(Erasure):
@@ -56,7 +57,6 @@ class WornGuard(Erasure):
     def load(cls, path):
         tensors, text = read_safetensors(path, OUR_HEADER_LIMIT)
         metadata = metadata_from_text(path, text, FORMAT, VERSION)
-        check_keys(path, tensors, set())
         method, options, phrases = (metadata.get(key) for key in ("method", "options", "phrases"))
         if method not in GUARDS:
             raise SalunError(f"{path} holds the guard {method!r}, where {', '.join(GUARDS)} are known; update "
@@ -66,12 +66,16 @@ class WornGuard(Erasure):
             raise SalunError(f"{path} is damaged: it must have options, and phrases that say what is not to be drawn.")
         kind = find_guard(method)
         options = kind.Options(**checked(options, kind.Options, f"{path} is damaged:"))
+        check_keys(path, tensors, set(kind.learned))
+        guard = kind(options, phrases)
+        guard.tensors = tensors
         kept = {key: value for key, value in metadata.items() if key not in RESERVED}
-        return cls(kind(options, phrases), kept)
+        return cls(guard, kept)
 
     def digest(self):
-        """Of the guard, its options and phrases."""
+        """Of the guard, its options, phrases and tensors."""
         told = [self.metadata["method"], asdict(self.guard.options), self.guard.phrases]
+        told += [[name, tensor.double().tolist()] for name, tensor in sorted(self.guard.tensors.items())]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     def acts(self, applied):
@@ -80,6 +84,7 @@ class WornGuard(Erasure):
     def check_fit(self, pipe, path, check_base, applied):
         """Any pipeline that the guard fits, whatever its base model."""
         self.guard.check_fit(pipe, str(path))
+        self.guard.check_learned(pipe, str(path))
         session = getattr(denoiser(pipe), SESSION, None)
         if session is not None and session.pipe() is not pipe:
             raise SalunError(

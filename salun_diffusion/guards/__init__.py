@@ -8,6 +8,9 @@ from importlib import import_module
 GUARDS = {  # by the method that a file's metadata names
     "sld": "sld.SLD",
     "safree": "safree.SAFREE",
+    "concept_steerers": "concept_steerers.ConceptSteerers",
+    "groce": "groce.GrOCE",
+    "egloce": "egloce.EGLOCE",
 }
 
 

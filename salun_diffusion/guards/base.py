@@ -1,8 +1,8 @@
 """What a guard is: settings and the phrases of a concept; and, for each call of the pipeline, a watch over it.
 
 A watch sees the steps of the call one after the other. It may move the prompt's embeddings before the network predicts,
-have the network predict for one more prompt beside, and move the conditional prediction. What several watches do is
-added up, each times its erasure's scale, so their order does not matter.
+have the network predict for one more prompt beside, move the conditional prediction, and move the latents before the
+scheduler's step. What several watches do is added up, each times its erasure's scale, so their order does not matter.
 """
 
 from dataclasses import dataclass
@@ -21,12 +21,14 @@ class Call:
     Attributes:
         pipe: the diffusers pipeline.
         prompts: one for each picture; None where the caller gave embeddings in their place.
+        negative_prompts: one for each picture, "" where none was given.
         embeddings: of the prompts' tokens, ``(pictures, tokens, width)``, as the network gets them.
         num_inference_steps: denoising steps.
     """
 
     pipe: Any
     prompts: list[str] | None
+    negative_prompts: list[str]
     embeddings: torch.Tensor
     num_inference_steps: int
 
@@ -59,6 +61,10 @@ class Watch:
         """What is added to the embeddings of the prompts' tokens at step ``number``, of their shape; or None."""
         return None
 
+    def empty_change(self, number: int) -> torch.Tensor | None:
+        """The same for the negative prompts; asked only where there is guidance."""
+        return None
+
     def beside(self, number: int) -> Condition | None:
         """A condition, one row a picture or one for all, that the network is to predict for at step ``number`` too."""
         return None
@@ -75,9 +81,24 @@ class Watch:
         """What is added to the conditional prediction; or None."""
         return None
 
+    def latent_change(
+        self, number: int, timestep: float, latents: torch.Tensor, predicted: torch.Tensor
+    ) -> torch.Tensor | None:
+        """What is added to the latents that the scheduler's step starts from; or None.
+
+        Args:
+            number: of the step, from 0.
+            timestep: of the schedule.
+            latents: ``(pictures, channels, height, width)``, as the scheduler keeps them.
+            predicted: for them, guided, of the same shape.
+        """
+        return None
+
 
 class Guard:
     """A guard as its file has it; it holds nothing of any call.
+
+    What it learns from the base model before its first use is in :attr:`tensors`, by the names in :attr:`learned`.
 
     Args:
         options: of :attr:`Options`.
@@ -88,9 +109,30 @@ class Guard:
     Options: type  # a dataclass of `option` fields
     fits_two_encoders = True  # whether it can guard Stable Diffusion XL
     wants_prompts = False  # whether its phrases are, beside a concept's names, the plain prompts that ask for it
+    learned: tuple[str, ...] = ()
 
     def __init__(self, options: Any, phrases: list[str]):
         self.options, self.phrases = options, phrases
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def learn(self, pipe, prompts: list[str], seed: int) -> None:
+        """Fill :attr:`tensors`, float32; called once, where the guard is made.
+
+        Args:
+            pipe: the base model's pipeline.
+            prompts: of the concept and of the rest, distinct.
+            seed: fixes everything that is random.
+
+        Raises:
+            SalunError: the guard would not work with this pipeline.
+        """
+
+    def check_learned(self, pipe, what: str) -> None:
+        """Pass if what it learned is of use to this pipeline; ``what`` as in :meth:`check_fit`.
+
+        Raises:
+            SalunError: it is not.
+        """
 
     def watch(self, call: Call) -> Watch:
         """The watch over a call that begins.
@@ -119,3 +161,14 @@ class Guard:
                 f"{what} is a guard for {known}, pipelines with a U-Net and encode_prompt(), which "
                 f"{type(pipe).__name__} is not: choose another method or model."
             )
+
+
+def need_prompts(call: Call, title: str) -> list[str]:
+    """The call's prompts.
+
+    Raises:
+        SalunError: embeddings were given in their place.
+    """
+    if call.prompts is None:
+        raise SalunError(f"{title} reads the prompt's words, and embeddings were given in their place: give prompts.")
+    return call.prompts

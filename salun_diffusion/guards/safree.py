@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import cosine_similarity
 
-from ..errors import SalunError
 from ..models.text_unet import token_ids
 from ..options import option
-from .base import Guard, Watch
+from .base import Guard, Watch, need_prompts
 
 MASK = 0  # the token that stands for one that is left out, as in the authors' code; "!" in CLIP's vocabulary
 SHARPNESS, MIDDLE = 2.5, 5.333  # k and t of eq. 6, as published for nudity; 3.5 and 5.5 there for artists
@@ -61,8 +60,7 @@ class SAFREE(Guard):
     wants_prompts = True  # a name by itself spans one direction, from which few prompts are far enough
 
     def watch(self, call):
-        if call.prompts is None:
-            raise SalunError("SAFREE reads the prompt's words, and embeddings were given in their place: give prompts.")
+        need_prompts(call, self.title)
         return SAFREEWatch(self, call)
 
 

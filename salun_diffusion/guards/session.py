@@ -1,4 +1,5 @@
-"""Guards on a live pipeline: hooks on its denoiser, and two of its methods wrapped to know when a call of it draws.
+"""Guards on a live pipeline: hooks on its denoiser, two of its methods wrapped to know when a call of it draws, and the
+step of its scheduler wrapped to move the latents that it starts from.
 
 diffusers' own call does all the rest. It asks ``encode_prompt`` for embeddings, opens ``progress_bar`` around its steps
 and calls the denoiser at each of them; where it guides, the rows of the negative prompts come before the prompts'.
@@ -54,9 +55,10 @@ class Session:
         }
         for name, method in self.put.items():
             setattr(pipe, name, method)
+        self.schedulers: list[Any] = []  # whose step is wrapped: a pipeline may get another one on its way
 
     def close(self) -> None:
-        """Take the hooks off, and give the pipeline its own methods back."""
+        """Take the hooks off, and give the pipeline and its schedulers their own methods back."""
         for hook in self.hooks:
             hook.remove()
         pipe = self.pipe()
@@ -64,6 +66,8 @@ class Session:
             delattr(pipe, name)
             if name in self.found:
                 setattr(pipe, name, self.found[name])
+        for scheduler in self.schedulers:
+            del scheduler.step
 
     def intact(self) -> bool:
         """Whether the pipeline still draws under these guards."""
@@ -81,7 +85,14 @@ class Session:
             prompts = given.get("prompt")
             prompts = [prompts] if isinstance(prompts, str) else prompts
             count = given.get("num_images_per_prompt", 1)
-            self.here.encoded = [p for p in prompts for _ in range(count)] if prompts is not None else None, found[0]
+            negative = given.get("negative_prompt") or ""
+            each = len(found[0]) // count
+            negative = [negative] * each if isinstance(negative, str) else negative
+            prompts, negative = (
+                None if texts is None else [text for text in texts for _ in range(count)]
+                for texts in (prompts, negative)
+            )
+            self.here.encoded = prompts, negative, found[0]
             return found
 
         return encode_prompt
@@ -96,6 +107,7 @@ class Session:
                 if getattr(self.here, "encoded", None) is None:
                     raise SalunError(ELSEWHERE.format(self._names()))
                 call = Call(self.pipe(), *self.here.encoded, bar.total)
+                self._wrap_step(call.pipe.scheduler)
                 self.here.drawing = Drawing(call, [(scale, guard.watch(call)) for _, scale, guard in self.guards])
                 try:
                     yield bar
@@ -103,6 +115,22 @@ class Session:
                     self.here.drawing = self.here.encoded = None
 
         return progress_bar
+
+    def _wrap_step(self, scheduler) -> None:
+        """Wrap the step of a scheduler, once; it is as it was wherever this session does not draw."""
+        if any(scheduler is known for known in self.schedulers):
+            return
+        method = scheduler.step
+
+        @wraps(method)
+        def step(model_output, timestep, sample, *args, **kwargs):
+            drawing = getattr(self.here, "drawing", None)
+            if drawing is not None:
+                sample = drawing.moved(sample, model_output)
+            return method(model_output, timestep, sample, *args, **kwargs)
+
+        scheduler.step = step
+        self.schedulers.append(scheduler)
 
     def _current(self) -> "Drawing":
         drawing = getattr(self.here, "drawing", None)
@@ -154,6 +182,8 @@ class Drawing:
         for scale, watch in self.watches:
             if (change := watch.prompt_change(self.number)) is not None:
                 hidden[-count:] += (scale * change).to(hidden)
+            if self.guided and (change := watch.empty_change(self.number)) is not None:
+                hidden[:count] += (scale * change).to(hidden)
         more = []  # conditions, each of all pictures; whose they are is in self.places
         self.places: dict[Any, int] = {}
         if not self.guided and any(watch.wants_unconditional for _, watch in self.watches):
@@ -184,6 +214,15 @@ class Drawing:
                 guarded = guarded + (scale * change).to(guarded)
         self.number += 1
         return torch.cat([predicted[: self.rows - len(guarded)], guarded])
+
+    def moved(self, latents: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+        """The latents that the scheduler's step starts from, after the network's prediction for them."""
+        found = latents
+        for scale, watch in self.watches:
+            change = watch.latent_change(self.number - 1, self.timestep, latents, predicted)
+            if change is not None:
+                found = found + (scale * change).to(found)
+        return found
 
     def skip(self, block: int, features: torch.Tensor) -> torch.Tensor:
         """The features of a skip connection, the prompts' rows guarded."""

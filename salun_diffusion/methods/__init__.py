@@ -24,6 +24,9 @@ METHODS = {
     "salun_anchored": "salun_anchored.SalUnAnchored",
     "sld": "guard.SLD",
     "safree": "guard.SAFREE",
+    "concept_steerers": "guard.ConceptSteerers",
+    "groce": "guard.GrOCE",
+    "egloce": "guard.EGLOCE",
 }
 NEEDS_DRAWING = ("guidance_scale", "sample_batch_size")  # and those that only pictures have that a run draws
 NEEDS_SALIENCY = (

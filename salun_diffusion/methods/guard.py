@@ -1,11 +1,13 @@
-"""Guards as methods: nothing is trained or solved, and the run holds the guard's options and the concept's words."""
+"""Guards as methods: no weight is trained or solved. The run holds the guard's options, the concept's words, and what
+the guard learned from the base model, if anything.
+"""
 
 from typing import Any
 
-from ..concepts.concept import Concept
+from ..concepts.concept import Concept, shared_rows
 from ..concepts.templates import placeholders, slot_of
 from ..erasures.guard import save_guard
-from ..guards import safree, sld
+from ..guards import concept_steerers, egloce, groce, safree, sld
 from ..guards.base import Guard
 from .base import NEEDS_TRAINING, Method
 
@@ -14,6 +16,7 @@ NEEDS_WEIGHTS = (
     "forget_data", "anchor", "num_forget_images", "num_retain_images", "guidance_scale",
     "sample_batch_size",
 )  # fmt: skip
+PROMPTS = 1024  # for a guard to learn from, half of them of the concept; distinct ones are fewer
 
 
 class GuardMethod(Method):
@@ -35,7 +38,14 @@ class GuardMethod(Method):
         self.phrases = given or [name for concept in concepts for name in concept.names]
         if self.guard.wants_prompts and not given:
             self.phrases += [prompt for concept in concepts for prompt in plain_prompts(concept)]
-        self.options = options
+        self.made = self.guard(options, self.phrases)
+        self.concepts = concepts
+
+    def learn(self, pipe, seed: int) -> None:
+        """Have the guard learn what it needs from the base model; as :meth:`Guard.learn`."""
+        kinds = ("forget", "retain") if self.guard.learned else ()
+        parts = [shared_rows(self.concepts, kind, PROMPTS // 2, seed, "training") for kind in kinds]
+        self.made.learn(pipe, list(dict.fromkeys(row.prompt for part in parts for rows in part for row in rows)), seed)
 
     @classmethod
     def sets(cls, mask):
@@ -43,7 +53,7 @@ class GuardMethod(Method):
 
     def save(self, path, base, about: dict, dtype) -> None:
         """Write the guard's file, as a change writes its own; neither the base model nor a dtype matters to it."""
-        save_guard(path, self.guard(self.options, self.phrases), about)
+        save_guard(path, self.made, about)
 
 
 def plain_prompts(concept: Concept) -> list[str]:
@@ -62,3 +72,16 @@ class SLD(GuardMethod):
 
 class SAFREE(GuardMethod):
     title, guard, Options = "SAFREE", safree.SAFREE, safree.SAFREEOptions
+
+
+class ConceptSteerers(GuardMethod):
+    title, guard = "Concept Steerers", concept_steerers.ConceptSteerers
+    Options = concept_steerers.ConceptSteerersOptions
+
+
+class GrOCE(GuardMethod):
+    title, guard, Options = "GrOCE", groce.GrOCE, groce.GrOCEOptions
+
+
+class EGLOCE(GuardMethod):
+    title, guard, Options = "EGLOCE-style", egloce.EGLOCE, egloce.EGLOCEOptions
