@@ -34,7 +34,11 @@ def command(base, method, output, *more, concept="steam engine"):
     """The words after ``erase_concept.py`` of a short erasure."""
     kind = find_method(method)
     words = [] if kind.closed_form else ["--max_train_steps", "2", "--train_batch_size", "2", "--learning_rate", "1e-3"]
-    words += ["--num_retain_images", "4"] if kind.uses_retain or kind.closed_form else []
+    words += (
+        ["--num_retain_images", "4"]
+        if "num_retain_images" not in kind.unused(kind.mask) and (kind.uses_retain or kind.closed_form)
+        else []
+    )
     mask = more[more.index("--mask") + 1] if "--mask" in more else kind.mask
     words += ["--num_forget_images", "4"] if kind.sets(mask) != ["name"] else []
     words += ["--pretrained_model_name_or_path", str(base), "--concept", concept, "--method", method]
