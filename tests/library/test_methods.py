@@ -81,6 +81,18 @@ def test_it_runs_everywhere_changes_its_scope_alone_and_is_deterministic(method,
         assert again.digest() == delta.digest()
 
 
+def test_fia_sets_weights_of_several_concepts_to_zero_and_no_others(folders, tmp_path):
+    more = ["--concept", "cat", "--sensitive", "0.05", "--save_dtype", "fp32"]
+    both = erase(folders["sd1"], "fia", tmp_path / "both", *more)
+    pipe = DiffusionPipeline.from_pretrained(folders["sd1"])
+    load_erasure(pipe, tmp_path / "both")
+    parameters = dict(pipe.unet.named_parameters())
+    assert both.masks and all(not parameters[name][mask].any() for name, mask in both.masks.items())
+    assert sum(int((parameters[name] == 0).sum()) for name in both.masks) == sum(
+        int(m.sum()) for m in both.masks.values()
+    )
+
+
 @pytest.mark.parametrize("method", GRADIENT)
 def test_a_gradient_method_takes_any_mask(method, folders, tmp_path):
     salient = erase(folders["sd1"], method, tmp_path / "salient", "--mask", "saliency", "--density", "0.25")
