@@ -342,7 +342,7 @@ def _solved(method, model: Model, sets, parameters, concepts, config: EraseConfi
     model.autocast = accelerator.autocast
     batches = Batches.of(accelerator, model, sets, config)
     forget = shared_rows(concepts, "forget", config.num_forget_images, config.seed, "training")
-    retain = shared_rows(concepts, "retain", config.num_retain_images, config.seed, "training")
+    retain = shared_rows(concepts, "retain", config.num_retain_images or 0, config.seed, "training")
     pairs = [list(dict.fromkeys((row.prompt, row.anchor_prompt) for row in rows)) for rows in forget]
     kept = list(dict.fromkeys(row.prompt for rows in retain for row in rows))
     return method(model, method.parse(config.method_option), batches).solve(parameters, pairs, kept)

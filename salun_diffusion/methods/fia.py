@@ -34,27 +34,28 @@ class FIAOptions:
 class FIA(ClosedForm):
     """The weights of the feed-forward layers by which the network answers to the concepts become 0.
 
-    The network is watched while it draws the concept's prompts, and those that are kept, all from the same noise. With
-    X the inputs of a linear layer W ``(out, in)``, each token's divided by its norm, ``u_j = ‖X_j‖₂`` is how much a
-    prompt uses the input j in a step. From its mean and deviation over the prompts
+    The network is watched while it draws the concept's prompts, and the anchor's wording of them, all from the same
+    noise. With X the inputs of a linear layer W ``(out, in)``, each token's divided by its norm, ``u_j = ‖X_j‖₂`` is
+    how much a prompt uses the input j in a step. From its mean and deviation over the prompts
 
-    1. ``S = |W| · max(0, mean u(concept) − mean u(kept) − std u(kept))``, step by step (eq. 1-2);
+    1. ``S = |W| · max(0, mean u(concept) − mean u(anchor) − std u(anchor))``, step by step (eq. 1-2);
     2. ``A = ½ · mean_t S, divided by its maximum, + ½ · mean_t 1[S > the persistent-th share of that step]`` (eq. 3);
     3. a concept's weights are those in the top ``sensitive`` share of their row and of the layer, by A (eq. 4-6);
     4. those of ``⌈agnostic · C⌉`` or more of the C concepts serve them all and stay; the others become 0 (eq. 7-8).
 
     Steps 1 and 2 are those of the released code. The paper has the cosine of input and output in u as well, watches all
-    steps, and does not divide by the maximum. Mended here: with one concept ⌈agnostic⌉ is 1, so that every weight would
-    stay and the released code edits nothing; step 4 is left out then.
+    steps, and does not divide by the maximum. Both hold the concept against its prompts' surroundings alone ("a beach"
+    for "a dog on a beach"); the anchor in its place is our own choice. Mended here: with one concept ⌈agnostic⌉ is 1,
+    so that every weight would stay and the released code edits nothing; step 4 is left out then.
     """
 
     title = "FIA"
     scope = "feed-forward-out"
     sparse = True
     has_anchor = False
-    settings = {"num_forget_images": 30, "num_retain_images": 30}
+    settings = {"num_forget_images": 30}
     needs = ("text",)
-    ignores = tuple(name for name in NEEDS_TRAINING if name != "num_inference_steps")
+    ignores = ("num_retain_images", *(name for name in NEEDS_TRAINING if name != "num_inference_steps"))
     Options = FIAOptions
 
     @classmethod
@@ -64,22 +65,22 @@ class FIA(ClosedForm):
     def solve(self, parameters, pairs, kept):
         layers = self.layers(parameters)
         shared = shared_by(len(pairs), self.options.agnostic)
-        prompts = [[prompt for prompt, _ in own] for own in pairs]
         shown = self.batches.accelerator.is_main_process
-        with progress("watching", len(kept) + sum(map(len, prompts)), "prompt", shown) as bar:
-            others = self.usage(layers, kept, bar)
-            concepts = [self.usage(layers, own, bar) for own in prompts]
+        with progress("watching", 2 * sum(map(len, pairs)), "prompt", shown) as bar:
+            concepts = [self.usage(layers, [prompt for prompt, _ in own], bar) for own in pairs]
+            anchors = [self.usage(layers, [anchor for _, anchor in own], bar) for own in pairs]
         solved, any_zeroed = {}, False
         for name, parameter in parameters.items():
             weight = parameter.detach().cpu().float()
-            chosen = [sensitive_weights(weight, own[name], others[name], self.options) for own in concepts]
+            sides = zip(concepts, anchors, strict=True)
+            chosen = [sensitive_weights(weight, concept[name], anchor[name], self.options) for concept, anchor in sides]
             zeroed = zeroed_of(torch.stack(chosen), shared)
             any_zeroed |= bool(zeroed.any())
             solved[name] = weight.masked_fill(zeroed, 0)
         if not any_zeroed:
             raise SalunError(
-                "No weight is the concepts' own: none answers to them more than to the rest, or all that do serve most "
-                "of the concepts: raise --sensitive or --agnostic."
+                "No weight is the concepts' own: none answers to them more than to their anchors, or all that do "
+                "serve most of the concepts: raise --sensitive or --agnostic."
             )
         return solved
 
@@ -160,17 +161,17 @@ def zeroed_of(chosen: torch.Tensor, shared: int | None) -> torch.Tensor:
 
 
 def sensitive_weights(
-    weight: torch.Tensor, concept: torch.Tensor, others: torch.Tensor, options: FIAOptions
+    weight: torch.Tensor, concept: torch.Tensor, anchor: torch.Tensor, options: FIAOptions
 ) -> torch.Tensor:
     """A concept's weights in one layer, bool ``(out, in)``.
 
     Args:
         weight: W, ``(out, in)``.
         concept: how much its prompts use the inputs, ``(prompts, steps, in)``.
-        others: how much the kept prompts do.
+        anchor: how much the anchor's wording of them does.
         options: the shares.
     """
-    contrast = (concept.mean(0) - others.mean(0) - others.std(0, correction=0)).clamp_min(0)
+    contrast = (concept.mean(0) - anchor.mean(0) - anchor.std(0, correction=0)).clamp_min(0)
     strength, persistence = torch.zeros_like(weight), torch.zeros_like(weight)
     for step in contrast:
         saliency = weight.abs() * step

@@ -16,6 +16,7 @@ UNET = {
 CROSS_DIT = UNET | {
     "cross-attention-kv": r"\.attn2\.to_[kv]\.weight$",
     "cross-attention+resnets": r"\.attn2\.|\.ff\.",
+    "feed-forward-out": r"\.ff\.(net\.2|conv_point)\.weight$",
 }
 
 TEXT_ENCODER = {

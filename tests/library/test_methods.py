@@ -34,7 +34,11 @@ def command(base, method, output, *more, concept="steam engine"):
     """The words after ``erase_concept.py`` of a short erasure."""
     kind = find_method(method)
     words = [] if kind.closed_form else ["--max_train_steps", "2", "--train_batch_size", "2", "--learning_rate", "1e-3"]
-    words += ["--num_retain_images", "4"] if kind.uses_retain or kind.closed_form else []
+    words += (
+        ["--num_retain_images", "4"]
+        if "num_retain_images" not in kind.unused(kind.mask) and (kind.uses_retain or kind.closed_form)
+        else []
+    )
     mask = more[more.index("--mask") + 1] if "--mask" in more else kind.mask
     words += ["--num_forget_images", "4"] if kind.sets(mask) != ["name"] else []
     words += ["--pretrained_model_name_or_path", str(base), "--concept", concept, "--method", method]
@@ -75,6 +79,18 @@ def test_it_runs_everywhere_changes_its_scope_alone_and_is_deterministic(method,
     if kind == "sd1":
         again = erase(folders[kind], method, tmp_path / "two", "--save_dtype", "fp32")
         assert again.digest() == delta.digest()
+
+
+def test_fia_sets_weights_of_several_concepts_to_zero_and_no_others(folders, tmp_path):
+    more = ["--concept", "cat", "--sensitive", "0.05", "--save_dtype", "fp32"]
+    both = erase(folders["sd1"], "fia", tmp_path / "both", *more)
+    pipe = DiffusionPipeline.from_pretrained(folders["sd1"])
+    load_erasure(pipe, tmp_path / "both")
+    parameters = dict(pipe.unet.named_parameters())
+    assert both.masks and all(not parameters[name][mask].any() for name, mask in both.masks.items())
+    assert sum(int((parameters[name] == 0).sum()) for name in both.masks) == sum(
+        int(m.sum()) for m in both.masks.values()
+    )
 
 
 @pytest.mark.parametrize("method", GRADIENT)
