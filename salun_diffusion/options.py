@@ -237,8 +237,9 @@ def assigned(kind: type, words: list[str], flag: str, whose: str) -> Any:
         if choices and value not in choices:
             raise SalunError(f"{flag}{text}: choose one of {', '.join(choices)}.")
         try:
-            values[name] = _plain(hints[name])(value)
-        except ValueError:
+            told = _plain(hints[name])
+            values[name] = {"true": True, "false": False}[value.lower()] if told is bool else told(value)
+        except (ValueError, KeyError):
             raise SalunError(f"{flag}{text}: '{value}' must be of type {_plain(hints[name]).__name__}.") from None
         least = known[name].metadata["least"]
         if least is not None and not least <= values[name] < float("inf"):

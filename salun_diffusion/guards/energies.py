@@ -35,8 +35,8 @@ class Energy:
                 f"{source} could not be loaded to look at pictures ({str(error).strip().splitlines()[0]}): give the "
                 "folder or hub id of a CLIP model with safetensors weights by --clip."
             ) from None
-        size = getattr(processor, "crop_size", None) or processor.size
-        self.size = size["height"], size["width"]
+        size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+        self.size = tuple(size[side] if side in size else size["shortest_edge"] for side in ("height", "width"))
         self.mean, self.std = (torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std))
 
     def prepared(self, pictures: torch.Tensor) -> torch.Tensor:

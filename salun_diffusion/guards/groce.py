@@ -21,15 +21,17 @@ class GrOCEOptions:
 
     phrases: str = option("", "what to keep away from, in words, with commas; the concept's names unless given")
     vocabulary: str = option("", "words, with commas, that are the graph's nodes; the prompt's own tokens unless given")
-    threshold: float = option(0.6, "cosine that two nodes must exceed to be neighbours, at least (τ0)")
+    nearness: float = option(0.6, "cosine that two nodes must exceed to be neighbours, at least (τ0)")
     spread: float = option(0.5, "how much more where a node's cosines to the others vary, times their deviation (λ)")
     softness: float = option(0.1, "excess of cosine that makes a neighbour's weight e times as great (σ)", least=1e-6)
     decay: float = option(0.7, "what a hop leaves of a score", least=0)
     hops: int = option(2, "from the concept, at most", least=0)
     keep: float = option(0.3, "score from which on a node is of the cluster", least=0)
     energy: float = option(0.95, "share of the cluster's energy that the projection takes", least=0)
-    centred: bool = option(
-        True, "take the empty prompt's mean embedding, which all tokens share, from every embedding first"
+    centre: str = option(
+        "empty",
+        "what is taken from every embedding first: the mean of the empty prompt's, which all tokens share, or nothing",
+        ("empty", "none"),
     )
 
 
@@ -37,7 +39,7 @@ class GrOCE(Guard):
     """Prompts projected off what their tokens share with a concept.
 
     The nodes x are the prompt's tokens (or words of a vocabulary) and the concept's: the tokens of its phrases, each
-    with its end mark. Node j is a neighbour of i if cos(x_i, x_j) > τ_i = threshold + spread · std_k cos(x_i, x_k),
+    with its end mark. Node j is a neighbour of i if cos(x_i, x_j) > τ_i = nearness + spread · std_k cos(x_i, x_k),
     with the weight exp(−(τ_i − cos)/softness) over the greatest of row i (a kept weight is above 1, so products of them
     would grow along a path). A node's score is the best product of decay · weight along a path of at most ``hops``
     from the concept, whose own nodes have 1. The cluster is what has ``keep`` or more, Q the leading right singular
@@ -59,7 +61,7 @@ class GrOCEWatch(Watch):
 
     def __init__(self, guard: GrOCE, call):
         prompts, options, pipe = need_prompts(call, guard.title), guard.options, call.pipe
-        centre = encode_empty(pipe)["encoder_hidden_states"][0].double().mean(0) if options.centred else 0.0
+        centre = encode_empty(pipe)["encoder_hidden_states"][0].double().mean(0) if options.centre == "empty" else 0.0
         words = [word for word in map(str.strip, options.vocabulary.split(",")) if word]
         concept, vocabulary = (tokens_of(pipe, texts) - centre if texts else None for texts in (guard.phrases, words))
         changes = {}
@@ -93,7 +95,7 @@ def severed(concept: torch.Tensor, nodes: torch.Tensor, options) -> tuple[torch.
     cosine = unit @ unit.T
     itself = torch.eye(len(x), dtype=torch.bool)
     deviation = torch.stack([row[~own].std(correction=0) for row, own in zip(cosine, itself, strict=True)])
-    tau = (options.threshold + options.spread * deviation)[:, None]
+    tau = (options.nearness + options.spread * deviation)[:, None]
     weight = torch.where((cosine > tau) & ~itself, ((cosine - tau) / options.softness).exp(), 0.0)
     weight = weight / weight.amax(1, keepdim=True).clamp(min=1)
     score = (torch.arange(len(x)) < len(concept)).double()

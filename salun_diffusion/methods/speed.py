@@ -23,7 +23,9 @@ class SPEEDOptions:
         1e-3, "directions in which the kept tokens have less than this share of their largest variance are free",
         least=0,
     )  # fmt: skip
-    filtered: bool = option(True, "keep only those tokens that the erasure alone would move more than the mean one")
+    filtered: str = option(
+        "yes", "keep only those tokens that the erasure alone would move more than the mean one", ("yes", "no")
+    )
     augment: int = option(10, "variations of each of those, of which again the more affected are kept", least=0)
     augment_rank: int = option(1, "directions of a variation: those in which a layer sees the least", least=1)
 
@@ -57,7 +59,7 @@ class SPEED(ClosedForm):
         free = torch.eye(kept.shape[1], dtype=kept.dtype)
         for name, parameter in parameters.items():
             weight, held = parameter.detach().cpu().double(), kept
-            if options.filtered:
+            if options.filtered == "yes":
                 shift = change(weight, concept, anchor, free, options.ridge)
                 which = affected(shift, kept)
                 held = kept[which]

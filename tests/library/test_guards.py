@@ -10,8 +10,9 @@ import tiny
 import tiny_labels
 import tiny_transformers
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
 from shell import here
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, ResNetConfig, ResNetForImageClassification
 
 from salun_diffusion import (
     SalunError,
@@ -22,6 +23,9 @@ from salun_diffusion import (
     set_erasure_scale,
     unload_erasure,
 )
+from salun_diffusion.guards import find_guard
+from salun_diffusion.guards.concept_steerers import SparseAutoencoder
+from salun_diffusion.guards.groce import GrOCEOptions, severed
 from salun_diffusion.guards.safree import SAFREEOptions, weaken
 from salun_diffusion.guards.sld import LEVELS
 from salun_diffusion.models import model_of
@@ -30,13 +34,33 @@ from salun_diffusion.tensors import read_safetensors, write_safetensors
 
 PROMPTS = ["a picture of an airplane", "a red cat on a house"]
 STEPS = 5
+STRONG = {  # options with which a guard is seen in the pictures of random networks, and made in no time
+    "sld": {"level": "max"},
+    "safree": {"steps": "all"},
+    "concept_steerers": {"train_steps": 2, "strength": 5.0},
+    "groce": {},
+    "egloce": {"step_size": 0.05, "inner_steps": 2},
+}
 
 
 @pytest.fixture
 def pipe(folders):
-    found = DiffusionPipeline.from_pretrained(folders["sd1"])
+    found = DiffusionPipeline.from_pretrained(judged(folders["sd1"]))
     found.set_progress_bar_config(disable=True)
     return found
+
+
+def judged(folder):
+    """The folder of a pipeline, with a small classifier of random weights in it."""
+    if not (folder / "judge").exists():
+        torch.manual_seed(0)
+        labels = dict(enumerate(["left:airplane", "left:cat", "left:nothing", "count:one", "count:two"]))
+        sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+        known = {"id2label": labels, "label2id": {label: index for index, label in labels.items()}}
+        ResNetForImageClassification(ResNetConfig(**sizes, **known)).save_pretrained(folder / "judge")
+        processor = CLIPImageProcessor(size={"height": 32, "width": 32}, do_center_crop=False)
+        processor.save_pretrained(folder / "judge")
+    return folder
 
 
 def guard(pipe, method, folder, concept="airplane", **options):
@@ -202,24 +226,208 @@ def test_the_latent_filter_reaches_the_pictures(pipe, tmp_path):
     assert not any(close(drawn[i], drawn[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
+def test_the_autoencoder_keeps_the_greatest_latents_of_each_token():
+    """D top-k(E (x − b) + c) + b, latent by latent; and its decoder starts as the encoder, at length one."""
+    torch.manual_seed(0)
+    found = SparseAutoencoder(6, 12, 3)
+    assert torch.allclose(found.decoder.norm(dim=0), torch.ones(12), atol=1e-6)
+    assert torch.allclose(found.decoder * found.encoder.norm(dim=1), found.encoder.T, atol=1e-6)
+    with torch.no_grad():
+        found.bias.normal_()
+        found.latent_bias.normal_()
+        x = torch.randn(5, 6)
+        given = found(x)
+        for row in range(5):
+            latents = [(found.encoder[i] @ (x[row] - found.bias) + found.latent_bias[i]).item() for i in range(12)]
+            plain = found.bias.clone()
+            for i in sorted(range(12), key=latents.__getitem__)[-3:]:
+                plain += max(latents[i], 0.0) * found.decoder[:, i]
+            assert torch.allclose(given[row], plain, atol=1e-5)
+
+
+@torch.no_grad()
+def steered_in_plain_steps(pipe, direction, strength, guidance):
+    """The text encoder's second layer of two moved, for the prompts down and for the empty one up."""
+    encoder = getattr(pipe.text_encoder, "text_model", pipe.text_encoder)
+
+    def states(prompt, sign):
+        ids = pipe.tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        last = pipe.text_encoder(ids, output_hidden_states=True).hidden_states[-1]
+        return encoder.final_layer_norm(last + sign * strength * direction)
+
+    texts, empty = [states(prompt, -1) for prompt in PROMPTS], states("", 1)
+
+    def predict(x, t, number, row):
+        return tuple(pipe.unet(x, t, text).sample for text in (texts[row], empty))
+
+    return looped(pipe, predict, guidance)
+
+
+def test_the_steering_is_its_equation(pipe, tmp_path):
+    path = guard(pipe, "concept_steerers", tmp_path, train_steps=3, strength=2.0)
+    guarded = draw(pipe)
+    unload_erasure(pipe)
+    direction = read_safetensors(path / "erasure.safetensors")[0]["direction"]
+    again = erase(pipe, "airplane", method="concept_steerers", train_steps=3, output_dir=tmp_path / "again")
+    other = erase(pipe, "airplane", method="concept_steerers", train_steps=3, seed=1, output_dir=tmp_path / "other")
+    same, else_ = (read_safetensors(run.path / "erasure.safetensors")[0]["direction"] for run in (again, other))
+    assert torch.equal(direction, same) and not close(direction, else_)
+    plain = steered_in_plain_steps(pipe, direction, 2.0, 7.5)
+    assert torch.allclose(guarded, plain, rtol=1e-3, atol=1e-3) and not torch.allclose(draw(pipe), plain, atol=0.1)
+
+
+def test_a_cluster_is_found_and_spanned_as_written():
+    """Every path of at most two hops, tried one by one."""
+    torch.manual_seed(0)
+    shared = torch.randn(5).double()
+    concept, nodes = (shared + 0.7 * torch.randn(count, 5).double() for count in (2, 6))
+    options = GrOCEOptions(nearness=0.3, keep=0.4)
+    x = torch.cat([concept, nodes])
+    cosine = [[(a @ b / (a.norm() * b.norm())).item() for b in x] for a in x]
+
+    def weights(i):
+        others = [cosine[i][j] for j in range(8) if j != i]
+        tau = options.nearness + options.spread * np.std(others)
+        row = [np.exp(-(tau - cosine[i][j]) / 0.1) if j != i and cosine[i][j] > tau else 0.0 for j in range(8)]
+        return [one / max(1.0, *row) for one in row]
+
+    w = [weights(i) for i in range(8)]
+    score = [1.0] * 2 + [0.0] * 6
+    for j in range(2, 8):
+        one = [0.7 * w[i][j] for i in range(2)]
+        two = [0.7 * w[i][k] * 0.7 * w[k][j] for i in range(2) for k in range(8)]
+        score[j] = max(one + two)
+    kept = [i for i in range(8) if score[i] >= 0.4]
+    assert 2 < len(kept) < 8  # neither the concept alone nor everything
+    basis, cluster = severed(concept, nodes, options)
+    assert torch.equal(cluster, x[kept])
+    values, vectors = np.linalg.eigh(sum(score[i] ** 2 * np.outer(x[i], x[i]) for i in kept))
+    shares = np.cumsum(values[::-1]) / values.sum()
+    rank = next(count for count in range(1, 6) if shares[count - 1] >= 0.95)
+    plain = vectors[:, ::-1][:, :rank]
+    assert np.allclose((basis.T @ basis).numpy(), plain @ plain.T)
+
+
+@torch.no_grad()
+def test_groce_projects_the_tokens_off_the_cluster(pipe, tmp_path):
+    """Without hops the cluster is the concept itself; the first token stays, and the vocabulary may be the nodes."""
+    options = {"hops": 0, "energy": 1.0, "centre": "none"}
+    guard(pipe, "groce", tmp_path, **options)
+    guarded = draw(pipe)
+    unload_erasure(pipe)
+    concept = encode(pipe, ["airplane"])["encoder_hidden_states"][0, 1:3].double()  # the word and the end mark
+    texts = []
+    for prompt in PROMPTS:
+        states = encode(pipe, [prompt])["encoder_hidden_states"][0].double()
+        for i in range(1, 77):
+            beta = max(0.0, *(torch.cosine_similarity(states[i], c, dim=0).item() for c in concept))
+            q, _ = torch.linalg.qr(concept.T)
+            states[i] = states[i] - beta * q @ (q.T @ states[i])
+        texts.append(states[None].float())
+    empty = encode_empty(pipe)["encoder_hidden_states"]
+    plain = looped(pipe, lambda x, t, n, row: tuple(pipe.unet(x, t, e).sample for e in (texts[row], empty)), 7.5)
+    assert torch.allclose(guarded, plain, rtol=1e-3, atol=1e-3) and not torch.allclose(draw(pipe), plain, atol=0.05)
+    drawn = []
+    for words in ("", "cat, dog"):
+        guard(pipe, "groce", tmp_path / f"{bool(words)}", vocabulary=words, nearness=0.0, keep=0.1)
+        drawn.append(draw(pipe))
+        unload_erasure(pipe)
+    assert not close(*drawn)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A small CLIP of random weights."""
+    folder = tmp_path_factory.mktemp("clip")
+    words = tiny.tokenizer(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": len(words), "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
+    vision = sizes | {"image_size": 16, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    words.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def energy_in_plain_words(pipe, clip, picture, prompt):
+    """(similarity to "airplane", energy) of one picture, −1…1."""
+    size = 16 if clip else 32
+    x = torch.nn.functional.interpolate(picture / 2 + 0.5, (size, size), mode="bilinear", antialias=True)
+    processor = CLIPImageProcessor()
+    x = (x - torch.tensor(processor.image_mean)[:, None, None]) / torch.tensor(processor.image_std)[:, None, None]
+    if clip:
+        model, words = CLIPModel.from_pretrained(clip).eval(), tiny.CLIPTokenizer.from_pretrained(clip)
+        ids = words(["airplane", prompt], return_tensors="pt", padding=True)
+        seen = model(pixel_values=x, **ids)
+        one, two = (torch.cosine_similarity(seen.image_embeds, text[None]) for text in seen.text_embeds)
+        return one, one.clamp(min=0) - 0.5 * two
+    logits = ResNetForImageClassification.from_pretrained(f"{pipe.name_or_path}/judge").eval()(x).logits[0]
+    left = logits[:3].softmax(0)
+    retain = -left[1].log() if "cat" in prompt else 0.0
+    return left[0], -(1 - left[0]).log() + 0.5 * retain
+
+
+@pytest.mark.parametrize("kind", ["clip", "judge", "euler"])
+def test_egloce_moves_latents_down_its_energy(kind, pipe, clip, tmp_path):
+    """Beside the scheduler's own steps, one picture at a time; latents of Euler's are z/√ᾱ."""
+    if kind == "euler":
+        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    by_clip = clip if kind != "judge" else None
+    more = {"clip": str(clip)} if by_clip else {}
+    guard(pipe, "egloce", tmp_path, inner_steps=2, step_size=0.05, window=0.6, **more)
+    guarded = draw(pipe)
+    unload_erasure(pipe)
+    empty, pictures = encode_empty(pipe)["encoder_hidden_states"], []
+    for row, prompt in enumerate(PROMPTS):
+        text = encode(pipe, [prompt])["encoder_hidden_states"]
+        pipe.scheduler.set_timesteps(STEPS)
+        x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(row)) * pipe.scheduler.init_noise_sigma
+        for number, t in enumerate(pipe.scheduler.timesteps):
+            alpha = pipe.scheduler.alphas_cumprod[int(t)]
+            with torch.no_grad():
+                given = pipe.scheduler.scale_model_input(x, t)
+                c, n = (pipe.unet(given, t, e).sample for e in (text, empty))
+            predicted = n + 7.5 * (c - n)
+            for _ in range(2 if number < 3 else 0):
+                x = x.detach().requires_grad_()
+                z = alpha.sqrt() * x if kind == "euler" else x
+                clean = (z - (1 - alpha).sqrt() * predicted) / alpha.sqrt()
+                picture = pipe.vae.decode(clean / pipe.vae.config.scaling_factor).sample
+                similar, energy = energy_in_plain_words(pipe, by_clip, picture, prompt)
+                (slope,) = torch.autograd.grad(energy, x)
+                if similar > (0 if by_clip else 0.1):
+                    x = x - 0.05 * x.square().mean().sqrt() * slope / slope.square().mean().sqrt()
+            with torch.no_grad():
+                x = pipe.scheduler.step(predicted, t, x.detach()).prev_sample
+        pictures.append(x)
+    plain = torch.cat(pictures)
+    assert torch.allclose(guarded, plain, rtol=1e-3, atol=1e-3) and not torch.allclose(draw(pipe), plain, atol=0.05)
+
+
 def trace(pipe):
     """All that a guard could leave behind, but for weights."""
     modules = [module for part in pipe.components.values() if isinstance(part, torch.nn.Module)
                for module in part.modules()]  # fmt: skip
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._forward_pre_hooks_with_kwargs) for m in modules]
-    return set(vars(pipe)), [set(vars(module)) for module in modules], hooks, dict(pipe.unet.config)
+    return (
+        set(vars(pipe)),
+        set(vars(pipe.scheduler)),
+        [set(vars(module)) for module in modules],
+        hooks,
+        dict(pipe.unet.config),
+    )
 
 
-@pytest.mark.parametrize("method", ["sld", "safree"])
+@pytest.mark.parametrize("method", STRONG)
 def test_it_changes_no_weight_and_comes_off_without_a_trace(method, pipe, tmp_path):
     base = draw(pipe)
     weights, before = tiny.bits(pipe), trace(pipe)
-    more = {"steps": "all"} if method == "safree" else {"level": "max"}
-    path = guard(pipe, method, tmp_path, **more)
+    path = guard(pipe, method, tmp_path, **STRONG[method])
     guarded = draw(pipe)
     (told,) = list_erasures(pipe)
     assert told["intact"] and told["weights"] == 0 and told["method"] == method
-    assert tiny.same(weights, tiny.bits(pipe)) and dict(pipe.unet.config) == before[3]
+    assert tiny.same(weights, tiny.bits(pipe)) and dict(pipe.unet.config) == before[4]
     assert not close(guarded, base)
     set_erasure_scale(pipe, "airplane", 0.5)
     half = draw(pipe)
@@ -236,20 +444,21 @@ def test_it_changes_no_weight_and_comes_off_without_a_trace(method, pipe, tmp_pa
 
 
 @pytest.mark.parametrize("guidance", [7.5, 1.0])
-@pytest.mark.parametrize("method", ["sld", "safree"])
+@pytest.mark.parametrize("method", STRONG)
 def test_a_picture_does_not_depend_on_its_batch(method, guidance, pipe, tmp_path):
     """Two prompts, two pictures each; each alone, from its own seed. In double precision: how a processor sums a batch
     differs between machines, and guidance makes more of it.
     """
-    options = {"most_steps": STEPS} if method == "safree" else {"level": "max"}
+    options = {"most_steps": STEPS} if method == "safree" else STRONG[method]
     run = erase(pipe, "airplane", method=method, output_dir=tmp_path / "guard", **options)
     pipe = DiffusionPipeline.from_pretrained(pipe.name_or_path, dtype=torch.float64)
     load_erasure(pipe, run.path)
     together = draw(pipe, seeds=[5, 6, 7, 8], num_images_per_prompt=2, guidance_scale=guidance)
     assert together.dtype == torch.float64
+    near = 1e-4 if method == "egloce" else 1e-10  # of latents of some 30; EGLOCE's gradients are in single precision
     for place, seed in enumerate([5, 6, 7, 8]):
         alone = draw(pipe, [PROMPTS[place // 2]], [seed], guidance_scale=guidance)
-        assert torch.allclose(together[place : place + 1], alone, rtol=0, atol=1e-10)
+        assert torch.allclose(together[place : place + 1], alone, rtol=0, atol=near)
 
 
 def test_several_at_once_and_beside_a_delta(pipe, tmp_path):
@@ -274,6 +483,13 @@ def test_several_at_once_and_beside_a_delta(pipe, tmp_path):
     assert close(draw(pipe), both)
     unload_erasure(pipe, "cat")
     assert torch.equal(draw(pipe), only)
+    drawn, other = [only], DiffusionPipeline.from_pretrained(pipe.name_or_path)
+    for method in ("concept_steerers", "groce", "egloce"):  # on top of one another
+        run = erase(other, "cat", method=method, output_dir=tmp_path / method, **STRONG[method])
+        load_erasure(pipe, run.path, name=method)
+        drawn.append(draw(pipe))
+    assert len(list_erasures(pipe)) == 4
+    assert not any(close(drawn[i], drawn[j]) for i in range(4) for j in range(i))
 
 
 def test_where_it_cannot_act_it_says_so(pipe, tmp_path):
@@ -304,18 +520,19 @@ def test_where_it_cannot_act_it_says_so(pipe, tmp_path):
 
 @pytest.mark.parametrize("method, build", [
     ("sld", tiny_transformers.pixart), ("safree", tiny_transformers.sd3), ("sld", tiny_labels.build),
-    ("safree", tiny.build_xl),
+    ("safree", tiny.build_xl), ("concept_steerers", tiny.build_xl), ("groce", tiny_labels.build),
+    ("egloce", tiny.build_xl),
 ])  # fmt: skip
 def test_a_pipeline_that_it_does_not_fit_is_refused_in_a_sentence(method, build, pipe, tmp_path):
     other = build(tmp_path / "other")
-    fits = "1.x and 2.x" if method == "safree" else "1.x, 2.x and XL"
+    fits = "1.x, 2.x and XL" if find_guard(method).fits_two_encoders else "1.x and 2.x"
     message = re.escape(f"is a guard for Stable Diffusion {fits}, pipelines with a U-Net and encode_prompt()")
     concept = "3" if build is tiny_labels.build else "airplane"
     with pytest.raises(SalunError, match=f"^--method {method} {message}"):
         erase(other, concept, method=method, output_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(SalunError, match=message):
-        load_erasure(other, guard(pipe, method, tmp_path))
+        load_erasure(other, guard(pipe, method, tmp_path, **STRONG[method]))
 
 
 def test_the_phrases_are_the_concepts_own(pipe, tmp_path):
@@ -344,7 +561,8 @@ def test_what_is_of_no_use_or_damaged_is_said(pipe, tmp_path):
     unload_erasure(pipe)
     _, text = read_safetensors(path)
     for change, message in (
-        ({"method": "magic"}, "holds the guard 'magic', where sld, safree are known"),
+        ({"method": "magic"}, "holds the guard 'magic', where sld, safree, concept_steerers, groce, egloce are known"),
+        ({"method": "concept_steerers", "options": "{}"}, "is damaged: it lacks the tensors direction"),
         ({"phrases": "[]"}, "is damaged: it must have options, and phrases"),
         ({"options": '{"level": "most"}'}, "is damaged: 'level' is 'most'; choose one of weak"),
         ({"options": '{"strength": 1}'}, "is damaged: unknown setting 'strength'"),
