@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import dataclass
 
 import pytest
 import tiny
@@ -20,6 +21,7 @@ from salun_diffusion.models.load import load_pipeline
 from salun_diffusion.models.scopes import TEXT_ENCODER
 from salun_diffusion.models.scopes import UNET as SCOPES
 from salun_diffusion.models.text_unet import differing_tokens, token_ids
+from salun_diffusion.options import assigned, option
 
 SHORT = {  # options of methods that take long by themselves
     "salun_adv": ["--search_steps", "2"],
@@ -163,6 +165,17 @@ def test_attention_maps_survive_gradient_checkpointing(folders, tmp_path):
     plain = erase(folders["sd1"], "forget_me_not", tmp_path / "plain")
     twice = erase(folders["sd1"], "forget_me_not", tmp_path / "twice", "--gradient_checkpointing")
     assert twice.digest() == plain.digest()
+
+
+def test_a_yes_or_no_of_a_method_is_read_as_it_is_said():
+    @dataclass(frozen=True)
+    class Options:
+        warm: bool = option(True, "whether")
+
+    read = {text: assigned(Options, [f"warm={text}"], "", "it").warm for text in ("False", "false", "True")}
+    assert read == {"False": False, "false": False, "True": True}
+    with pytest.raises(SalunError, match="'0' must be of type bool"):
+        assigned(Options, ["warm=0"], "", "it")
 
 
 def test_the_tokens_that_differ_are_the_concept(folders):

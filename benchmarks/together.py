@@ -1,0 +1,103 @@
+"""Several concepts forgotten at once, by each of a few methods, on the demo model: ``python -m benchmarks.together``.
+
+The concepts are the first ones of a fixed list, and each is to be drawn as another object that none of them is. Trained
+methods have the demo model's own settings for one concept but for what ``SETTINGS`` gives them more of; none was tuned
+for several. What ``--output_dir`` holds already is not made again. ``docs/results/together.json`` and the table of
+docs/methods.md are written in the end (``--write_only``: from the committed JSON alone).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from salun_diffusion.files import read_json, write_json
+from salun_diffusion.options import option, run_command
+from salun_diffusion.tables import markdown, put_into
+
+from .methods import run
+from .methods_page import DOCS, shown
+
+RESULTS = DOCS / "results" / "together.json"
+CONCEPTS = {  # the demo's objects, and what each is to be drawn as
+    "airplane": "apple", "guitar": "house", "fish": "banana", "umbrella": "mushroom", "pizza": "strawberry",
+    "camera": "bell", "owl": "penguin", "key": "crown", "sailboat": "snail", "cactus": "tree",
+}  # fmt: skip
+TRAINED = {"max_train_steps": 240, "num_forget_images": 320, "num_retain_images": 384}
+SETTINGS = {  # row of the table → method and settings
+    "SalUn": {"method": "salun"} | TRAINED,
+    "SalUn, anchor pictures": {"method": "salun_anchored"} | TRAINED,
+    "UCE": {"method": "uce"},
+    "SPEED": {"method": "speed"},
+    "FIA": {"method": "fia", "sensitive": 0.1, "first": 1.0},
+}
+
+
+@dataclass
+class TogetherConfig:
+    """The options of ``python -m benchmarks.together``."""
+
+    count: int = option(10, f"how many of {', '.join(CONCEPTS)}", least=2)
+    methods: list[str] = option(list(SETTINGS), "rows of the table", tuple(SETTINGS), several=True)
+    num_forget_images: int = option(160, "pictures of the concepts that are measured, a model", least=1)
+    num_retain_images: int = option(168, "pictures of all else", least=1)
+    output_dir: str = option("runs/together", "erasures and their measurements")
+    write_only: bool = option(False, "the table alone, from the committed results")
+
+
+def measure(options: TogetherConfig) -> None:
+    """Erase, measure and write, as the module's docstring says."""
+    if not options.write_only:
+        write_json(RESULTS, results(options))
+    put_into(DOCS / "methods.md", "together", table(read_json(RESULTS)))
+
+
+def results(options: TogetherConfig) -> dict:
+    """What docs/results/together.json holds."""
+    folder, chosen = Path(options.output_dir), dict(list(CONCEPTS.items())[: options.count])
+    named = [word for concept, anchor in chosen.items() for word in ("--concept", concept, "--anchor", anchor)]
+    paths = {name: folder / SETTINGS[name]["method"] for name in options.methods}
+    for name, path in paths.items():
+        if not (path / "config.json").exists():
+            path.mkdir(parents=True, exist_ok=True)
+            own = [word for key, value in SETTINGS[name].items() for word in (f"--{key}", value)]
+            run(
+                path.with_suffix(".log"), "erase_concept.py", "--pretrained_model_name_or_path", "demo", *named,
+                "--output_dir", path, "--data_dir", folder / "data", *own,
+            )  # fmt: skip
+    counts = "--num_forget_images", options.num_forget_images, "--num_retain_images", options.num_retain_images
+    run(
+        folder / "eval.log", "-m", "eval", "accuracy", "--pretrained_model_name_or_path", "demo", *named,
+        "--output_dir", folder, "--erasure", *paths.values(), *counts,
+    )  # fmt: skip
+    found, models = read_json(folder / "results.json"), []
+    for name, model in zip(["Base model", *paths], found["models"], strict=True):
+        row = {key: model[key] for key in ("ua", "ira", "cra", "instead")} | {"name": name}
+        models.append(row | ({key: model["erasure"][key] for key in ("bytes", "seconds")} if model["erasure"] else {}))
+    return {"concepts": chosen, "protocol": found["protocol"], "versions": found["versions"],
+            "images": list(counts[1::2]), "settings": {name: SETTINGS[name] for name in paths},
+            "models": models}  # fmt: skip
+
+
+def table(found: dict) -> str:
+    """The table of docs/methods.md, and under it how it was measured."""
+    rows = [["", "UA ↑", "other objects ↑", "styles ↑", "drawn as an anchor ↑", "as nothing ↓", "seconds", "file, MB"]]
+    for model in found["models"]:
+        shares = [model["ua"], model["ira"], model["cra"], model["instead"]["anchor"], model["instead"]["nothing"]]
+        cost = [f"{model['seconds']:.0f}", f"{model['bytes'] / 1e6:.2f}"] if "bytes" in model else ["–", "–"]
+        rows.append([model["name"], *map(shown, shares), *cost])
+    (forget, retain), versions = found["images"], found["versions"]
+    given = "; ".join(
+        f"{name}: {', '.join(f'{key} {value}' for key, value in own.items() if key != 'method')}"
+        for name, own in found["settings"].items()
+        if len(own) > 1
+    )
+    names = f"{len(found['concepts'])} objects at once ({', '.join(found['concepts'])})"
+    return (
+        f"{markdown(rows)}\n\n{names}; {forget} pictures of them and {retain} of all else a model, Wilson 95% "
+        f"intervals, one seed. The demo model's settings, but for {given}. {found['protocol'].split(':')[0]}, torch "
+        f"{versions['torch']}, diffusers {versions['diffusers']}. Made by "
+        "`python -m benchmarks.together`; every number is in `docs/results/together.json`."
+    )
+
+
+if __name__ == "__main__":
+    run_command("python -m benchmarks.together", __doc__, TogetherConfig, measure)
