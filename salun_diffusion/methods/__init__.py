@@ -19,6 +19,8 @@ METHODS = {
     "stereo": "stereo.STEREO",
     "advunlearn": "advunlearn.AdvUnlearn",
     "salun_adv": "salun_adv.SalUnAdv",
+    "spm": "spm.SPM",
+    "barrier": "barrier.BARRIER",
     "sld": "guard.SLD",
     "safree": "guard.SAFREE",
 }
