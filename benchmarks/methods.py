@@ -121,14 +121,14 @@ def told(config: dict, wanted: dict) -> dict:
 
 def best_settings(results: dict) -> dict[str, dict[str, dict]]:
     """Kind of concept → method → all of its settings, as demo/settings.json holds them: the best trial's; SalUn's are
-    the ones tuned further, and random labelling takes SalUn's.
+    the ones tuned further, and random labelling and the adversarial SalUn take SalUn's.
     """
     config = results["config"]
     best: dict[str, dict[str, dict]] = {}
     for kind, chosen in results["chosen"].items():
         best[kind] = {}
         for name, settings in {**chosen, "salun": config["further"]}.items():
-            if name == "random_label":
+            if name in ("random_label", "salun_adv"):
                 continue
             method = find_method(name)
             trained = {} if method.closed_form else config["settings"]["trained"]

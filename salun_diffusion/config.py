@@ -291,7 +291,7 @@ class EraseConfig:
         self.method_option = [text for text, _ in options]  # the last one of a name counts
         self.option_sources = {text.partition("=")[0]: (text, source) for text, source in options}
         method.parse(self.method_option)
-        if self.adapter:
+        if self.adapter and not method.adapter:
             filled["learning_rate"] *= ADAPTER_RATE
             self.sources["learning_rate"] = "adapter"
         for setting, value in filled.items():
@@ -304,7 +304,8 @@ class EraseConfig:
             if not slug or len(slug.encode()) > LONGEST:  # a file system's limit is 255 bytes
                 slug = slug.encode()[:LONGEST].decode(errors="ignore").rpartition("-")[0] or "concept"
                 slug += "-" + key_of(name, 8)
-            self.output_dir = "runs/" + slug + method_too + (f"-{self.adapter}" if self.adapter else "")
+            asked = self.adapter and not method.adapter
+            self.output_dir = "runs/" + slug + method_too + (f"-{self.adapter}" if asked else "")
         self.check()
         self.filled = True
         return self
@@ -330,6 +331,10 @@ class EraseConfig:
         Raises:
             SalunError: an adapter that cannot be trained so, or a rank without one.
         """
+        if method.adapter:
+            self.adapter, self.sources["adapter"] = method.adapter, "method"
+            if self.rank is None:
+                self.rank, self.sources["rank"] = method.rank, "method"
         if not self.adapter:
             if self.rank is not None:
                 raise SalunError("--rank means nothing without --adapter lora: leave it out.")

@@ -22,6 +22,8 @@ METHODS = {
     "advunlearn": "advunlearn.AdvUnlearn",
     "salun_adv": "salun_adv.SalUnAdv",
     "salun_anchored": "salun_anchored.SalUnAnchored",
+    "spm": "spm.SPM",
+    "barrier": "barrier.BARRIER",
     "sld": "guard.SLD",
     "safree": "guard.SAFREE",
     "concept_steerers": "guard.ConceptSteerers",

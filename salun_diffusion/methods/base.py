@@ -116,6 +116,8 @@ class Method:
     component: str | None = None  # the network that is edited (models.load.COMPONENTS); None for the denoiser
     scope = "cross-attention"  # which weights of it may move (models.scopes)
     mask = "none"  # or "saliency"
+    adapter: str | None = None  # the kind that it trains, whatever the user says (config.ADAPTERS) …
+    rank: int | None = None  # … and its rank, unless the user gives another
     settings: dict[str, Any] = {}  # of EraseConfig: what the paper used, where it is not the general default
     Options: type = NoOptions  # the method's own options: a dataclass of `option` fields
     needs: tuple[str, ...] = ()  # capabilities of the model (models.base.CAPABILITIES)

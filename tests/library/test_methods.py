@@ -14,6 +14,7 @@ from salun_diffusion import Delta, SalunError, load_erasure, unload_erasure
 from salun_diffusion import erase as run_erasure
 from salun_diffusion.command_line import parse
 from salun_diffusion.config import EraseConfig
+from salun_diffusion.erasures.adapter import Adapter
 from salun_diffusion.erasures.mask import load_masks
 from salun_diffusion.masks import SALIENCY
 from salun_diffusion.methods import METHODS, find_method, names_of
@@ -29,7 +30,8 @@ SHORT = {  # options of methods that take long by themselves
     "advunlearn": ["--attack_steps", "2"],
 }
 GUARDS = [name for name in METHODS if find_method(name).guard]  # they have tests of their own
-GRADIENT = [name for name in METHODS if not find_method(name).closed_form]
+ADAPTERS = [name for name in METHODS if find_method(name).adapter]  # and so have they, below
+GRADIENT = [name for name in METHODS if not find_method(name).closed_form and name not in ADAPTERS]
 
 
 def command(base, method, output, *more, concept="steam engine"):
@@ -56,7 +58,7 @@ def erase(base, method, output, *more, **which):
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in GUARDS])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in GUARDS + ADAPTERS])
 def test_it_runs_everywhere_changes_its_scope_alone_and_is_deterministic(method, kind, folders, tmp_path):
     component = find_method(method).component
     if component and kind == "sdxl":
@@ -106,6 +108,28 @@ def test_a_gradient_method_takes_any_mask(method, folders, tmp_path):
     everything = erase(folders["sd1"], method, tmp_path / "none", "--mask", "none")
     assert sum(mask.numel() for mask in everything.masks.values()) == total
     assert everything.metadata["density"] == 1.0
+
+
+def test_spm_is_an_adapter_of_rank_1_and_resumes(folders, tmp_path):
+    """Without being asked for one; at the learning rate that it has, which is an adapter's already."""
+    settings = EraseConfig(["x"], method="spm").fill({}, "x")
+    found = (settings.adapter, settings.rank, settings.learning_rate, settings.output_dir)
+    assert found == ("lora", 1, 1e-4, "runs/x-spm")
+    more = ["--max_train_steps", "4", "--checkpointing_steps", "2"]
+    run_erasure(parse(command(folders["sd1"], "spm", tmp_path / "run", *more), ""))
+    whole = Adapter.load(tmp_path / "run" / "pytorch_lora_weights.safetensors")
+    assert all("attentions" in name and len(down) == 1 for name, (down, _) in whole.factors.items())
+    assert any(down.dim() == 4 for down, _ in whole.factors.values())  # convolutions too
+    pipe = DiffusionPipeline.from_pretrained(folders["sd1"])
+    before = tiny.bits(pipe)
+    load_erasure(pipe, tmp_path / "run")
+    unload_erasure(pipe)
+    assert tiny.same(tiny.bits(pipe), before)
+    (tmp_path / "run" / "config.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    again = [*more, "--resume_from_checkpoint", "latest"]
+    run_erasure(parse(command(folders["sd1"], "spm", tmp_path / "run", *again), ""))
+    assert Adapter.load(tmp_path / "run" / "pytorch_lora_weights.safetensors").digest() == whole.digest()
 
 
 @pytest.mark.parametrize("method", ["esd", "selective_amnesia", "race", "salun_adv", "stereo", "advunlearn"])
@@ -229,6 +253,7 @@ def test_what_is_set_for_a_method_holds_for_those_made_from_it():
         ("salun", ["--method_option", "target=base"], "choose one of current, frozen"),
         ("esd", ["--method_option", "negative_guidance=far"], "'far' must be of type float"),
         ("race", ["--method_option", "attack_steps=0"], "attack_steps is 0: give a number of at least 1"),
+        ("spm", ["--density", "0.3"], "--density means nothing to --adapter lora"),
         ("advunlearn", ["--adapter", "lora"], "edits the text_encoder, and adapters go onto the denoiser: leave"),
         ("advunlearn", ["--scope", "cross-attention"], "choose self-attention, feed-forward, no-token-embedding, all"),
     ],
