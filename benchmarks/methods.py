@@ -85,7 +85,7 @@ def compare(options: MethodsConfig) -> None:
             found["concepts"].setdefault(kind, []).append(entry)
             write_json(RESULTS, found)
             methods_page.write(found)
-        shown = config["concepts"]["object"][1]
+        shown = config["concepts"]["object"][0]
         if (folder / "table" / shown).is_dir():
             methods_page.pictures(found, folder / "table" / shown, shown)
     results = json.loads(RESULTS.read_text())
