@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import SalunError
 from ..options import option
 from .base import ClosedForm
 from .uce import check_keys_and_values, kept_tokens, token_pairs
@@ -38,8 +39,8 @@ class SPEED(ClosedForm):
 
         mean‖(W0 + D) C − W0 A‖² + ridge · ‖D‖²   with  D = D P,
 
-    so that ``D k = 0`` for every kept token but for what ``null_threshold`` gives away, and exactly for the tokens of
-    the empty prompt, the first of which begins all prompts (the paper's invariants). K are those retain tokens that the
+    so that ``D k = 0`` but for what ``null_threshold`` gives away, for every kept token and for those of the empty
+    prompt, the first of which begins all prompts (the paper's invariants). K are those retain tokens that the
     same solve without P would move more than the mean one, and variations of them along the directions that ``W0``
     sees least (the paper's prior filtering and directed augmentation).
     """
@@ -56,7 +57,7 @@ class SPEED(ClosedForm):
         fixed = kept_tokens(self.model, [""])
         size = options.augment, len(kept), options.augment_rank
         noise = torch.randn(size, generator=self.batches.generator("speed"), dtype=kept.dtype)
-        free = torch.eye(kept.shape[1], dtype=kept.dtype)
+        freed, free = False, torch.eye(kept.shape[1], dtype=kept.dtype)
         for name, parameter in parameters.items():
             weight, held = parameter.detach().cpu().double(), kept
             if options.filtered == "yes":
@@ -68,7 +69,13 @@ class SPEED(ClosedForm):
                     varied = (held + noise[:, which] @ least).flatten(0, 1)
                     held = torch.cat([held, varied[affected(shift, varied)]])
             projection = null_space(held, fixed, options.null_threshold)
+            freed |= bool(projection.any())
             found[name] = (weight + change(weight, concept, anchor, projection, options.ridge)).float()
+        if not freed:
+            raise SalunError(
+                "speed finds no direction that the kept prompts leave free in any layer: give a --null_threshold "
+                f"above {options.null_threshold:g}."
+            )
         return found
 
 
@@ -89,12 +96,11 @@ def affected(shift: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 def null_space(kept: torch.Tensor, fixed: torch.Tensor, threshold: float) -> torch.Tensor:
     """The projection onto the directions in which ``kept`` tokens have less than a share ``threshold`` of their largest
-    variance, and that are orthogonal to every ``fixed`` one, ``(width, width)``.
+    variance, and within these the ``fixed`` ones of theirs, ``(width, width)``.
     """
     sizes, directions = torch.linalg.eigh(kept.T @ kept / len(kept))
     free = directions[:, sizes < threshold * sizes[-1]]
-    inside = free.T @ fixed.T  # what of the fixed tokens lies there is taken out
-    basis = torch.linalg.svd(inside, full_matrices=True)
-    rank = int((basis.S > 1e-10 * fixed.norm()).sum())
-    free = free @ basis.U[:, rank:]
+    inside = torch.linalg.svd(free.T @ fixed.T, full_matrices=True)  # what of the fixed tokens lies there is taken out
+    rank = int((inside.S.square() > threshold * torch.linalg.matrix_norm(fixed, 2).square()).sum())
+    free = free @ inside.U[:, rank:]
     return free @ free.T

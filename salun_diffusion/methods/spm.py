@@ -51,7 +51,7 @@ class SPM(ESD):
         count = self.options.anchors
         several = noisy.repeat_interleave(count, 0), t.repeat_interleave(count, 0)
         condition = {key: value.repeat_interleave(count, 0) for key, value in forget.condition.items()}
-        condition = self.model.with_tokens(condition, self.random_tokens(forget))
+        condition = self.model.with_embeddings(condition, self.random_tokens(forget))
         with self.change.at_base(), torch.no_grad():
             before = self.predict(*several, condition)
         erased = self.predict(noisy, t, forget.condition)
@@ -61,7 +61,9 @@ class SPM(ESD):
     def random_tokens(self, forget: Batch) -> torch.Tensor:
         """``anchors`` embeddings for each picture, ``(batch · anchors, tokens, width)``, fp32, where the batch is."""
         found = []
-        for row, tokens in zip(forget.rows.tolist(), self.model.tokens(forget.condition).float().cpu(), strict=True):
+        for row, tokens in zip(
+            forget.rows.tolist(), self.model.embeddings(forget.condition).float().cpu(), strict=True
+        ):
             generator = self.batches.generator("spm", forget.step, row)
             for _ in range(self.options.anchors):
                 while True:

@@ -28,6 +28,7 @@ SHORT = {  # options of methods that take long by themselves
     "salun_adv": ["--search_steps", "2"],
     "stereo": ["--rounds", "2", "--round_steps", "2", "--search_steps", "2"],
     "advunlearn": ["--attack_steps", "2"],
+    "speed": ["--null_threshold", "0.3"],  # embeddings of 16 numbers have no room to spare
 }
 GUARDS = [name for name in METHODS if find_method(name).guard]  # they have tests of their own
 ADAPTERS = [name for name in METHODS if find_method(name).adapter]  # and so have they, below

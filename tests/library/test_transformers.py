@@ -46,7 +46,7 @@ METHODS = {
     "salun_esd": {},
     "salun_adv": {"anchor": "cat", "num_retain_images": 2, "attacked": 0.5, "attack_tokens": "all", "attack_steps": 1,
                   "inverted": 0.0, "empty": 0.25},
-    "speed": {"anchor": "cat", "num_retain_images": 2},
+    "speed": {"anchor": "cat", "num_retain_images": 2, "null_threshold": 0.3},
 }  # fmt: skip
 CROSS_ATTENTION = ("forget_me_not", "uce", "rece", "speed")
 
