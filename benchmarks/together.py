@@ -71,7 +71,7 @@ def results(options: TogetherConfig) -> dict:
     found, models = read_json(folder / "results.json"), []
     for name, model in zip(["Base model", *paths], found["models"], strict=True):
         row = {key: model[key] for key in ("ua", "ira", "cra", "instead")} | {"name": name}
-        models.append(row | ({key: model["erasure"][key] for key in ("bytes", "seconds")} if model["erasure"] else {}))
+        models.append(row | ({"bytes": model["erasure"]["bytes"]} if model["erasure"] else {}))
     return {"concepts": chosen, "protocol": found["protocol"], "versions": found["versions"],
             "images": list(counts[1::2]), "settings": {name: SETTINGS[name] for name in paths},
             "models": models}  # fmt: skip
@@ -79,11 +79,11 @@ def results(options: TogetherConfig) -> dict:
 
 def table(found: dict) -> str:
     """The table of docs/methods.md, and under it how it was measured."""
-    rows = [["", "UA ↑", "other objects ↑", "styles ↑", "drawn as an anchor ↑", "as nothing ↓", "seconds", "file, MB"]]
+    rows = [["", "UA ↑", "other objects ↑", "styles ↑", "drawn as an anchor ↑", "as nothing ↓", "file, MB"]]
     for model in found["models"]:
         shares = [model["ua"], model["ira"], model["cra"], model["instead"]["anchor"], model["instead"]["nothing"]]
-        cost = [f"{model['seconds']:.0f}", f"{model['bytes'] / 1e6:.2f}"] if "bytes" in model else ["–", "–"]
-        rows.append([model["name"], *map(shown, shares), *cost])
+        size = f"{model['bytes'] / 1e6:.2f}" if "bytes" in model else "–"
+        rows.append([model["name"], *map(shown, shares), size])
     (forget, retain), versions = found["images"], found["versions"]
     given = "; ".join(
         f"{name}: {', '.join(f'{key} {value}' for key, value in own.items() if key != 'method')}"

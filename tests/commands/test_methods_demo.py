@@ -5,7 +5,7 @@ import json
 import pytest
 from shell import ROOT, here
 
-from benchmarks import methods_page, saliency
+from benchmarks import methods_page, saliency, together
 from salun_diffusion import erase
 from salun_diffusion.command_line import parse
 from salun_diffusion.methods import METHODS, find_method
@@ -71,4 +71,6 @@ def test_the_table_is_made_of_the_committed_results():
     assert methods_page.frontier(found) in page
     masks = json.loads((ROOT / "docs" / "results" / "saliency.json").read_text(encoding="utf-8"))["concepts"]
     assert saliency.table(masks) in page
+    several = json.loads((ROOT / "docs" / "results" / "together.json").read_text(encoding="utf-8"))
+    assert together.table(several) in page
     assert all(methods_page.hidden(found, kind) in page for kind in ("object", "style"))
