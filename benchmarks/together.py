@@ -9,6 +9,7 @@ docs/methods.md are written in the end (``--write_only``: from the committed JSO
 from dataclasses import dataclass
 from pathlib import Path
 
+from salun_diffusion.errors import SalunError
 from salun_diffusion.files import read_json, write_json
 from salun_diffusion.options import option, run_command
 from salun_diffusion.tables import markdown, put_into
@@ -52,7 +53,9 @@ def measure(options: TogetherConfig) -> None:
 
 def results(options: TogetherConfig) -> dict:
     """What docs/results/together.json holds."""
-    folder, chosen = Path(options.output_dir), dict(list(CONCEPTS.items())[: options.count])
+    if options.count > len(CONCEPTS):
+        raise SalunError(f"--count is {options.count}: there are {len(CONCEPTS)} concepts to choose from.")
+    folder, chosen = Path(options.output_dir) / str(options.count), dict(list(CONCEPTS.items())[: options.count])
     named = [word for concept, anchor in chosen.items() for word in ("--concept", concept, "--anchor", anchor)]
     paths = {name: folder / SETTINGS[name]["method"] for name in options.methods}
     for name, path in paths.items():

@@ -31,6 +31,8 @@ class Batch:
     ``timesteps`` ``(batch,)``, and the prompts' ``condition``. In a forget batch also that of the anchor prompts, and
     which ``tokens`` are the "concept" and which the "end" of the prompt, bool ``(batch, sequence)``.
 
+    ``dropped`` says whose condition is left out, bool ``(batch,)``, or None for no one's.
+
     ``step`` counts the steps of the training from 0; ``rows`` are the places of the pictures in the step's global
     batch, whatever processes and accumulation make of that, and ``index`` those in their set. ``noisy`` and ``target``
     are unused for sets of names.
@@ -46,6 +48,7 @@ class Batch:
     step: int
     index: torch.Tensor
     rows: torch.Tensor
+    dropped: torch.Tensor | None = None
 
 
 class Change(Protocol):
@@ -89,8 +92,13 @@ class Batches(Protocol):
     def generator(self, *key: Any) -> torch.Generator:
         """Random numbers on the CPU that depend on the seed and ``key`` alone."""
 
-    def noised(self, images: Any, index: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> Batch:
-        """The pictures ``index`` of a set with ``noise`` at timesteps ``t``."""
+    def noised(
+        self, images: Any, index: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, step: int = 0,
+        dropped: torch.Tensor | None = None,
+    ) -> Batch:  # fmt: skip
+        """The pictures ``index`` of a set with ``noise`` at timesteps ``t``, the condition left out of those
+        ``dropped``.
+        """
 
     def draw(self, images: Any, count: int, *key: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """``count`` noises and timesteps that depend on the seed and ``key`` alone."""

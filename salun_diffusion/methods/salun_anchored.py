@@ -44,7 +44,8 @@ class SalUnAnchored(SalUn):
         """The forget batch, with the anchor's pictures under the anchor set's prompts in a share of its rows."""
         images = self.batches.sets["anchor"]
         index = forget.index % len(images)
-        shown = self.batches.noised(images, index, forget.noise.cpu(), forget.timesteps.cpu())
+        known = forget.noise.cpu(), forget.timesteps.cpu(), forget.step, forget.dropped
+        shown = self.batches.noised(images, index, *known)
         chances = [
             torch.rand(1, generator=self.batches.generator("anchored", forget.step, int(row))) for row in forget.rows
         ]

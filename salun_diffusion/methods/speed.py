@@ -1,8 +1,9 @@
 """SPEED: Li et al., "SPEED: Scalable, precise, and efficient concept erasure for diffusion models", ICLR 2026.
 
-From the paper; its code was not read. What its text leaves open is ours: means in the place of sums (as in
-:mod:`.uce`), the threshold of the null space as a share of the largest eigenvalue, and the two constraints solved as
-one projection, which gives the paper's closed form (eq. with M and Q) without its inverses of singular matrices.
+Our own reconstruction, from its abstract and readers' notes; neither its text nor its code was at hand. Theirs are the
+solution in the null space, the filtering and augmentation of what is kept, and the invariants. Ours are means in the
+place of sums (as in :mod:`.uce`), every number, and the two constraints solved as one projection. No figure of the
+paper is to be compared with what this gives.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from .uce import check_keys_and_values, kept_tokens, token_pairs
 class SPEEDOptions:
     """What is kept exactly, and how near."""
 
-    ridge: float = option(0.01, "weight of the size of the change", least=0)
+    ridge: float = option(0.01, "weight of the size of the change", least=1e-9)
     null_threshold: float = option(
         1e-3, "directions in which the kept tokens have less than this share of their largest variance are free",
         least=0,

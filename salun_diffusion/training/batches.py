@@ -109,6 +109,7 @@ class Batches:
             step=step,
             index=index,
             rows=torch.arange(len(index)) if rows is None else rows,
+            dropped=dropped,
         )
 
     def generator(self, *key) -> torch.Generator:

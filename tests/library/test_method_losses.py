@@ -585,8 +585,8 @@ def test_rece_finds_the_embedding_that_brings_the_concept_back():
         torch.testing.assert_close(attack, torch.linalg.lstsq(stacked, wanted[:, None]).solution[:, 0])
 
 
-def test_speed_is_the_papers_closed_form_and_leaves_kept_tokens_alone():
-    """The paper's Δ with its Lagrange multipliers; tokens are its columns, C₁ the concept's, C₂ the invariants."""
+def test_speed_solves_its_constrained_least_squares_and_leaves_kept_tokens_alone():
+    """Δ by Lagrange multipliers for the fixed tokens, within the null space of the kept ones."""
     torch.manual_seed(0)
     concept, anchor, fixed = (torch.randn(n, 12, dtype=torch.float64) for n in (9, 9, 2))
     kept = torch.randn(40, 5, dtype=torch.float64) @ torch.randn(5, 12, dtype=torch.float64)  # in 5 of 12 directions
