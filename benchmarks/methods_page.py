@@ -236,5 +236,5 @@ def _sheet(rows: dict[str, list[Path | None]], headings: dict[int, str], path: P
     for column, heading in headings.items():
         axes[0][column].set_title(heading, loc="left", fontsize=9)
     figure.subplots_adjust(wspace=0.04, hspace=0.04)
-    figure.savefig(path, dpi=90, bbox_inches="tight")
+    figure.savefig(path, dpi=90, bbox_inches="tight", pil_kwargs={"optimize": True})
     pyplot.close(figure)

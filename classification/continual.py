@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from salun_diffusion import tables
 from salun_diffusion.errors import SalunError
-from salun_diffusion.files import read_json, write_json
+from salun_diffusion.files import write_json
 
 from .config import Config
 from .data import Pictures, joined
@@ -30,6 +30,7 @@ from .methods import METHODS
 from .methods.task import Task
 from .metrics import confidence, corrected_attack
 from .scenario import VERSIONS, Scenario
+from .tables import whole
 from .training import logits, seeded
 
 FORMAT = "salun-diffusion continual 1"
@@ -205,16 +206,7 @@ def read(path: Path) -> dict:
     Raises:
         SalunError: it is something else, or damaged.
     """
-    try:
-        found = read_json(path)
-        if found["format"] == FORMAT:
-            _rows(found), notes(found)  # all that a table needs is there
-            return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
-        pass
-    raise SalunError(
-        f"{path} is damaged, or not of the form '{FORMAT}': `python -m classification continual` writes it."
-    )
+    return whole(path, FORMAT, lambda found: (_rows(found), notes(found)), "continual")
 
 
 def _rows(found: dict) -> list[list[str]]:

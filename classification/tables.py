@@ -10,6 +10,7 @@
 import csv
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -113,14 +114,23 @@ def read(path: Path) -> dict:
     Raises:
         SalunError: it is something else, or damaged.
     """
+    return whole(path, FORMAT, markdown, "run")
+
+
+def whole(path: Path, form: str, shown: Callable[[dict], object], command: str) -> dict:
+    """A results file of the ``form`` that holds all that ``shown`` makes a table of; ``command`` writes such files.
+
+    Raises:
+        SalunError: it is something else, or damaged.
+    """
     try:
         found = read_json(path)
-        if found["format"] == FORMAT:
-            markdown(found)  # all that a table needs is there
+        if found["format"] == form:
+            shown(found)
             return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         pass
-    raise SalunError(f"{path} is damaged, or not of the form '{FORMAT}': `python -m classification run` writes it.")
+    raise SalunError(f"{path} is damaged, or not of the form '{form}': `python -m classification {command}` writes it.")
 
 
 def _rows(found: dict, sign: str, dash: str) -> list[list[str]]:

@@ -190,7 +190,9 @@ def test_pictures_of_the_users_own_are_told_by_their_folder(unet, tmp_path):
 
 
 def test_classes_are_dropped_once_for_both_branches_of_a_step(unet, tmp_path, monkeypatch):
-    """A step of SalUn against a plain one: the two predictions share noise, timesteps and what was dropped, in eval."""
+    """A step of SalUn against a plain one: the two predictions share noise, timesteps and what was dropped, in eval;
+    and the same is dropped where the anchor's pictures stand in for some.
+    """
     from salun_diffusion.models.labels import LabelUNet
 
     seen = []
@@ -203,8 +205,12 @@ def test_classes_are_dropped_once_for_both_branches_of_a_step(unet, tmp_path, mo
 
     monkeypatch.setattr(LabelUNet, "forward", recorded)
     more = ["--train_batch_size", "8", "--num_forget_images", "8", "--num_retain_images", "8"]
-    erased(unet, "3", tmp_path / "run", "--mask", "none", "--condition_dropout", "0.5", *more, steps=1)
+    more += ["--mask", "none", "--condition_dropout", "0.5"]
+    erased(unet, "3", tmp_path / "mixed", "--method", "salun_anchored", *more, steps=1)
+    mixed = seen[-1]
+    erased(unet, "3", tmp_path / "run", *more, steps=1)
     (noisy, t, anchor, mode), (both, both_t, labels, both_mode) = seen[-2:]
+    assert torch.equal(mixed[2], labels) and not torch.equal(mixed[0], both)
     assert torch.equal(noisy, both[:8]) and torch.equal(t, both_t[:8]) and not mode and not both_mode
     concept, null = labels[:8], 4
     assert set(concept.tolist()) == {3, null} and set(anchor.tolist()) == {0, null}
