@@ -127,6 +127,7 @@ def _erase(config: EraseConfig, pipe) -> Run:
             else:
                 model.pipe.to(accelerator.device)
             parameters = scoped_parameters(model.edited, config.scope, model.scopes)
+            method.check_scope(parameters)
             if config.adapter:  # what cannot be adapted is refused before pictures are drawn
                 check_adaptable(model.pipe, f"--adapter {config.adapter}")
                 layers = adaptable_layers(model.network, parameters)

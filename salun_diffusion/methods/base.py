@@ -175,6 +175,14 @@ class Method:
         model.need(cls.needs, by)
 
     @classmethod
+    def check_scope(cls, parameters: dict[str, torch.nn.Parameter]) -> None:
+        """Pass if the method can change ``parameters``, those of the scope, by name; asked before pictures are drawn.
+
+        Raises:
+            SalunError: it cannot.
+        """
+
+    @classmethod
     def parse(cls, given: list[str]) -> Any:
         """:attr:`Options` with those ``NAME=VALUE`` put in that were ``given``; the last one of a name counts.
 

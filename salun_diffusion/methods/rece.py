@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ..options import option
-from .uce import UCE, UCEOptions, check_keys_and_values, kept_tokens, moved, solve, token_pairs
+from .uce import UCE, UCEOptions, kept_tokens, moved, solve, token_pairs
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,6 @@ class RECE(UCE):
     Options = RECEOptions
 
     def solve(self, parameters, pairs, kept):
-        check_keys_and_values(parameters)
         concept, anchor = token_pairs(self.model, sum(pairs, []))
         kept = kept_tokens(self.model, kept)
         how = self.options.erase, self.options.preserve, self.options.ridge

@@ -50,8 +50,11 @@ class SPEED(ClosedForm):
     needs = ("text", "cross-attention")
     Options = SPEEDOptions
 
-    def solve(self, parameters, pairs, kept):
+    @classmethod
+    def check_scope(cls, parameters):
         check_keys_and_values(parameters)
+
+    def solve(self, parameters, pairs, kept):
         options, found = self.options, {}
         concept, anchor = token_pairs(self.model, sum(pairs, []))
         kept = kept_tokens(self.model, kept)

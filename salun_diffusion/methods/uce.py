@@ -36,8 +36,11 @@ class UCE(ClosedForm):
     needs = ("text", "cross-attention")
     Options = UCEOptions
 
-    def solve(self, parameters, pairs, kept):
+    @classmethod
+    def check_scope(cls, parameters):
         check_keys_and_values(parameters)
+
+    def solve(self, parameters, pairs, kept):
         options = self.options
         tokens = token_pairs(self.model, sum(pairs, [])), kept_tokens(self.model, kept)
         transform = solve(*tokens, options.erase, options.preserve, options.ridge)
