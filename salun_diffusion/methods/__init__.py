@@ -15,6 +15,7 @@ METHODS = {
     "uce": "uce.UCE",
     "rece": "rece.RECE",
     "speed": "speed.SPEED",
+    "mace": "mace.MACE",
     "fia": "fia.FIA",
     "selective_amnesia": "selective_amnesia.SelectiveAmnesia",
     "race": "race.RACE",

@@ -28,6 +28,7 @@ SHORT = {  # options of methods that take long by themselves
     "salun_adv": ["--search_steps", "2"],
     "stereo": ["--rounds", "2", "--round_steps", "2", "--search_steps", "2"],
     "advunlearn": ["--attack_steps", "2"],
+    "mace": ["--lora_steps", "2"],
     "speed": ["--null_threshold", "0.3"],  # embeddings of 16 numbers have no room to spare
 }
 GUARDS = [name for name in METHODS if find_method(name).guard]  # they have tests of their own
@@ -249,6 +250,8 @@ def test_what_is_set_for_a_method_holds_for_those_made_from_it():
         ("fia", ["--scope", "feed-forward"], "fia prunes the weights of linear layers alone: use --scope feed-forward"),
         ("fia", ["--mask", "saliency"], "chooses its weights itself"),
         ("fia", ["--sensitive", "1.5"], "sensitive is 1.5: give a share above 0, and 1 at most"),
+        ("mace", ["--learning_rate", "1"], "--learning_rate means nothing to --method mace"),
+        ("mace", ["--scope", "cross-attention"], "use --scope cross-attention-kv"),
         ("concept_ablation", ["--forget_data", "tests"], "--forget_data means nothing"),
         ("salun", ["--method_option", "ewc=1"], "no option 'ewc'. Its own: target=current"),
         ("salun", ["--method_option", "target=base"], "choose one of current, frozen"),

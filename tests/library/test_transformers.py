@@ -18,10 +18,12 @@ from eval.attacks.text import Text
 from salun_diffusion import SalunError, erase, load_erasure, unload_erasure
 from salun_diffusion.concepts.concept import Row
 from salun_diffusion.masks.scope import scoped_parameters
+from salun_diffusion.methods import find_method
 from salun_diffusion.methods.adversarial import embedding_pgd
 from salun_diffusion.methods.forget_me_not import Recorder
 from salun_diffusion.methods.uce import UCE, UCEOptions
 from salun_diffusion.models import load_model, model_of
+from salun_diffusion.models.base import CAPABILITIES
 from salun_diffusion.models.cross_dit import INSTRUCTION
 from salun_diffusion.models.quantized import is_quantized, quantize_frozen
 from salun_diffusion.tensors import read_safetensors
@@ -47,8 +49,8 @@ METHODS = {
     "salun_adv": {"anchor": "cat", "num_retain_images": 2, "attacked": 0.5, "attack_tokens": "all", "attack_steps": 1,
                   "inverted": 0.0, "empty": 0.25},
     "speed": {"anchor": "cat", "num_retain_images": 2, "null_threshold": 0.3},
+    "mace": {"anchor": "cat", "num_retain_images": 2, "num_inference_steps": 2, "lora_steps": 2},
 }  # fmt: skip
-CROSS_ATTENTION = ("forget_me_not", "uce", "rece", "speed")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -65,7 +67,7 @@ def folder(tmp_path_factory):
 
 def erased(pipe, output, method="salun", **options):
     few = {"num_inference_steps": 2, "train_batch_size": 2, "max_train_steps": 1, "learning_rate": 1e-2}
-    few = {} if method in ("uce", "rece", "speed") else few
+    few = {} if method in ("uce", "rece", "speed", "mace") else few
     few |= {} if method in ("esd", "race", "finetune") else {"num_forget_images": 2}
     few |= METHODS[method] | options
     return erase(
@@ -85,8 +87,8 @@ def bits(pipe):
 @pytest.mark.parametrize("method", METHODS)
 def test_erase_load_draw_unload(pipe, method, tmp_path):
     model = model_of(pipe)
-    if method in CROSS_ATTENTION and "cross-attention" not in model.capabilities:
-        with pytest.raises(SalunError, match=f"--method {method} needs a base model that attends to the tokens"):
+    if lacks := [name for name in find_method(method).needs if name not in model.capabilities]:
+        with pytest.raises(SalunError, match=f"--method {method} needs a base model that {CAPABILITIES[lacks[0]]}"):
             erased(pipe, tmp_path / "run", method)
         return
     before = bits(pipe)
