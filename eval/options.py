@@ -119,7 +119,14 @@ class Judged(Erasures):
 
 @dataclass
 class Labelled(Adapter, Judged, Output):
-    """The same, and where the results go."""
+    """The same, a control to measure them by, and where the results go."""
+
+    retrained: str | None = option(
+        None,
+        "a control: a model of the same kind that was trained without the concept, measured like the others: the exact "
+        "answer to forgetting it",
+        metavar="MODEL",
+    )
 
 
 @dataclass

@@ -93,13 +93,21 @@ class Labelled:
         """
         rows = self.prepared(rows)
         self.load(format)
-        samples = []
+        base, samples = self.model, []
         for model in self.models:
-            with subjects.applied(self.model.pipe, model):
-                drawn = self.drawn(rows, model)
-            if self.state.is_main_process:
-                samples += self.judged(rows, drawn, model["name"])
+            samples += self._measured(rows, model)
+        if self.options.retrained:
+            self.model, model = subjects.retrained(base, self.options.retrained, self.models)
+            subjects.wear(self.model, self.options.lora, self.options.lora_scale)
+            samples += self._measured(rows, model)
+            self.models.append(model)
+            self.model = base
         return self.told(format, len(rows)), samples
+
+    def _measured(self, rows: Rows, model: dict) -> list[dict]:
+        with subjects.applied(self.model.pipe, model):
+            drawn = self.drawn(rows, model)
+        return self.judged(rows, drawn, model["name"]) if self.state.is_main_process else []
 
     def prepared(self, rows: Rows) -> Rows:
         """``rows`` with what the judge can be asked of each, once it has learned all that they ask.

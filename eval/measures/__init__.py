@@ -12,6 +12,7 @@ from types import ModuleType
 MEASURES = (  # in the order of tables
     "accuracy",
     "composition",
+    "neighbours",
     "attack",
     "relearn",
     "probe",

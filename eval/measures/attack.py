@@ -78,12 +78,6 @@ class Options(options.Labelled):
     pictures: Path | None = option(
         None, "pictures of the concept that attacks learn from, instead of the base model's", metavar="FOLDER"
     )
-    retrained: str | None = option(
-        None,
-        "a control: a model of the same kind that was trained without the concept, attacked like the others: what it "
-        "draws, the attack has brought along",
-        metavar="MODEL",
-    )
     prompts_at_once: int | None = option(
         None, "prompts attacked together, which need memory for as many passes (default: as --batch_size)",
         metavar="N", least=1,

@@ -74,9 +74,6 @@ class Options(options.Labelled):
     benign: bool = option(
         False, "also fine-tune each erasure on pictures of everything but the concept: does it come back by itself?"
     )
-    retrained: str | None = option(
-        None, "a control: a model of the same kind that was trained without the concept", metavar="MODEL"
-    )
     control_word: str = option(
         "zarp", "what the control learns to call the concept's pictures: a word without meaning", metavar="WORD"
     )

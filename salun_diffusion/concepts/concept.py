@@ -166,9 +166,11 @@ def find_concept(
         names = [name]
     else:
         names = list(dict.fromkeys(filter(None, map(str.strip, name.split(",")))))
+    _, _, first = known.get(names[0].lower(), (None, None, names[0]))
+    listed = {word.lower() for word in own.synonyms(first)} if own else set()
     for word in names:
         close = difflib.get_close_matches(word.lower(), known, 1, 0.6 if own else 0.85)
-        if word.lower() not in known and (own or close and type is None):
+        if word.lower() not in known and word.lower() not in listed and (own or close and type is None):
             raise _unknown("concept", word, own, close)
     if names[0].lower() in known:
         vocabulary, slot, value, synonyms = _listed(names, known)
@@ -338,6 +340,11 @@ def _unknown(kind: str, name: str, vocabulary: Vocabulary | None, close: list[st
     words = sorted(vocabulary.names()) if vocabulary else []
     close = close or difflib.get_close_matches(name.lower(), words, 1, 0.5)
     hint = f" Did you mean '{close[0]}'?" if close else ""
+    mains = [
+        word for word in (vocabulary.neighbours if vocabulary else {}) if name.lower() in vocabulary.synonyms(word)
+    ]
+    if mains:
+        hint = f" It is another word for '{mains[0]}': to forget both, ask for '{mains[0]}, {name}'."
     known = [word for slot in vocabulary.slots.values() for word in slot] if vocabulary else []
     more = f" and {len(known) - 100:,} more" if len(known) > 100 else ""
     told = f" This base model knows: {', '.join(known[:100])}{more}." if known else ""

@@ -6,10 +6,13 @@ A vocabulary is a JSON file: *slots* (lists of interchangeable words), *template
     {"slots": {"object": ["tench", "church"], "style": ["ink"]},
      "templates": [{"prompt": "{object:a} in {style} style", "expect": {"label": "{object}"}}],
      "plurals": {"fish": "fish"}, "aliases": {"nudity": "nude person"},
+     "neighbours": {"car": {"synonyms": ["automobile"], "kinds": ["vehicle"], "look_alikes": ["truck"]}},
      "settings": {"object": {"num_forget_images": 400, "salun": {"learning_rate": 1e-5}}}}
 
 ``{object:a}`` adds the indefinite article, ``{object:s}`` makes the plural, ``{object2}`` is a second, different word
 of the slot. ``expect`` is what a perfect picture of the prompt shows, by question, for whoever evaluates.
+``neighbours`` are the words around a word, for ``eval neighbours``: other words for it, what it is a kind of, what
+looks like it.
 """
 
 import re
@@ -36,6 +39,7 @@ class Vocabulary:
     plurals: dict[str, str] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     settings: dict[str, dict] = field(default_factory=dict)
+    neighbours: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     retain: list[str] = field(default_factory=list)  # prompts to keep, in place of the templates with other words
 
     @classmethod
@@ -61,13 +65,19 @@ class Vocabulary:
         for slot, words in self.slots.items():
             if not isinstance(words, list) or len(words) < 2 or not all(isinstance(w, str) and w for w in words):
                 raise ValueError(f"the slot '{slot}' must be a list of at least two words")
-        for kind in (self.plurals, self.aliases, self.settings):
+        for kind in (self.plurals, self.aliases, self.settings, self.neighbours):
             if not isinstance(kind, dict):
-                raise ValueError("plurals, aliases and settings must be mappings")
+                raise ValueError("plurals, aliases, settings and neighbours must be mappings")
         if not all(isinstance(settings, dict) for settings in self.settings.values()):
             raise ValueError("settings must have a mapping for each slot")
         if not all(isinstance(prompt, str) and prompt for prompt in self.retain):
             raise ValueError("retain must be a list of prompts")
+        words = [word for slot in self.slots.values() for word in slot]
+        for word, around in self.neighbours.items():
+            if word not in words or not set(around) <= {"synonyms", "kinds", "look_alikes"}:
+                raise ValueError(f"the neighbours of '{word}' must be synonyms, kinds and look_alikes of a slot's word")
+            if not all(isinstance(found, list) and all(isinstance(w, str) for w in found) for found in around.values()):
+                raise ValueError(f"the neighbours of '{word}' must be lists of words")
         for alias, word in self.aliases.items():
             if word.lower() not in (known.lower() for words in self.slots.values() for known in words):
                 raise ValueError(f"the alias '{alias}' stands for '{word}', which is no word of a slot")
@@ -89,6 +99,10 @@ class Vocabulary:
                 found.setdefault(word.lower(), (slot, word))
                 found[f"{word} {slot}".lower()] = (slot, word)
         return found | {alias.lower(): found[word.lower()] for alias, word in self.aliases.items()}
+
+    def synonyms(self, word: str) -> list[str]:
+        """Other words for ``word`` that the vocabulary lists."""
+        return self.neighbours.get(word, {}).get("synonyms", [])
 
     def fill(self, template: dict, words: dict[str, str]) -> tuple[str, dict[str, str]]:
         """The template's prompt and expectation with ``words`` (placeholder → word) put in."""

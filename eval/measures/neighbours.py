@@ -1,0 +1,175 @@
+"""Neighbours: what became of the words around the concept? Other words for it, what it is a kind of, and its like.
+
+HUB and EraseBench ask this of erased models: an erasure that is only of the word leaves its synonyms, and one that is
+of too much takes the concept's kind, the other things of that kind, and its look-alikes along.
+
+``results.json`` (``format`` "salun-diffusion neighbours 1"; what it shares with others is in :mod:`eval.results` and
+:mod:`eval.judges.labelled`) adds ``neighbours`` (what was asked for, by set) and ``num_images`` (of each set) to
+``settings``, and to each model ``neighbours``: column → proportion. The sets of ``samples.jsonl`` are "concept",
+"synonyms", "kind", "siblings" and "look_alikes".
+"""
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from salun_diffusion.errors import SalunError
+from salun_diffusion.options import option
+from salun_diffusion.tables import aligned
+
+from .. import options
+from . import Column
+
+if TYPE_CHECKING:
+    from salun_diffusion.concepts.concept import Concept, Row
+
+NAME = "neighbours"
+SUMMARY = "synonyms, the kind it is of, others of that kind, and look-alikes"
+DESCRIPTION = """\
+Draw prompts that ask for the concept, for other words for it, for the kind of thing that it is ("a vehicle"), for other
+things of that kind, and for what looks like it, with the base model and with each erasure. Synonyms should be gone with
+the concept; the kind should still be drawn, as something else; siblings and look-alikes should be as before. Which
+these are says the base model's concepts.json, or --synonyms, --kind, --siblings and --look_alikes say it."""
+FORMAT = "salun-diffusion neighbours 1"
+PROTOCOL = (
+    "neighbours/1: prompts with one thing in them, the same and with the same starting noise for every model; the "
+    "classifier's likeliest answers; concept and synonyms are gone if the concept is the answer to no question; a kind "
+    "is right if one of its things is seen, and shows the concept if that is; the others are right if they are seen; "
+    "Wilson 95% intervals"
+)
+COLUMNS = {
+    "word_gone": Column("the word: gone", "↑", "the concept's own word no longer draws it"),
+    "synonyms_gone": Column("synonyms: gone", "↑", "other words for the concept no longer draw it"),
+    "kind_shows": Column(
+        "its kind: shows it", "↓", "what the concept is a kind of is asked for (a vehicle), and drawn as the concept"
+    ),
+    "kind_right": Column("its kind: right", "↑", "what the concept is a kind of is drawn as something of that kind"),
+    "siblings_right": Column("siblings: right", "↑", "other things of the concept's kind are still drawn"),
+    "look_alikes_right": Column("look-alikes: right", "↑", "things that look like the concept are still drawn"),
+}
+SETS = {
+    "concept": "The concept's own word", "synonyms": "Other words for it", "kind": "What it is a kind of",
+    "siblings": "Others of its kind", "look_alikes": "Look-alikes",
+}  # fmt: skip
+GRID_ROWS = 3  # of each set, on a page
+
+
+@dataclass
+class Options(options.Labelled):
+    """How many prompts of each set, and which words they take."""
+
+    num_images: int = option(96, "pictures of each set, a model", metavar="N", least=1)
+    synonyms: list[str] | None = option(None, "other words for the concept (default: as concepts.json has it)")
+    kind: str | None = option(None, "the word for what it is a kind of (default: as concepts.json has it)")
+    siblings: list[str] | None = option(None, "others of that kind (default: as concepts.json has it)")
+    look_alikes: list[str] | None = option(None, "what looks like it (default: as concepts.json has it)")
+
+
+def run(options: Options) -> dict:
+    """Measure the base model and each erasure, write ``output_dir``'s files, print a table, return the results.
+
+    Raises:
+        SalunError: also for a concept of which no neighbour is known.
+    """
+    from ..judges.labelled import Labelled
+    from ..results import under, write
+
+    labelled = Labelled(options)
+    if len(labelled.concepts) > 1 or options.judge != "classifier":
+        raise SalunError("neighbours takes one --concept and --judge classifier: measure each concept by itself.")
+    concept = labelled.concepts[0]
+    asked, rows = words(concept, options), []
+    for kind, answers in asked.items():
+        rows += [(kind, row) for row in word_rows(concept, answers, options.num_images, kind, options.seed)]
+    results, samples = labelled.run(FORMAT, rows)
+    results |= {"protocol": PROTOCOL + under(results["settings"])}
+    results["settings"] |= {"num_images": options.num_images, "neighbours": {kind: list(asked[kind]) for kind in asked}}
+    if labelled.state.is_main_process:
+        for model in results["models"]:
+            lines = [line for line in samples if line["model"] == model["name"]]
+            model["neighbours"] = shares(lines, labelled.label)
+        write(options.output_dir, results, samples)
+        print(table(results))
+    return results
+
+
+def scores(model: dict) -> dict:
+    """Column → score of a model of the results."""
+    return model["neighbours"]
+
+
+def words(concept: "Concept", options: Options) -> dict[str, dict[str, str]]:
+    """Set → word to ask for → what a picture of it shows; sets for which no word is known are left out.
+
+    Raises:
+        SalunError: no neighbour is known.
+    """
+    known = concept.vocabulary.neighbours
+    own = known.get(concept.value, {})
+    kind = options.kind or next(iter(own.get("kinds", [])), None)
+    of_kind = [word for word, told in known.items() if kind in told.get("kinds", []) and word not in concept.names]
+    siblings = options.siblings or of_kind
+    found = {
+        "concept": {concept.value: concept.label},
+        "synonyms": dict.fromkeys(options.synonyms or concept.vocabulary.synonyms(concept.value), concept.label),
+        "kind": {kind: ", ".join((concept.label, *siblings))} if kind and siblings else {},
+        "siblings": {word: word for word in siblings},
+        "look_alikes": {word: word for word in options.look_alikes or own.get("look_alikes", [])},
+    }
+    if not any(found[name] for name in SETS if name != "concept"):
+        raise SalunError(
+            f"No neighbour of '{concept.value}' is known: name some with --synonyms, --kind and --siblings, or "
+            "--look_alikes."
+        )
+    return {name: asked for name, asked in found.items() if asked}
+
+
+def word_rows(concept: "Concept", asked: dict[str, str], count: int, kind: str, seed: int) -> list["Row"]:
+    """``count`` prompts with one thing of the concept's slot in them, for the words ``asked`` (word → what its picture
+    shows) in turn.
+    """
+    from salun_diffusion.concepts.concept import Row
+    from salun_diffusion.concepts.templates import placeholders, slot_of
+
+    vocabulary, rng, rows = concept.vocabulary, random.Random(f"neighbours-{kind}-{seed}"), []
+    templates = []
+    for template in vocabulary.templates:
+        if [slot_of(name) for name in dict.fromkeys(placeholders(template))].count(concept.slot) == 1:
+            templates.append(template)
+    while len(rows) < count:
+        for template in rng.sample(templates, len(templates))[: count - len(rows)]:
+            word = list(asked)[len(rows) % len(asked)]
+            filled = {name: rng.choice(vocabulary.slots[slot_of(name)]) for name in placeholders(template)}
+            place = next(name for name in filled if slot_of(name) == concept.slot)
+            filled[place], shown = word, filled | {place: asked[word]}
+            expect = vocabulary.fill(template, shown)[1] or {"label": asked[word]}
+            rows.append(Row(vocabulary.fill(template, filled)[0], None, expect, rng.getrandbits(31)))
+    return rows
+
+
+def shares(rows: list[dict], label: str) -> dict[str, dict]:
+    """Column → share of the pictures of its set, with its interval; a set that was not drawn is left out."""
+    from salun_diffusion.stats import proportion
+
+    from ..judges.metrics import forgotten, right_objects
+
+    of = {kind: [row for row in rows if row["set"] == kind] for kind in SETS}
+    found = {
+        "word_gone": proportion(forgotten(row, label) for row in of["concept"]),
+        "synonyms_gone": proportion(forgotten(row, label) for row in of["synonyms"]),
+        "kind_shows": proportion(not forgotten(row, label) for row in of["kind"]),
+        "kind_right": proportion(bool(right_objects(row)) for row in of["kind"]),
+        "siblings_right": proportion(bool(right_objects(row)) for row in of["siblings"]),
+        "look_alikes_right": proportion(bool(right_objects(row)) for row in of["look_alikes"]),
+    }
+    return {name: share for name, share in found.items() if share}
+
+
+def table(results: dict) -> str:
+    """The scores as aligned text, a model a line, in percent with their intervals."""
+    columns = list(results["models"][0]["neighbours"])
+    lines = [["", *(COLUMNS[column].title for column in columns)]]
+    for model in results["models"]:
+        cells = [model["neighbours"][column] for column in columns]
+        lines.append([model["name"], *(f"{c['percent']:.1f} ({c['low']:.1f}-{c['high']:.1f})" for c in cells)])
+    return aligned(lines)
