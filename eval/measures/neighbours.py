@@ -59,10 +59,18 @@ class Options(options.Labelled):
     """How many prompts of each set, and which words they take."""
 
     num_images: int = option(96, "pictures of each set, a model", metavar="N", least=1)
-    synonyms: list[str] | None = option(None, "other words for the concept (default: as concepts.json has it)")
-    kind: str | None = option(None, "the word for what it is a kind of (default: as concepts.json has it)")
-    siblings: list[str] | None = option(None, "others of that kind (default: as concepts.json has it)")
-    look_alikes: list[str] | None = option(None, "what looks like it (default: as concepts.json has it)")
+    synonyms: list[str] | None = option(
+        None, "other words for the concept (default: as concepts.json has it)", several=True, metavar="WORD"
+    )
+    kind: str | None = option(
+        None, "the word for what it is a kind of (default: as concepts.json has it)", metavar="WORD"
+    )
+    siblings: list[str] | None = option(
+        None, "other things of that kind (default: as concepts.json has it)", several=True, metavar="WORD"
+    )
+    look_alikes: list[str] | None = option(
+        None, "what looks like it (default: as concepts.json has it)", several=True, metavar="WORD"
+    )
 
 
 def run(options: Options) -> dict:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from shell import here
 from test_eval_accuracy import base  # noqa: F401  (a fixture: a tiny pipeline with a judge and two erasures)
 
 from eval.measures import neighbours
@@ -73,26 +74,31 @@ def test_a_synonym_may_be_forgotten_with_the_word_but_not_alone(words):
 
 
 def test_every_share_follows_from_the_samples(base, tmp_path):  # noqa: F811
-    words = {"synonyms": ["plane"], "kind": "vehicle", "siblings": ["cat"], "look_alikes": ["dog"]}
-    found = neighbours.run(neighbours.Options(
-        pretrained_model_name_or_path=str(base), concept=["airplane"], output_dir=tmp_path, num_images=6,
-        erasure=[str(base / "runs" / "forgets")], retrained=str(base), **words,
-    ))  # fmt: skip
+    here(
+        "python", "-m", "eval", "neighbours", "--pretrained_model_name_or_path", base, "--concept", "airplane",
+        "--erasure", base / "runs" / "forgets", "--retrained", base, "--output_dir", tmp_path, "--num_images", "6",
+        "--synonyms", "plane", "jet", "--kind", "vehicle", "--siblings", "cat", "--look_alikes", "dog", "house",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "results.json").read_text())
     assert [model["name"] for model in found["models"]] == ["base", "forgets", "retrained"]
-    assert found["settings"]["neighbours"]["kind"] == ["vehicle"]
+    assert found["settings"]["neighbours"] == {
+        "concept": ["airplane"], "synonyms": ["plane", "jet"], "kind": ["vehicle"], "siblings": ["cat"],
+        "look_alikes": ["dog", "house"],
+    }  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     for model in found["models"]:
         mine = [line for line in lines if line["model"] == model["name"]]
         seen = {kind: [] for kind in neighbours.SETS}
         for line in mine:
-            seen[line["set"]].append({line["predicted"][side]["label"] for side in ("left", "right")})
+            things = {line["predicted"][side]["label"] for side in ("left", "right")}
+            seen[line["set"]].append(things if line["set"] != "look_alikes" else (line["expect"]["left"], things))
         counts = {
             "word_gone": sum("airplane" not in things for things in seen["concept"]),
             "synonyms_gone": sum("airplane" not in things for things in seen["synonyms"]),
             "kind_shows": sum("airplane" in things for things in seen["kind"]),
             "kind_right": sum(things <= {"airplane", "cat"} for things in seen["kind"]),
             "siblings_right": sum(things == {"cat"} for things in seen["siblings"]),
-            "look_alikes_right": sum(things == {"dog"} for things in seen["look_alikes"]),
+            "look_alikes_right": sum(things == {asked} for asked, things in seen["look_alikes"]),
         }
         assert {name: share["count"] for name, share in model["neighbours"].items()} == counts
         assert all(share["n"] == 6 for share in model["neighbours"].values())
