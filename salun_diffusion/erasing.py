@@ -112,6 +112,8 @@ def _erase(config: EraseConfig, pipe) -> Run:
             run = RunFolder(config, concepts, commit, fingerprint(own_parameters(model.edited).items()))
             if method.guard:
                 made = method(method.parse(config.method_option), concepts)
+                if method.guard.learned:
+                    model.pipe.to(accelerator.device)
                 made.learn(model.pipe, config.seed)
                 say(f"No weight changes. {method.title} guards against: {', '.join(made.phrases)}.")
                 with locked(run.path, wanted=is_main):

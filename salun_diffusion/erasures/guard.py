@@ -11,7 +11,8 @@ and as JSON
     options   MUST map the guard's own options to their values; what is missing has its default
     phrases   MUST list one or more texts: what is not to be drawn
 beside concept, base_model … as in a masked delta's (``delta.py``). Without tensors it is of no base model: any pipeline
-that the guard fits may wear it. What one learned is of the text encoder that it was learned from.
+that the guard fits may wear it. What one learned is of the text encoder, or of the denoiser, that it was learned
+from.
 """
 
 import hashlib

@@ -9,6 +9,7 @@ GUARDS = {  # by the method that a file's metadata names
     "sld": "sld.SLD",
     "safree": "safree.SAFREE",
     "concept_steerers": "concept_steerers.ConceptSteerers",
+    "saeuron": "saeuron.SAeUron",
     "groce": "groce.GrOCE",
     "egloce": "egloce.EGLOCE",
 }

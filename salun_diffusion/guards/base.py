@@ -1,17 +1,20 @@
 """What a guard is: settings and the phrases of a concept; and, for each call of the pipeline, a watch over it.
 
 A watch sees the steps of the call one after the other. It may move the prompt's embeddings before the network predicts,
-have the network predict for one more prompt beside, move the conditional prediction, and move the latents before the
-scheduler's step. What several watches do is added up, each times its erasure's scale, so their order does not matter.
+have the network predict for one more prompt beside, move what an attention block gives, move the conditional
+prediction, and move the latents before the scheduler's step. What several watches do is added up, each times its
+erasure's scale, so their order does not matter.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import Transformer2DModel
 
 from ..errors import SalunError
 from ..models.base import Condition
+from ..models.load import denoiser
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,16 @@ class Watch:
         """
         return None
 
+    def block_change(self, timestep: float, block: str, features: torch.Tensor) -> torch.Tensor | None:
+        """What is added to the output of an attention block at a step; or None.
+
+        Args:
+            timestep: of the schedule.
+            block: its name within the denoiser, as :func:`attention_blocks` has it.
+            features: ``(rows, channels, height, width)``, of the prompts and, with guidance, of the negative ones.
+        """
+        return None
+
     def prediction_change(self, step: Step) -> torch.Tensor | None:
         """What is added to the conditional prediction; or None."""
         return None
@@ -115,12 +128,13 @@ class Guard:
         self.options, self.phrases = options, phrases
         self.tensors: dict[str, torch.Tensor] = {}
 
-    def learn(self, pipe, prompts: list[str], seed: int) -> None:
+    def learn(self, pipe, prompts: list[str], others: list[str], seed: int) -> None:
         """Fill :attr:`tensors`, float32; called once, where the guard is made.
 
         Args:
             pipe: the base model's pipeline.
-            prompts: of the concept and of the rest, distinct.
+            prompts: of the concept, distinct; none where nothing is in :attr:`learned`.
+            others: of the rest, likewise.
             seed: fixes everything that is random.
 
         Raises:
@@ -161,6 +175,11 @@ class Guard:
                 f"{what} is a guard for {known}, pipelines with a U-Net and encode_prompt(), which "
                 f"{type(pipe).__name__} is not: choose another method or model."
             )
+
+
+def attention_blocks(pipe) -> dict[str, torch.nn.Module]:
+    """The blocks of a U-Net that attend to the prompt, by their names in it, such as ``up_blocks.1.attentions.1``."""
+    return {name: part for name, part in denoiser(pipe).named_modules() if isinstance(part, Transformer2DModel)}
 
 
 def need_prompts(call: Call, title: str) -> list[str]:

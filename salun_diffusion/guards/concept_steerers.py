@@ -4,12 +4,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import mse_loss
 
 from ..errors import SalunError
 from ..models.text_unet import encode
 from ..options import option
 from .base import Guard, Watch, need_prompts
+from .sae import SparseAutoencoder, train
 
 DEPTH = 0.75  # of the layer among the text encoder's: layer 9 of 12, counted from 0, as published
 
@@ -48,19 +48,14 @@ class ConceptSteerers(Guard):
     fits_two_encoders = False
     learned = ("direction",)
 
-    def learn(self, pipe, prompts, seed):
+    def learn(self, pipe, prompts, others, seed):
         options = self.options
         with torch.no_grad():
-            tokens = features(pipe, prompts).flatten(0, 1)
+            tokens = features(pipe, list(dict.fromkeys([*prompts, *others]))).flatten(0, 1)
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(seed)
             autoencoder = SparseAutoencoder(tokens.shape[1], options.expansion * tokens.shape[1], options.active)
-            optimizer = torch.optim.Adam(autoencoder.parameters(), lr=options.rate)
-            for _ in range(options.train_steps):
-                batch = tokens[torch.randint(len(tokens), (options.batch_tokens,))]
-                optimizer.zero_grad()
-                mse_loss(autoencoder(batch), batch).backward()
-                optimizer.step()
+            train(autoencoder, tokens, options.train_steps, options.rate, options.batch_tokens)
         with torch.no_grad():
             latents = autoencoder.latents(features(pipe, self.phrases)).relu()
             self.tensors = {"direction": (latents @ autoencoder.decoder.T).mean(0)}
@@ -94,33 +89,6 @@ class ConceptSteerersWatch(Watch):
 
     def empty_change(self, number):
         return self.changes[1]
-
-
-class SparseAutoencoder(torch.nn.Module):
-    """``x ≈ D top-k(E (x − b) + c) + b``, its decoder tied to the encoder at the start, with columns of length one.
-
-    Args:
-        width: of x.
-        count: of latents.
-        active: latents that may be other than 0, k.
-    """
-
-    def __init__(self, width: int, count: int, active: int):
-        super().__init__()
-        encoder = torch.nn.Linear(width, count).weight.detach()
-        self.encoder = torch.nn.Parameter(encoder)
-        self.decoder = torch.nn.Parameter((encoder / encoder.norm(dim=1, keepdim=True)).T.contiguous())
-        self.bias, self.latent_bias = (torch.nn.Parameter(torch.zeros(size)) for size in (width, count))
-        self.active = min(active, count)
-
-    def latents(self, x: torch.Tensor) -> torch.Tensor:
-        """Before top-k and ReLU, ``(…, count)``."""
-        return (x - self.bias) @ self.encoder.T + self.latent_bias
-
-    def forward(self, x):
-        values, places = self.latents(x).topk(self.active, dim=-1)
-        sparse = x.new_zeros(*x.shape[:-1], len(self.encoder)).scatter(-1, places, values.relu())
-        return sparse @ self.decoder.T + self.bias
 
 
 def layer_of(pipe) -> torch.nn.Module:

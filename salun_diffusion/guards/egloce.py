@@ -57,7 +57,7 @@ class EGLOCE(Guard):
         """What looks at the pictures of this pipeline."""
         return energy_of(self.options.clip, getattr(pipe, "name_or_path", None) or "")
 
-    def learn(self, pipe, prompts, seed):
+    def learn(self, pipe, prompts, others, seed):
         """Nothing; but what looks must be there, and know the phrases."""
         self.energy(pipe).check(self.phrases)
 

@@ -18,7 +18,7 @@ from ..errors import SalunError
 from ..files import listed
 from ..models.load import denoiser
 from ..models.text_unet import encode_empty
-from .base import Call, Guard, Step, Watch
+from .base import Call, Guard, Step, Watch, attention_blocks
 
 WRAPPED = ("encode_prompt", "progress_bar")
 PER_PICTURE = (  # what a U-Net is given that has one row for each picture
@@ -48,6 +48,8 @@ class Session:
         ]
         for number, block in enumerate(module.up_blocks[:2]):
             self.hooks.append(block.register_forward_pre_hook(partial(self._before_block, number), with_kwargs=True))
+        for name, block in attention_blocks(pipe).items():
+            self.hooks.append(block.register_forward_hook(partial(self._after_attention, name)))
         self.found = {name: vars(pipe)[name] for name in WRAPPED if name in vars(pipe)}
         self.put = {
             "encode_prompt": self._encoding(pipe.encode_prompt),
@@ -157,6 +159,9 @@ class Session:
         skips = kwargs["res_hidden_states_tuple"]
         return args, kwargs | {"res_hidden_states_tuple": tuple(self._current().skip(number, x) for x in skips)}
 
+    def _after_attention(self, name: str, module, args, output):
+        return (self._current().attended(name, output[0]), *output[1:])
+
 
 class Drawing:
     """One call in progress: the rows of the denoiser's batch, and the watches.
@@ -222,6 +227,15 @@ class Drawing:
             change = watch.latent_change(self.number - 1, self.timestep, latents, predicted)
             if change is not None:
                 found = found + (scale * change).to(found)
+        return found
+
+    def attended(self, name: str, features: torch.Tensor) -> torch.Tensor:
+        """What an attention block gives, guarded in the rows that the pipeline asked for."""
+        found = features
+        for scale, watch in self.watches:
+            change = watch.block_change(self.timestep, name, features[: self.rows])
+            if change is not None:
+                found = torch.cat([found[: self.rows] + (scale * change).to(found), found[self.rows :]])
         return found
 
     def skip(self, block: int, features: torch.Tensor) -> torch.Tensor:

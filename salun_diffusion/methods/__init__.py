@@ -28,6 +28,7 @@ METHODS = {
     "sld": "guard.SLD",
     "safree": "guard.SAFREE",
     "concept_steerers": "guard.ConceptSteerers",
+    "saeuron": "guard.SAeUron",
     "groce": "guard.GrOCE",
     "egloce": "guard.EGLOCE",
 }

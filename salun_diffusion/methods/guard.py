@@ -7,7 +7,7 @@ from typing import Any
 from ..concepts.concept import Concept, shared_rows
 from ..concepts.templates import placeholders, slot_of
 from ..erasures.guard import save_guard
-from ..guards import concept_steerers, egloce, groce, safree, sld
+from ..guards import concept_steerers, egloce, groce, saeuron, safree, sld
 from ..guards.base import Guard
 from .base import NEEDS_TRAINING, Method
 
@@ -43,9 +43,11 @@ class GuardMethod(Method):
 
     def learn(self, pipe, seed: int) -> None:
         """Have the guard learn what it needs from the base model; as :meth:`Guard.learn`."""
-        kinds = ("forget", "retain") if self.guard.learned else ()
-        parts = [shared_rows(self.concepts, kind, PROMPTS // 2, seed, "training") for kind in kinds]
-        self.made.learn(pipe, list(dict.fromkeys(row.prompt for part in parts for rows in part for row in rows)), seed)
+        prompts: list[list[str]] = [[], []]
+        for kind, found in zip(("forget", "retain"), prompts, strict=True) if self.guard.learned else ():
+            parts = shared_rows(self.concepts, kind, PROMPTS // 2, seed, "training")
+            found += dict.fromkeys(row.prompt for rows in parts for row in rows)
+        self.made.learn(pipe, *prompts, seed)
 
     @classmethod
     def sets(cls, mask):
@@ -77,6 +79,10 @@ class SAFREE(GuardMethod):
 class ConceptSteerers(GuardMethod):
     title, guard = "Concept Steerers", concept_steerers.ConceptSteerers
     Options = concept_steerers.ConceptSteerersOptions
+
+
+class SAeUron(GuardMethod):
+    title, guard, Options = "SAeUron", saeuron.SAeUron, saeuron.SAeUronOptions
 
 
 class GrOCE(GuardMethod):

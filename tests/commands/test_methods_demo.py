@@ -11,8 +11,9 @@ from salun_diffusion.command_line import parse
 from salun_diffusion.methods import METHODS, find_method
 
 # finetune is never shown the concept, and hopes; of these guards (docs/guards.md) and of FIA (docs/methods.md) the demo
-# model makes little
-FORGETS = [name for name in METHODS if name not in ("finetune", "fia", "safree", "concept_steerers", "egloce")]
+# model makes little, or little but noise
+HARDLY = ("finetune", "fia", "safree", "concept_steerers", "saeuron", "egloce")
+FORGETS = [name for name in METHODS if name not in HARDLY]
 SHORT = {  # as little as there can be of attacks within the training; and those that are slow to forget
     "forget_me_not": "--max_train_steps 48 --train_batch_size 6",
     "salun_esd": "--max_train_steps 28",
