@@ -18,11 +18,9 @@ from .attack import ROOT, nudge
 from .attack_memory import DEMO, random_pipeline
 from .config import BenchmarkConfig
 
-PICTURES, STEPS, GUIDANCE = (
-    4,
-    2,
-    7.5,
-)  # of the concept; of each picture: a tenth of what is usual, and what a step costs counts
+PICTURES = 4  # of the concept
+STEPS = 2  # of each picture: a tenth of what is usual, and what a step costs counts
+GUIDANCE = 7.5
 
 
 def accuracy(config: BenchmarkConfig) -> dict:

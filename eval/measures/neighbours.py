@@ -9,8 +9,7 @@ of too much takes the concept's kind, the other things of that kind, and its loo
 "synonyms", "kind", "siblings" and "look_alikes".
 """
 
-import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from salun_diffusion.errors import SalunError
@@ -95,7 +94,7 @@ def run(options: Options) -> dict:
     if labelled.state.is_main_process:
         for model in results["models"]:
             lines = [line for line in samples if line["model"] == model["name"]]
-            model["neighbours"] = shares(lines, labelled.label)
+            model["neighbours"] = shares(lines, asked, labelled.label)
         write(options.output_dir, results, samples)
         print(table(results))
     return results
@@ -114,15 +113,23 @@ def words(concept: "Concept", options: Options) -> dict[str, dict[str, str]]:
     """
     known = concept.vocabulary.neighbours
     own = known.get(concept.value, {})
-    kind = options.kind or next(iter(own.get("kinds", [])), None)
-    of_kind = [word for word, told in known.items() if kind in told.get("kinds", []) and word not in concept.names]
-    siblings = options.siblings or of_kind
+    members = {
+        kind: options.siblings
+        or [word for word, told in known.items() if kind in told.get("kinds", []) and word not in concept.names]
+        for kind in ([options.kind] if options.kind else own.get("kinds", []))
+    }
+    if options.kind and not members[options.kind]:
+        raise SalunError(f"--kind {options.kind} needs to know what else is one: name some with --siblings.")
+    siblings = options.siblings or [word for words in members.values() for word in words]
+    look_alikes = options.look_alikes or own.get("look_alikes", [])
+    if itself := next((word for word in (*siblings, *look_alikes) if word in concept.names), None):
+        raise SalunError(f"'{itself}' is the concept itself, and no sibling or look-alike of it: leave it out.")
     found = {
         "concept": {concept.value: concept.label},
         "synonyms": dict.fromkeys(options.synonyms or concept.vocabulary.synonyms(concept.value), concept.label),
-        "kind": {kind: ", ".join((concept.label, *siblings))} if kind and siblings else {},
+        "kind": {kind: ", ".join((concept.label, *words)) for kind, words in members.items() if words},
         "siblings": {word: word for word in siblings},
-        "look_alikes": {word: word for word in options.look_alikes or own.get("look_alikes", [])},
+        "look_alikes": {word: word for word in look_alikes},
     }
     if not any(found[name] for name in SETS if name != "concept"):
         raise SalunError(
@@ -133,42 +140,58 @@ def words(concept: "Concept", options: Options) -> dict[str, dict[str, str]]:
 
 
 def word_rows(concept: "Concept", asked: dict[str, str], count: int, kind: str, seed: int) -> list["Row"]:
-    """``count`` prompts with one thing of the concept's slot in them, for the words ``asked`` (word → what its picture
-    shows) in turn.
+    """``count`` prompts with one thing of the concept's slot in them, shared among the words ``asked`` (word → what its
+    picture shows).
+
+    Raises:
+        SalunError: the vocabulary has no such prompt.
     """
-    from salun_diffusion.concepts.concept import Row
     from salun_diffusion.concepts.templates import placeholders, slot_of
 
-    vocabulary, rng, rows = concept.vocabulary, random.Random(f"neighbours-{kind}-{seed}"), []
+    vocabulary, rows = concept.vocabulary, []
     templates = []
     for template in vocabulary.templates:
         if [slot_of(name) for name in dict.fromkeys(placeholders(template))].count(concept.slot) == 1:
             templates.append(template)
-    while len(rows) < count:
-        for template in rng.sample(templates, len(templates))[: count - len(rows)]:
-            word = list(asked)[len(rows) % len(asked)]
-            filled = {name: rng.choice(vocabulary.slots[slot_of(name)]) for name in placeholders(template)}
-            place = next(name for name in filled if slot_of(name) == concept.slot)
-            filled[place], shown = word, filled | {place: asked[word]}
-            expect = vocabulary.fill(template, shown)[1] or {"label": asked[word]}
-            rows.append(Row(vocabulary.fill(template, filled)[0], None, expect, rng.getrandbits(31)))
+    if not templates:
+        raise SalunError(
+            f"No template has one '{concept.slot}' alone in it: neighbours cannot ask for '{list(asked)[0]}'."
+        )
+    alone = replace(vocabulary, templates=templates)
+    for number, word in enumerate(asked):
+        share = count // len(asked) + (number < count % len(asked))
+        of_word = replace(concept, name=word, value=word, synonyms=(), vocabulary=alone)
+        for row in of_word.forget_rows(share, seed, f"neighbours-{kind}-{word}"):
+            expect = {question: asked[word] if answer == word else answer for question, answer in row.expect.items()}
+            rows.append(replace(row, anchor_prompt=None, expect=expect or {"label": asked[word]}))
     return rows
 
 
-def shares(rows: list[dict], label: str) -> dict[str, dict]:
-    """Column → share of the pictures of its set, with its interval; a set that was not drawn is left out."""
+def shares(rows: list[dict], asked: dict[str, dict[str, str]], label: str) -> dict[str, dict]:
+    """Column → share of the pictures of its set, with its interval; a set that was not drawn is left out.
+
+    Args:
+        rows: judged, of one model.
+        asked: as :func:`words` gives it.
+        label: the concept's.
+    """
     from salun_diffusion.stats import proportion
 
-    from ..judges.metrics import forgotten, right_objects
+    from ..judges import metrics
+
+    def right(row: dict) -> bool:
+        """Whether what was asked for is the answer to each question that is about it."""
+        about = [q for shown in asked[row["set"]].values() for q in row["expect"] if row["expect"][q] == shown]
+        return all(metrics.answered(row, question) for question in about)
 
     of = {kind: [row for row in rows if row["set"] == kind] for kind in SETS}
     found = {
-        "word_gone": proportion(forgotten(row, label) for row in of["concept"]),
-        "synonyms_gone": proportion(forgotten(row, label) for row in of["synonyms"]),
-        "kind_shows": proportion(not forgotten(row, label) for row in of["kind"]),
-        "kind_right": proportion(bool(right_objects(row)) for row in of["kind"]),
-        "siblings_right": proportion(bool(right_objects(row)) for row in of["siblings"]),
-        "look_alikes_right": proportion(bool(right_objects(row)) for row in of["look_alikes"]),
+        "word_gone": proportion(metrics.forgotten(row, label) for row in of["concept"]),
+        "synonyms_gone": proportion(metrics.forgotten(row, label) for row in of["synonyms"]),
+        "kind_shows": proportion(not metrics.forgotten(row, label) for row in of["kind"]),
+        "kind_right": proportion(map(right, of["kind"])),
+        "siblings_right": proportion(map(right, of["siblings"])),
+        "look_alikes_right": proportion(map(right, of["look_alikes"])),
     }
     return {name: share for name, share in found.items() if share}
 

@@ -340,11 +340,10 @@ def _unknown(kind: str, name: str, vocabulary: Vocabulary | None, close: list[st
     words = sorted(vocabulary.names()) if vocabulary else []
     close = close or difflib.get_close_matches(name.lower(), words, 1, 0.5)
     hint = f" Did you mean '{close[0]}'?" if close else ""
-    mains = [
-        word for word in (vocabulary.neighbours if vocabulary else {}) if name.lower() in vocabulary.synonyms(word)
-    ]
-    if mains:
-        hint = f" It is another word for '{mains[0]}': to forget both, ask for '{mains[0]}, {name}'."
+    around = vocabulary.neighbours if vocabulary and kind == "concept" else {}
+    for main in around:
+        if name.lower() in map(str.lower, vocabulary.synonyms(main)):
+            hint = f" It is another word for '{main}': to forget both, ask for '{main}, {name}'."
     known = [word for slot in vocabulary.slots.values() for word in slot] if vocabulary else []
     more = f" and {len(known) - 100:,} more" if len(known) > 100 else ""
     told = f" This base model knows: {', '.join(known[:100])}{more}." if known else ""

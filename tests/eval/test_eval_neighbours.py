@@ -1,6 +1,7 @@
 """Neighbours: which words are asked for, and that every share follows from the samples."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from shell import here
@@ -50,7 +51,9 @@ def test_a_vocabulary_says_what_is_around_a_word(words):
     }
     rows = neighbours.word_rows(concept, asked(concept)["synonyms"], 20, "synonyms", 0)
     assert sum("aeroplane" in row.prompt for row in rows) == 10 and len({row.seed for row in rows}) == 20
-    assert all(row.expect["left"] == row.expect["right"] == "airplane" for row in rows), "one thing in each"
+    assert all(row.anchor_prompt is None and row.expect["left"] == row.expect["right"] == "airplane" for row in rows), (
+        "one thing in each"
+    )
     assert any(row.prompt == "two aeroplanes" for row in rows), "plurals too"
     assert "airplane" not in " ".join(row.prompt for row in rows)
 
@@ -62,6 +65,32 @@ def test_words_of_the_command_come_first_and_none_at_all_is_refused(words):
     assert mine["synonyms"] == {"gong": "bell"} and mine["kind"] == {"instrument": "bell, guitar"}
     with pytest.raises(SalunError, match="No neighbour of 'ink' is known: name some with --synonyms"):
         asked(find_concept("ink", words))
+    with pytest.raises(SalunError, match="--kind instrument needs to know what else is one"):
+        asked(concept, kind="instrument")
+    with pytest.raises(SalunError, match="'bell' is the concept itself"):
+        asked(concept, look_alikes=["bell"])
+    pairs = replace(concept, vocabulary=replace(concept.vocabulary, templates=WORDS["templates"][2:]))
+    with pytest.raises(SalunError, match="No template has one 'object' alone in it"):
+        neighbours.word_rows(pairs, {"gong": "bell"}, 4, "synonyms", 0)
+
+
+def test_all_kinds_of_a_word_are_asked_for(words):
+    concept = find_concept("airplane", words)
+    around = concept.vocabulary.neighbours | {"airplane": {"kinds": ["vehicle", "toy"]}, "bell": {"kinds": ["toy"]}}
+    found = asked(replace(concept, vocabulary=replace(concept.vocabulary, neighbours=around)))
+    assert found["kind"] == {"vehicle": "airplane, car, rocket", "toy": "airplane, bell"}
+    assert list(found["siblings"]) == ["car", "rocket", "bell"]
+
+
+def test_a_sibling_of_a_style_is_looked_for_as_a_style(words):
+    concept = find_concept("ink", words)
+    mine = asked(concept, siblings=["noto"])
+    (row, *_) = neighbours.word_rows(concept, mine["siblings"], 3, "siblings", 0)
+    assert row.expect["style"] == "noto"
+    for style, right in (("noto", 1), ("ink", 0)):
+        seen = {question: {"label": answer} for question, answer in row.expect.items()} | {"style": {"label": style}}
+        lines = [{"set": "siblings", "expect": row.expect, "predicted": seen | {"left": {"label": "smear"}}}]
+        assert neighbours.shares(lines, mine, "ink")["siblings_right"]["count"] == right
 
 
 def test_a_synonym_may_be_forgotten_with_the_word_but_not_alone(words):
@@ -71,6 +100,9 @@ def test_a_synonym_may_be_forgotten_with_the_word_but_not_alone(words):
         find_concept("plane", words)
     with pytest.raises(SalunError, match="Unknown concept 'automobile'"):
         find_concept("airplane, automobile", words)
+    with pytest.raises(SalunError, match="Unknown anchor 'plane'") as told:
+        find_concept("bell", words, anchor="plane")
+    assert "to forget both" not in str(told.value)
 
 
 def test_every_share_follows_from_the_samples(base, tmp_path):  # noqa: F811
