@@ -28,6 +28,7 @@ from tqdm import tqdm
 from salun_diffusion.errors import SalunError
 from salun_diffusion.files import read_json, write_json
 from salun_diffusion.methods import find_method
+from salun_diffusion.models.load import digest, load_pipeline
 from salun_diffusion.options import option, run_command
 
 from . import methods_page
@@ -48,7 +49,7 @@ class MethodsConfig:
 
 
 def read(path: Path) -> dict:
-    """What to measure.
+    """What to measure, with the ``digest`` of the base model: nothing that was measured on another is taken for it.
 
     Raises:
         SalunError: the file does not say it.
@@ -57,7 +58,7 @@ def read(path: Path) -> dict:
     try:
         config = read_json(path)
         if {*needed} <= config.keys():
-            return config
+            return config | {"digest": digest(load_pipeline(config["base"]))}
     except (OSError, ValueError, AttributeError):
         pass
     raise SalunError(
@@ -69,7 +70,7 @@ def compare(options: MethodsConfig) -> None:
     """Tune, measure and write, as the module's docstring says."""
     if not options.write_only:
         config = read(Path(options.comparison or HERE / "methods.json"))
-        folder, known = Path(options.output_dir), read_json(RESULTS) if RESULTS.exists() else {}
+        folder, known = folder_of(options, config), read_json(RESULTS) if RESULTS.exists() else {}
         for core in CORES:
             FREE.put(core)
         about = {"processor": platform.processor() or platform.machine(), "cores": len(CORES)}
@@ -97,6 +98,11 @@ def compare(options: MethodsConfig) -> None:
                 print(f"demo/settings.json has others for {kind}, {method}; found here: {json.dumps(settings)}")
 
 
+def folder_of(options, config: dict) -> Path:
+    """Where the erasures of this base model and their measurements are, in the ``output_dir`` of ``options``."""
+    return Path(options.output_dir) / config["digest"]
+
+
 def in_turn(concepts: dict[str, list[str]]) -> list[tuple[str, str]]:
     """``(kind, concept)``, the first of each kind, then the second of each: a stopped run has some of all kinds."""
     longest = max(map(len, concepts.values()))
@@ -112,6 +118,7 @@ def wanted_of(config: dict, chosen: dict) -> dict[str, tuple[str, dict]]:
 def told(config: dict, wanted: dict) -> dict:
     """All that decides what is measured of a concept."""
     return {
+        "base": config["digest"],
         "models": {name: list(what) for name, what in wanted.items()},
         "settings": config["settings"],
         "images": config["images"]["table"],
@@ -146,7 +153,7 @@ def tune(config: dict, folder: Path, known: dict) -> tuple[dict, dict]:
     """
     chosen: dict = {kind: {} for kind in config["tuning"]}
     trials: dict = {kind: {} for kind in config["tuning"]}
-    alike = all(_tuned(known, key) == _tuned({"config": config}, key) for key in ("base", "settings", "images"))
+    alike = all(_tuned(known, key) == _tuned({"config": config}, key) for key in ("digest", "settings", "images"))
     for kind, concept in config["tuning"].items():
         made: dict = known["trials"].get(kind, {}) if alike and known["config"]["tuning"].get(kind) == concept else {}
         new = {}

@@ -149,8 +149,8 @@ def _protocol(found: dict) -> str:
         "for it. IRA: the other things of its kind; CRA: styles for an object, objects for a style; background, count "
         "and left / right: what else the prompts ask for. Training: the mask too. Whole run: loading and encoding too; "
         f"on one core, {about['cores']} erasures side by side. SalUn came first and drew the pictures that others use "
-        f"again. {first['protocol'].split(':')[0]}, classifier {first['classifier'][:12]}, torch "
-        f"{first['versions']['torch']}, diffusers {first['versions']['diffusers']}. "
+        f"again. {first['protocol'].split(':')[0]}, base model {config['digest']}, classifier "
+        f"{first['classifier'][:12]}, torch {first['versions']['torch']}, diffusers {first['versions']['diffusers']}. "
         "Made by `python -m benchmarks.methods`; every number is in `docs/results/methods.json`."
     )
 

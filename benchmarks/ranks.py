@@ -76,8 +76,8 @@ def results(options: RanksConfig) -> dict:
             row |= {f"{kind}_off": off(folder / "pictures", model["name"], kind) for kind in ("forget", "retain")}
         models.append(row | ({"missing": missing[model["name"]]} if model["name"] in missing else {}))
     return {
-        "concept": options.concept, "protocol": found["protocol"], "versions": found["versions"],
-        "anchor": anchor, "images": list(counts[1::2]), "models": models,
+        "base": found["models"][0]["digest"], "concept": options.concept, "protocol": found["protocol"],
+        "versions": found["versions"], "anchor": anchor, "images": list(counts[1::2]), "models": models,
         "settings": {f"trained-{rank}": read_json(folder / f"trained-{rank}" / "config.json")["settings"]
                      for rank in ranks},
     }  # fmt: skip
@@ -128,8 +128,9 @@ def table(found: dict) -> str:
     (forget, retain), versions = found["images"], found["versions"]
     return (
         f"{markdown(rows)}\n\nIntervals: Wilson, 95%. {forget} pictures of {found['concept']} and {retain} of all else "
-        f"a model, {found['protocol'].split(':')[0]}, torch {versions['torch']}, diffusers {versions['diffusers']}. "
-        "One concept, one seed. Made by `python -m benchmarks.ranks`; every number is in `docs/results/ranks.json`."
+        f"a model, {found['protocol'].split(':')[0]}, base model {found['base']}, torch {versions['torch']}, diffusers "
+        f"{versions['diffusers']}. One concept, one seed. Made by `python -m benchmarks.ranks`; every number is in "
+        "`docs/results/ranks.json`."
     )
 
 

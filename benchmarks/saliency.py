@@ -11,7 +11,6 @@ made again.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from salun_diffusion.files import read_json, write_json
 from salun_diffusion.options import option, run_command
@@ -56,13 +55,14 @@ def measure(options: SaliencyConfig) -> None:
         for core in methods.CORES:
             methods.FREE.put(core)
         wanted = {name: ("salun", config["further"] | mask) for name, mask in rows().items()}
+        folder = methods.folder_of(options, config)
         asked = methods.told(config, wanted)
         held = {entry["concept"]: entry for entry in read_json(RESULTS)["concepts"]} if RESULTS.exists() else {}
         found = []
         for concept in options.objects:
             entry = held.get(concept, {})
             if entry.get("asked") != asked:
-                entry = {"asked": asked} | methods.measure(config, wanted, concept, "object", Path(options.output_dir))
+                entry = {"asked": asked} | methods.measure(config, wanted, concept, "object", folder)
             found.append(entry)
             write_json(RESULTS, {"concepts": found})
     put_into(DOCS / "methods.md", "saliency", table(read_json(RESULTS)["concepts"]))
@@ -92,7 +92,7 @@ def table(concepts: list[dict]) -> str:
     return (
         f"{markdown(lines)}\n\nObjects: {', '.join(concept['concept'] for concept in concepts)}, pooled; "
         f"{images['num_forget_images']} forget and {images['num_retain_images']} retain pictures each; Wilson 95% "
-        "intervals; one seed. "
+        f"intervals; one seed; base model {concepts[0]['asked']['base']}. "
         + " ".join(f"{protocol}." for protocol in concepts[0]["hidden"])
         + " Made by `python -m benchmarks.saliency`; every number is in `docs/results/saliency.json`."
     )

@@ -75,9 +75,9 @@ def results(options: TogetherConfig) -> dict:
     for name, model in zip(["Base model", *paths], found["models"], strict=True):
         row = {key: model[key] for key in ("ua", "ira", "cra", "instead")} | {"name": name}
         models.append(row | ({"bytes": model["erasure"]["bytes"]} if model["erasure"] else {}))
-    return {"concepts": chosen, "protocol": found["protocol"], "versions": found["versions"],
-            "images": list(counts[1::2]), "settings": {name: SETTINGS[name] for name in paths},
-            "models": models}  # fmt: skip
+    return {"base": found["models"][0]["digest"], "concepts": chosen, "protocol": found["protocol"],
+            "versions": found["versions"], "images": list(counts[1::2]),
+            "settings": {name: SETTINGS[name] for name in paths}, "models": models}  # fmt: skip
 
 
 def table(found: dict) -> str:
@@ -96,8 +96,8 @@ def table(found: dict) -> str:
     names = f"{len(found['concepts'])} objects at once ({', '.join(found['concepts'])})"
     return (
         f"{markdown(rows)}\n\n{names}; {forget} pictures of them and {retain} of all else a model, Wilson 95% "
-        f"intervals, one seed. The demo model's settings, but for {given}. {found['protocol'].split(':')[0]}, torch "
-        f"{versions['torch']}, diffusers {versions['diffusers']}. Made by "
+        f"intervals, one seed. The demo model's settings, but for {given}. {found['protocol'].split(':')[0]}, "
+        f"base model {found['base']}, torch {versions['torch']}, diffusers {versions['diffusers']}. Made by "
         "`python -m benchmarks.together`; every number is in `docs/results/together.json`."
     )
 
