@@ -12,7 +12,7 @@ BASE = "base"
 FURTHER = {"salun_further": "salun", "salun_adv_further": "salun_adv"}  # rows whose settings took more trials → method
 TITLES = {BASE: "Base model", "salun_further": "SalUn, tuned further",
           "salun_adv_further": "SalUn, adversarial, with those settings"}  # fmt: skip
-COLUMNS = ("UA", "IRA", "CRA", "background", "count", "left / right")
+COLUMNS = ("UA", "IRA", "CRA", "background", "count", "places")
 INSTEAD = {"anchor": "drawn as anchor", "nothing": "as nothing"}
 ATTACKS = {
     "concept_inversion": "learned token", "unlearndiffatk": "UnlearnDiffAtk", "ring_a_bell": "Ring-A-Bell",
@@ -44,8 +44,12 @@ def shares_by_column(concepts: list[dict], method: str) -> dict[str, list[dict]]
     }
     for name in INSTEAD:
         found[name] = [row["instead"][name] for row in rows if "instead" in row]
-    for column, question in (("background", "background"), ("count", "count"), ("left / right", "left_right")):
-        found[column] = [row["retained"][question] for row in rows]
+    for column, questions in (
+        ("background", ("background",)),
+        ("count", ("count",)),
+        ("places", ("left_right", "above_below")),
+    ):
+        found[column] = [share for row in rows for key, share in row["retained"].items() if key in questions]
     return found
 
 
@@ -147,9 +151,9 @@ def _protocol(found: dict) -> str:
         f"method and kind. Trained methods take {settings['trained']['max_train_steps']} steps of "
         f"{settings['trained']['train_batch_size']} pictures, cosine schedule. UA: pictures without the concept, asked "
         "for it. IRA: the other things of its kind; CRA: styles for an object, objects for a style; background, count "
-        "and left / right: what else the prompts ask for. Training: the mask too. Whole run: loading and encoding too; "
-        f"on one core, {about['cores']} erasures side by side. SalUn came first and drew the pictures that others use "
-        f"again. {first['protocol'].split(':')[0]}, base model {config['digest']}, classifier "
+        "and places (left and right, above and below): what else the prompts ask for. Training: the mask too. Whole "
+        f"run: loading and encoding too; on one core, {about['cores']} erasures side by side. SalUn came first "
+        f"and drew the pictures that others use again. {first['protocol'].split(':')[0]}, base model {config['digest']}, classifier "
         f"{first['classifier'][:12]}, torch {first['versions']['torch']}, diffusers {first['versions']['diffusers']}. "
         "Made by `python -m benchmarks.methods`; every number is in `docs/results/methods.json`."
     )
