@@ -35,8 +35,10 @@ bench-gpu: .venv/installed
 	$(RUN)/python -m benchmarks $(AT_512) --batch_size 1 --part batch-1 --only reference_step our_step $(GPU)
 
 # The tables and pictures of the documents, from erasures trained and measured anew (about ten minutes a concept). What
-# runs/results holds already is not made again.
+# runs/results holds already is not made again. A model that `python -m demo.train --without CONCEPT --output_dir
+# runs/without-CONCEPT` has made gets a row of its own.
 CONCEPTS := airplane cat ink
+RETRAINED = $(if $(wildcard runs/without-$*/model_index.json),--retrained runs/without-$*)
 MEASURED := $(CONCEPTS:%=runs/results/%) $(CONCEPTS:%=runs/results/%/composition)
 
 results: $(MEASURED:%=%/results.json) runs/classification/digits/results.json
@@ -61,14 +63,14 @@ runs/results/%/results.json: | .venv/installed
 	$(RUN)/accelerate launch erase_concept.py --pretrained_model_name_or_path demo --concept $* \
 		--mask none --output_dir runs/results/$*-no-mask
 	$(RUN)/python -m eval accuracy --pretrained_model_name_or_path demo --concept $* \
-		--erasure runs/results/$* runs/results/$*-no-mask --output_dir runs/results/$*
+		--erasure runs/results/$* runs/results/$*-no-mask --output_dir runs/results/$* $(RETRAINED)
 
 runs/classification/digits/results.json: | .venv/installed
 	$(RUN)/python -m classification run --output_dir runs/classification/digits
 
 runs/results/%/composition/results.json: runs/results/%/results.json
 	$(RUN)/python -m eval composition --pretrained_model_name_or_path demo --concept $* \
-		--erasure runs/results/$* runs/results/$*-no-mask --output_dir runs/results/$*/composition
+		--erasure runs/results/$* runs/results/$*-no-mask --output_dir runs/results/$*/composition $(RETRAINED)
 
 clean:
 	rm -rf .venv runs build dist *.egg-info

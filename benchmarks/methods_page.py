@@ -153,8 +153,9 @@ def _protocol(found: dict) -> str:
         "for it. IRA: the other things of its kind; CRA: styles for an object, objects for a style; background, count "
         "and places (left and right, above and below): what else the prompts ask for. Training: the mask too. Whole "
         f"run: loading and encoding too; on one core, {about['cores']} erasures side by side. SalUn came first "
-        f"and drew the pictures that others use again. {first['protocol'].split(':')[0]}, base model {config['digest']}, classifier "
-        f"{first['classifier'][:12]}, torch {first['versions']['torch']}, diffusers {first['versions']['diffusers']}. "
+        f"and drew the pictures that others use again. {first['protocol'].split(':')[0]}, base model "
+        f"{config['digest']}, classifier {first['classifier'][:12]}, torch {first['versions']['torch']}, diffusers "
+        f"{first['versions']['diffusers']}. "
         "Made by `python -m benchmarks.methods`; every number is in `docs/results/methods.json`."
     )
 
