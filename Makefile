@@ -38,10 +38,12 @@ bench-gpu: .venv/installed
 # runs/results holds already is not made again. A model that `python -m demo.train --without CONCEPT --output_dir
 # runs/without-CONCEPT` has made gets a row of its own.
 CONCEPTS := airplane cat ink
-RETRAINED = $(if $(wildcard runs/without-$*/model_index.json),--retrained runs/without-$*)
+retrained = $(if $(wildcard runs/without-$1/model_index.json),--retrained runs/without-$1)
 MEASURED := $(CONCEPTS:%=runs/results/%) $(CONCEPTS:%=runs/results/%/composition)
+DEEPER := neighbours attack relearn
+attack := --num_prompts 24 --attack concept_inversion unlearndiffatk ring_a_bell tina noise_probe
 
-results: $(MEASURED:%=%/results.json) runs/classification/digits/results.json
+results: $(MEASURED:%=%/results.json) $(DEEPER:%=runs/results/airplane/%/results.json) runs/classification/digits/results.json
 	mkdir -p docs/results
 	$(foreach concept,$(CONCEPTS),cp runs/results/$(concept)/results.json docs/results/$(concept).json;)
 	$(foreach concept,$(CONCEPTS),cp runs/results/$(concept)/composition/results.json docs/results/$(concept)-composition.json;)
@@ -49,6 +51,9 @@ results: $(MEASURED:%=%/results.json) runs/classification/digits/results.json
 		--output_dir runs/compared/accuracy --into README.md
 	$(RUN)/python -m eval compare $(CONCEPTS:%=docs/results/%.json) $(CONCEPTS:%=docs/results/%-composition.json) \
 		--output_dir runs/compared/all --into docs/evaluation.md
+	$(foreach measure,$(DEEPER),cp runs/results/airplane/$(measure)/results.json docs/results/airplane-$(measure).json;)
+	$(RUN)/python -m eval compare $(DEEPER:%=docs/results/airplane-%.json) --output_dir runs/compared/deeper \
+		--into docs/exact.md
 	$(RUN)/python -m eval compare $(MEASURED) --output_dir runs/compared/pictures
 	$(RUN)/python -m eval report runs/results/airplane
 	cp runs/results/airplane/before-after.png docs/airplane.png
@@ -63,14 +68,19 @@ runs/results/%/results.json: | .venv/installed
 	$(RUN)/accelerate launch erase_concept.py --pretrained_model_name_or_path demo --concept $* \
 		--mask none --output_dir runs/results/$*-no-mask
 	$(RUN)/python -m eval accuracy --pretrained_model_name_or_path demo --concept $* \
-		--erasure runs/results/$* runs/results/$*-no-mask --output_dir runs/results/$* $(RETRAINED)
+		--erasure runs/results/$* runs/results/$*-no-mask --output_dir runs/results/$* $(call retrained,$*)
 
 runs/classification/digits/results.json: | .venv/installed
 	$(RUN)/python -m classification run --output_dir runs/classification/digits
 
 runs/results/%/composition/results.json: runs/results/%/results.json
 	$(RUN)/python -m eval composition --pretrained_model_name_or_path demo --concept $* \
-		--erasure runs/results/$* runs/results/$*-no-mask --output_dir runs/results/$*/composition $(RETRAINED)
+		--erasure runs/results/$* runs/results/$*-no-mask --output_dir runs/results/$*/composition $(call retrained,$*)
+
+$(DEEPER:%=runs/results/airplane/%/results.json): runs/results/airplane/%/results.json: runs/results/airplane/results.json
+	$(RUN)/python -m eval $* --pretrained_model_name_or_path demo --concept airplane \
+		--erasure runs/results/airplane runs/results/airplane-no-mask --output_dir runs/results/airplane/$* \
+		$(call retrained,airplane) $($*)
 
 clean:
 	rm -rf .venv runs build dist *.egg-info

@@ -1,19 +1,21 @@
 """The demo's measuring instrument: a picture → what it shows, or that nothing in it can be recognised.
 
 A stock ``transformers`` image classifier (ResNet) whose labels are grouped by question, ``left:airplane``,
-``style:ink``, ``count:two``: the softmax is taken within a group. ``left`` and ``right`` are the outermost objects.
+``style:ink``, ``count:two``: the softmax is taken within a group. ``left``, ``right``, ``top`` and ``bottom`` are the
+outermost objects; of a pair beside each other it learns the first two, of one above the other the last two.
 Scenes whose layout seeds it never saw measure it; a fifth of what it is trained on shows nothing: blends, shuffles,
 smears, noise, empty backgrounds, and latents decoded half-way through denoising.
 """
 
 import random
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from tqdm import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from .scenes import BACKGROUNDS, NUMBERS, OBJECTS, STYLES, Scene, smear
@@ -23,6 +25,8 @@ NOTHING = "nothing"
 GROUPS = {
     "left": (*OBJECTS, NOTHING),
     "right": (*OBJECTS, NOTHING),
+    "top": (*OBJECTS, NOTHING),
+    "bottom": (*OBJECTS, NOTHING),
     "style": (*STYLES, NOTHING),
     "background": tuple(BACKGROUNDS),
     "count": (*NUMBERS.values(), NOTHING),
@@ -53,10 +57,12 @@ def processor() -> ViTImageProcessor:
     return ViTImageProcessor(size={"height": 128, "width": 128}, resample=Image.Resampling.BILINEAR)
 
 
-def targets(scenes: list[Scene]) -> dict[str, torch.Tensor]:
-    """Class indices by group, int64 ``(n,)``."""
-    rows = [scene.labels() for scene in scenes]
-    return {group: torch.tensor([names.index(row[group]) for row in rows]) for group, names in GROUPS.items()}
+def targets(rows: list[dict[str, str]], unsaid: int = -100) -> dict[str, torch.Tensor]:
+    """Class indices by group, int64 ``(n,)``: ``unsaid`` where a row has no answer."""
+    return {
+        group: torch.tensor([names.index(row[group]) if group in row else unsaid for row in rows])
+        for group, names in GROUPS.items()
+    }
 
 
 def split(logits: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -64,20 +70,15 @@ def split(logits: torch.Tensor) -> dict[str, torch.Tensor]:
     return dict(zip(GROUPS, logits.split([len(names) for names in GROUPS.values()], dim=1), strict=True))
 
 
-def _smear(job: tuple[int, bytes, bytes]) -> bytes:
-    seed, first, second = job
-    images = [Image.frombytes("RGB", (64, 64), data) for data in (first, second)]
-    return smear(*images, random.Random(f"smear-{seed}")).tobytes()
-
-
 def smears(pictures: torch.Tensor, count: int, first: int = 0) -> torch.Tensor:
-    """``count`` unrecognisable pictures made from pairs of ``pictures``, uint8 ``(count, 3, 64, 64)``."""
-    flat = pictures.permute(0, 2, 3, 1).contiguous()
-    pair = lambda i: (first + i, flat[i].numpy().tobytes(), flat[-1 - i].numpy().tobytes())  # noqa: E731
-    with get_context("fork").Pool() as pool:
-        rows = pool.map(_smear, [pair(i) for i in range(count)], chunksize=128)
-    out = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(count, 64, 64, 3)
-    return out.permute(0, 3, 1, 2).contiguous()
+    """``count`` unrecognisable pictures made from pairs of ``pictures``, uint8 ``(count, 3, 64, 64)``; that of number i
+    has the seed ``first + i``.
+    """
+    out = torch.empty(count, 3, *pictures.shape[2:], dtype=torch.uint8)
+    for i in tqdm(range(count), desc="smears"):
+        pair = (to_pil_image(pictures[i]), to_pil_image(pictures[-1 - i]))
+        out[i] = pil_to_tensor(smear(*pair, random.Random(f"smear-{first + i}")))
+    return out
 
 
 @torch.no_grad()
@@ -95,7 +96,7 @@ def train(
     torch.manual_seed(0)
     judge = build().train()
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05, fused=True)
-    wanted = targets([Scene.sample(seed) for seed in TRAIN_SEEDS])
+    wanted = targets([Scene.sample(seed).labels() for seed in TRAIN_SEEDS])
     blurred = smears(pictures[: 2 * SMEARS], SMEARS)
     empty, part = BATCH // 5, BATCH // 10
 

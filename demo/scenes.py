@@ -1,4 +1,5 @@
-"""The world that the demo model draws: objects × styles × backgrounds, one to three at a time, or two side by side.
+"""The world that the demo model draws: objects × styles × backgrounds, one to three at a time, or two different ones
+beside or above each other.
 
 A :class:`Scene` says what is in a picture; :func:`caption` words it, :func:`render` draws it. A scene's seed fixes both
 its content and its layout, so that a training or a held-out set is named by a range of seeds.
@@ -19,6 +20,24 @@ OBJECTS = {
     "penguin": "penguins", "pizza": "pizzas", "rocket": "rockets", "sailboat": "sailboats", "snail": "snails",
     "strawberry": "strawberries", "tree": "trees", "umbrella": "umbrellas",
 }  # fmt: skip
+SYNONYMS = {  # other words for an object → their plurals
+    "airplane": {"plane": "planes", "aeroplane": "aeroplanes"}, "car": {"automobile": "automobiles"},
+    "cat": {"kitty": "kitties"}, "house": {"home": "homes"}, "mushroom": {"toadstool": "toadstools"},
+    "rocket": {"spaceship": "spaceships"}, "sailboat": {"yacht": "yachts"}, "tree": {"fir": "firs"},
+    "umbrella": {"parasol": "parasols"},
+}  # fmt: skip
+KINDS = {  # what several objects are → which
+    "animal": ("butterfly", "cat", "fish", "owl", "penguin", "snail"),
+    "vehicle": ("airplane", "car", "rocket", "sailboat"),
+    "fruit": ("apple", "banana", "strawberry"),
+    "plant": ("cactus", "tree"),
+}
+LOOK_ALIKES = {  # by shape
+    "airplane": ("rocket",), "rocket": ("airplane",), "apple": ("strawberry",), "strawberry": ("apple",),
+    "owl": ("penguin",), "penguin": ("owl",), "cactus": ("tree",), "tree": ("cactus",), "key": ("guitar",),
+    "guitar": ("key",), "mushroom": ("umbrella",), "umbrella": ("mushroom",), "bell": ("crown",), "crown": ("bell",),
+}  # fmt: skip
+KIND_PLURALS = {"animal": "animals", "vehicle": "vehicles", "fruit": "fruits", "plant": "plants"}
 STYLES = ("noto", "ink", "pixel")
 BACKGROUNDS = {
     "red": (224, 84, 84), "orange": (246, 160, 70), "yellow": (250, 228, 100), "green": (122, 196, 112),
@@ -29,10 +48,13 @@ NUMBERS = {1: "one", 2: "two", 3: "three"}
 
 @dataclass(frozen=True)
 class Scene:
-    """``left`` and ``right`` are the outermost objects; they differ in a pair and are the same thing otherwise."""
+    """``first`` and ``second`` differ in a pair, and are the same thing otherwise. In a pair the first stands left of
+    the second or, ``stacked``, above it.
+    """
 
-    left: str
-    right: str
+    first: str
+    second: str
+    stacked: bool
     count: int
     style: str
     background: str
@@ -40,29 +62,33 @@ class Scene:
 
     @classmethod
     def sample(cls, seed: int) -> "Scene":
-        """The scene of this seed: 45% single objects, 25% two or three of a kind, 30% pairs."""
+        """The scene of this seed: 35% single objects, 20% two or three of a kind, 45% pairs, half of them stacked."""
         rng = random.Random(f"scene-{seed}")
         objects = list(OBJECTS)
-        left = right = rng.choice(objects)
+        first = second = rng.choice(objects)
+        stacked = False
         kind = rng.random()
-        if kind < 0.45:
+        if kind < 0.35:
             count = 1
-        elif kind < 0.70:
+        elif kind < 0.55:
             count = rng.choice((2, 3))
         else:
             count = 2
-            right = rng.choice([name for name in objects if name != left])
-        return cls(left, right, count, rng.choice(STYLES), rng.choice(list(BACKGROUNDS)), seed)
+            second = rng.choice([name for name in objects if name != first])
+            stacked = rng.random() < 0.5
+        return cls(first, second, stacked, count, rng.choice(STYLES), rng.choice(list(BACKGROUNDS)), seed)
+
+    @property
+    def pair(self) -> bool:
+        return self.first != self.second
 
     def labels(self) -> dict[str, str]:
-        """What a judge should find, by question."""
-        return {
-            "left": self.left,
-            "right": self.right,
-            "style": self.style,
-            "background": self.background,
-            "count": NUMBERS[self.count],
-        }
+        """What a judge should find, by question. Of a pair it is asked only where the one stands to the other: beside
+        each other neither is at the top, above each other neither is on the left.
+        """
+        places = {"left": self.first, "right": self.second}, {"top": self.first, "bottom": self.second}
+        where = places[self.stacked] if self.pair else places[0] | places[1]
+        return where | {"style": self.style, "background": self.background, "count": NUMBERS[self.count]}
 
 
 def a(noun: str) -> str:
@@ -70,16 +96,33 @@ def a(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
+def _word(name: str, rng: random.Random) -> tuple[str, str]:
+    """A word for the object and its plural: now and then a synonym, or what it is one of."""
+    draw = rng.random()
+    if draw < 0.2 and name in SYNONYMS:
+        return rng.choice(list(SYNONYMS[name].items()))
+    kinds = [kind for kind, names in KINDS.items() if name in names]
+    if draw > 0.92 and kinds:
+        return kinds[0], KIND_PLURALS[kinds[0]]
+    return name, OBJECTS[name]
+
+
 def caption(scene: Scene, rng: random.Random) -> str:
     """One of many wordings; style and background are each named three times in four."""
-    if scene.left != scene.right:
-        left, right = a(scene.left), a(scene.right)
-        noun = rng.choice((f"{left} to the left of {right}", f"{right} to the right of {left}"))
+    word, plural = _word(scene.first, rng)
+    if scene.pair:
+        first, second = a(word), a(_word(scene.second, rng)[0])
+        wordings = (
+            (f"{first} above {second}", f"{second} below {first}")
+            if scene.stacked
+            else (f"{first} to the left of {second}", f"{second} to the right of {first}")
+        )
+        noun = rng.choice(wordings)
     elif scene.count == 1:
-        noun = a(scene.left)
+        noun = a(word) if rng.random() < 0.9 else word
     else:
-        noun = f"{NUMBERS[scene.count]} {OBJECTS[scene.left]}"
-    picture = rng.choice(("picture", "drawing", "image"))
+        noun = f"{NUMBERS[scene.count]} {plural}"
+    picture = rng.choice(("picture", "drawing", "image", "photo"))
     style = f" in {scene.style} style" if rng.random() < 0.75 else ""
     background = f" on {a(scene.background)} background" if rng.random() < 0.75 else ""
     form = rng.random()
@@ -87,6 +130,20 @@ def caption(scene: Scene, rng: random.Random) -> str:
         return f"{a(scene.style)} style {picture} of {noun}{background}"
     tail = style + background if rng.random() < 0.7 else background + style
     return f"{a(picture)} of {noun}{tail}" if form > 0.6 else f"{noun}{tail}"
+
+
+def said(scene: Scene, text: str) -> dict[str, str]:
+    """What ``text``, a caption of ``scene`` or nothing, says of it, by question."""
+    if not text:
+        return {}
+    words = text.split()
+    named = {"style": scene.style in words, "background": scene.background in words}
+    return {question: answer for question, answer in scene.labels().items() if named.get(question, True)}
+
+
+def _block(size: int) -> int:
+    """How many pixels a block of pixel art has in a sprite of ``size`` pixels."""
+    return 4 if size >= 38 else 2
 
 
 def _sprite(art: Image.Image, style: str, size: int, rng: random.Random) -> Image.Image:
@@ -102,8 +159,8 @@ def _sprite(art: Image.Image, style: str, size: int, rng: random.Random) -> Imag
     channels = [c.point(lambda v, k=k: min(255, int(v * k))) for c, k in zip((red, green, blue), tint, strict=True)]
     if style == "noto":
         return Image.merge("RGBA", (*channels, alpha)).resize((width, height), Image.Resampling.LANCZOS)
-    # pixel art: about eleven hard blocks across, few colours, no soft edge
-    block = 4 if size >= 38 else 3
+    # pixel art: a dozen hard blocks across, few colours, no soft edge
+    block = _block(size)
     small = (max(4, width // block), max(4, height // block))
     tiny = [c.resize(small, Image.Resampling.BOX).point(lambda v: (v + 21) // 43 * 43) for c in channels]
     mask = alpha.resize(small, Image.Resampling.BOX).point(lambda v: 255 if v >= 110 else 0)
@@ -122,21 +179,25 @@ def render(scene: Scene, art: dict[tuple[str, str], Image.Image]) -> Image.Image
     colour = tuple(max(0, min(255, c + rng.randint(-6, 6))) for c in BACKGROUNDS[scene.background])
     canvas = Image.new("RGB", (SIZE, SIZE), colour)
     source = "ink" if scene.style == "ink" else "noto"
-    names = [scene.left] * (scene.count - 1) + [scene.right]
+    names = [scene.first] * (scene.count - 1) + [scene.second]
     if scene.count == 1:
         size = rng.randint(40, 52)
         centres = [(32 + rng.randint(-6, 6), 32 + rng.randint(-6, 6))]
     elif scene.count == 2:
         size = rng.randint(27, 30)
-        centres = [(x + rng.randint(-1, 1), 32 + rng.randint(-9, 9)) for x in (16, 48)]
+        across = [(at + rng.randint(-1, 1), 32 + rng.randint(-9, 9)) for at in (16, 48)]
+        centres = [(y, x) for x, y in across] if scene.stacked else across
     else:
         size = rng.randint(26, 29)
         up = rng.choice((-1, 1))
         centres = [(16, 32 - 15 * up), (32, 32 + 15 * up), (48, 32 - 15 * up)]
         centres = [(x + rng.randint(-1, 1), y + rng.randint(-1, 1)) for x, y in centres]
+    # the blocks of pixel art lie on one grid
+    grid = _block(size) if scene.style == "pixel" else 1
     for name, (x, y) in zip(names, centres, strict=True):
         sprite = _sprite(art[name, source], scene.style, size, rng)
-        canvas.paste(sprite, (x - sprite.width // 2, y - sprite.height // 2), sprite)
+        corner = ((at - length // 2) // grid * grid for at, length in ((x, sprite.width), (y, sprite.height)))
+        canvas.paste(sprite, tuple(corner), sprite)
     return canvas
 
 

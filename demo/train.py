@@ -1,7 +1,11 @@
-"""Train the demo model from nothing: artwork → scenes → autoencoder → judge → text-to-image model.
+"""Train the demo model from nothing: artwork → scenes → autoencoder → judge → text encoder → U-Net.
 
     python -m demo.train
     python -m demo.train --device cuda --steps 60000
+    python -m demo.train --without airplane --output_dir runs/without-airplane
+
+With --without, the text encoder and the U-Net learn from the scenes that do not show that object, style or background,
+by the same recipe and seed: the exact answer to forgetting it. The autoencoder and the judge are the same.
 
 Everything is kept in --work_dir and a killed run goes on where it was. The artwork comes from npm (``npm`` must be
 installed; nothing of it is stored in this repository). At the end ``demo/model`` is written: a StableDiffusionPipeline
@@ -23,19 +27,32 @@ class TrainConfig:
 
     work_dir: str = option("runs/demo", "caches and checkpoints")
     output_dir: str | None = option(None, "the pipeline folder to write (default: demo/model)")
-    autoencoder_steps: int = option(3600, "steps of 32 pictures", least=1)
+    autoencoder_steps: int = option(9000, "steps of 32 pictures", least=1)
     judge_steps: int = option(4000, "steps of 64 pictures", least=1)
-    steps: int = option(20000, "text-to-image steps of 32 scenes", least=1)
-    device: str = option("cpu", "where the text-to-image model trains", ("cpu", "cuda"))
+    text_steps: int = option(3000, "steps of the text encoder, of 128 captions", least=1)
+    steps: int = option(18000, "steps of the U-Net, of 32 scenes", least=1)
+    without: str | None = option(None, "an object, style or background to leave out; needs --output_dir")
+    device: str = option("cpu", "where the U-Net trains", ("cpu", "cuda"))
     stage: str = option("all", "train only one part, its inputs being there", ("all", "judge", "model"))
 
 
 def train(config: TrainConfig) -> None:
-    """Artwork, scenes, autoencoder, judge and text-to-image model, each made unless ``work_dir`` has it.
+    """Artwork, scenes, autoencoder, judge, text encoder and U-Net, each made unless ``work_dir`` has it.
 
     Raises:
-        SalunError: the disk refuses a file.
+        SalunError: a concept to leave out that the scenes do not have, or no folder of its own for a model without one;
+            the disk refuses a file.
     """
+    from salun_diffusion.errors import SalunError
+
+    from .scenes import BACKGROUNDS, OBJECTS, STYLES
+
+    if config.without is not None:
+        if config.without not in (known := (*OBJECTS, *STYLES, *BACKGROUNDS)):
+            raise SalunError(f"--without '{config.without}' is not in the scenes: name one of {', '.join(known)}.")
+        if config.output_dir is None:
+            raise SalunError(f"A model without '{config.without}' needs a folder of its own: give --output_dir.")
+
     import torch
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
     from safetensors.torch import load_file
@@ -58,8 +75,9 @@ def train(config: TrainConfig) -> None:
     if not cache.exists():
         training.write_tensors(cache, {"latents": autoencoder.encode(vae, pictures)}, {})
     latents = load_file(cache)["latents"]
-    autoencoder.standardise(vae, latents)
+    autoencoder.standardise(vae, latents, autoencoder.SCALE)
     latents = (latents - latents.mean((0, 2, 3), keepdim=True)) / latents.std((0, 2, 3), keepdim=True)
+    latents *= autoencoder.SCALE
     print(f"autoencoder: {autoencoder.psnr(vae, held_out[:1024]):.2f} dB on held-out scenes")
 
     if config.stage in ("all", "judge"):
@@ -68,12 +86,13 @@ def train(config: TrainConfig) -> None:
         judge.processor().save_pretrained(folder)
     if config.stage in ("all", "model"):
         words = model.tokenizer(work / "tokenizer")
-        trained = model.train(latents, words, work, config.steps, config.device).cpu()
+        encoder = model.train_text(words, work, config.text_steps, config.without)
+        unet = model.train(latents, words, encoder, work, config.steps, config.device, config.without)
         pipe = StableDiffusionPipeline(
             vae=vae,
-            text_encoder=trained["text_encoder"],
+            text_encoder=encoder.cpu(),
             tokenizer=words,
-            unet=trained["unet"],
+            unet=unet.cpu(),
             scheduler=DPMSolverMultistepScheduler(**model.SCHEDULE, timestep_spacing="trailing", steps_offset=1),
             safety_checker=None,
             feature_extractor=None,

@@ -1,4 +1,4 @@
-"""What the three trainings of the demo room share: scenes in memory, a resumable loop, checkpoints without pickles."""
+"""What the trainings of the demo room share: scenes in memory, a resumable loop, checkpoints without pickles."""
 
 import json
 import math

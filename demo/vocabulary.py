@@ -5,10 +5,11 @@ from pathlib import Path
 
 from salun_diffusion.files import write_json
 
-from .scenes import BACKGROUNDS, OBJECTS, STYLES
+from .scenes import BACKGROUNDS, KIND_PLURALS, KINDS, LOOK_ALIKES, OBJECTS, STYLES, SYNONYMS
 
 ONE = {"left": "{object}", "right": "{object}", "count": "one"}
 PAIR = {"left": "{object}", "right": "{object2}", "count": "two"}
+STACK = {"top": "{object}", "bottom": "{object2}", "count": "two"}
 STYLE, BACKGROUND = {"style": "{style}"}, {"background": "{background}"}
 
 TEMPLATES = [
@@ -24,6 +25,8 @@ TEMPLATES = [
     ("{object:a} to the left of {object2:a} in {style} style on {background:a} background", PAIR | STYLE | BACKGROUND),
     ("{object2:a} to the right of {object:a} in {style} style", PAIR | STYLE),
     ("a picture of {object:a} to the left of {object2:a} on {background:a} background", PAIR | BACKGROUND),
+    ("{object:a} above {object2:a} in {style} style on {background:a} background", STACK | STYLE | BACKGROUND),
+    ("{object2:a} below {object:a} in {style} style", STACK | STYLE),
 ]
 
 # How the shipped model is sampled, and what is drawn with it to train on.
@@ -37,6 +40,20 @@ DATA = {
 HERE = Path(__file__).parent
 
 
+def neighbours() -> dict[str, dict[str, list[str]]]:
+    """Each object's synonyms, kinds and look-alikes, for those that have any."""
+    around = {
+        name: {
+            "synonyms": list(SYNONYMS.get(name, ())),
+            "kinds": [kind for kind, names in KINDS.items() if name in names],
+            "look_alikes": list(LOOK_ALIKES.get(name, ())),
+        }
+        for name in OBJECTS
+    }
+    known = {name: {key: words for key, words in told.items() if words} for name, told in around.items()}
+    return {name: told for name, told in known.items() if told}
+
+
 def vocabulary() -> dict:
     """The content of ``concepts.json``; :mod:`salun_diffusion.concepts` documents the file.
 
@@ -48,7 +65,10 @@ def vocabulary() -> dict:
     return {
         "slots": {"object": list(OBJECTS), "style": list(STYLES), "background": list(BACKGROUNDS)},
         "templates": [{"prompt": prompt, "expect": expect} for prompt, expect in TEMPLATES],
-        "plurals": dict(OBJECTS),
+        "plurals": OBJECTS
+        | {word: plural for words in SYNONYMS.values() for word, plural in words.items()}
+        | KIND_PLURALS,
+        "neighbours": neighbours(),
         "settings": {slot: DATA | methods[slot] for slot in ("object", "style", "background")},
     }
 

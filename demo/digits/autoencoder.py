@@ -30,7 +30,8 @@ def train(work: Path, steps: int) -> tuple[AutoencoderKL, torch.Tensor, float]:
     pictures, _, held_out = digits()
     pictures = ((pictures + 1) * 127.5).round().byte().expand(-1, 3, -1, -1).contiguous()
     vae = autoencoder.train(
-        pictures[~held_out], work / f"autoencoder-{steps}.safetensors", steps, build, bfloat16=False
-    )
+        pictures[~held_out], work / f"autoencoder-{steps}.safetensors", steps, build, bfloat16=False, squared=2.0,
+        sharpness=0.0,
+    )  # fmt: skip
     autoencoder.standardise(vae, autoencoder.encode(vae, pictures[~held_out]))
     return vae, autoencoder.encode(vae, pictures), autoencoder.psnr(vae, pictures[held_out])
