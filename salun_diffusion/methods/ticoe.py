@@ -35,8 +35,8 @@ class TICoEOptions:
         "restored", "scale of a mix: that of the prompts' own states, or layer-normed (published)",
         ("restored", "normed"),
     )  # fmt: skip
-    fusion: float = option(0.5, "λ: weight of what the transformer adds to a noisy latent", least=0)
-    fuser_rate: float = option(5e-5, "the transformer's learning rate; 0 keeps it as it starts", least=0)
+    fusion: float = option(0.5, "λ: weight of what a small transformer adds to a noisy latent", least=0)
+    fuser_rate: float = option(5e-5, "learning rate of that transformer; 0 leaves it as it starts", least=0)
 
     def __post_init__(self):
         if self.temperature > 20:
