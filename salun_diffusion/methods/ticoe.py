@@ -22,7 +22,7 @@ class TICoEOptions:
 
     negative_guidance: float = option(1.0, "how far to go away from the concept: γ")
     wordings: str = option(
-        "", "prompts to mix beside those of the forget pictures, with {} for the concept's name and commas between them"
+        "", "prompts to mix, with {} for the concept's name and commas between them; the forget pictures' unless given"
     )
     mixed: int = option(20, "prompts in a mix, chosen at random; all that there are, if fewer", least=1)
     temperature: float = option(
@@ -66,8 +66,8 @@ class TICoE(GradientMethod):
     three in all). A mix has the scale that the prompts' states have when a picture is drawn, as ∅ has it; theirs are
     layer-normed where ∅ is not (``states=normed``). The fuser has no dropout, theirs a tenth. It still learns whatever
     makes the loss small, and moving z may do that too: ``fuser_rate=0`` leaves it as it starts. A language model wrote
-    their prompts; here they are those of the forget pictures and of ``wordings``. How theirs resizes a latent is not
-    known to us: here it is bilinear.
+    their prompts; here they are the ``wordings``, or those of the forget pictures, which may ask for more than the
+    concept: that is then negated too. How theirs resizes a latent is not known to us: here it is bilinear.
     """
 
     title = "TICoE"
@@ -90,12 +90,11 @@ class TICoE(GradientMethod):
         called = iter([names.prompts[i] for i in names.prompt_index.tolist()])
         self.states = []  # of each concept's prompts, (prompts, tokens, width)
         for number, count in enumerate(names.shares):
-            rows = images.prompt_index[self.concept_of == number].unique()
-            found = [model.embeddings({key: value[rows] for key, value in images.condition.items()})]
             own = [next(called) for _ in range(count)]
-            if texts := [wording.replace("{}", name) for name in own for wording in options.templates]:
-                found.append(model.embeddings(model.encode(texts)))
-            self.states.append(torch.cat(found).float())
+            texts = [wording.replace("{}", name) for name in own for wording in options.templates]
+            if not texts:
+                texts = [images.prompts[i] for i in images.prompt_index[self.concept_of == number].unique().tolist()]
+            self.states.append(model.embeddings(model.encode(texts)).float())
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(batches.generator("ticoe fuser").initial_seed())
             self.fuser = Fuser(model.sample_shape[0])

@@ -316,9 +316,8 @@ def plain_ticoe(net, base, forget, retain, trainer):
     else:
         trainer.plain_adam.step()
         trainer.plain_adam.zero_grad()
-    images = batches.sets["forget"]
-    prompts = [images.prompts[i] for i in sorted({*images.prompt_index.tolist()})]
-    states = encode(pipe, [*prompts, "a drawing of steam engine", "steam engine there"])["encoder_hidden_states"]
+    prompts = ["a drawing of steam engine", "steam engine there", "steam engine", "my steam engine"]
+    states = encode(pipe, prompts)["encoder_hidden_states"]
     mixes, offsets = [], []
     for i, latent in enumerate(forget.noisy):
         key = ("ticoe", forget.step // 2, i)
@@ -402,7 +401,7 @@ OPTIONS = {  # every part of these methods has its turn within three steps
     "spm": ["anchoring=50", "anchors=2"],
     "stereo": ["rounds=2", "round_steps=2", "round_rate=0.001", "search_steps=2", "search_batch=4"],
     "ticoe": [
-        "wordings=a drawing of {}, {} there", "mixed=3", "resample=2", "noise=0.1", "negative_guidance=2",
+        "wordings=a drawing of {}, {} there, {}, my {}", "mixed=3", "resample=2", "noise=0.1", "negative_guidance=2",
         "fuser_rate=0.01",
     ],
 }  # fmt: skip
