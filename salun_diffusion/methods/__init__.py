@@ -25,6 +25,7 @@ METHODS = {
     "salun_anchored": "salun_anchored.SalUnAnchored",
     "spm": "spm.SPM",
     "barrier": "barrier.BARRIER",
+    "ticoe": "ticoe.TICoE",
     "sld": "guard.SLD",
     "safree": "guard.SAFREE",
     "concept_steerers": "guard.ConceptSteerers",

@@ -204,6 +204,8 @@ class GradientMethod(Method):
     """
 
     change: Change
+    own: dict[str, torch.nn.Parameter] = {}  # what trains beside the change and is not kept, by name, fp32 …
+    own_rate = 0.0  # … and its learning rate, which falls as the change's does
 
     def __init__(self, model: Model, options: Any, batches: Batches):
         self.model, self.options, self.batches = model, options, batches

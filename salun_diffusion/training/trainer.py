@@ -157,7 +157,8 @@ class Trainer:
             Stopped: Ctrl-C or SIGTERM; the step was finished and a checkpoint saved.
         """
         config, accelerator = self.config, self.accelerator
-        self.change, adam = change, PackedAdam(change, config.learning_rate)
+        adam = PackedAdam(change, config.learning_rate, self.method.own, self.method.own_rate)
+        self.change, self.adam = change, adam
         self.method.begin(change)
         size = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
         forget_batches = batches(len(self.batches.sets[self.method.forget_set]), size, config.seed)
@@ -174,7 +175,8 @@ class Trainer:
             found = {name: value for name, value in resumed.tensors.items() if name.startswith(METHOD)}
             self.method.load_state({name.removeprefix(METHOD): value for name, value in found.items()})
             learning_rate.load_state_dict(resumed.state["learning_rate"])
-            adam.adam.param_groups[0]["lr"] = learning_rate.get_last_lr()[0]
+            for group, rate in zip(adam.adam.param_groups, learning_rate.get_last_lr(), strict=True):
+                group["lr"] = rate
             if accelerator.scaler:
                 accelerator.scaler.load_state_dict(resumed.state["scaler"])
         started = time.perf_counter()
@@ -220,7 +222,7 @@ class Trainer:
                         f"The loss is not finite at step {step + 1}: lower --learning_rate, or use --mixed_precision "
                         + (f"no. {kept} holds the last state that was saved." if kept else "no. Nothing was saved.")
                     )
-                change.reduce(accelerator)
+                adam.reduce(accelerator)
                 optimizer.step()
                 optimizer.zero_grad()
                 change.write()
@@ -246,7 +248,7 @@ class Trainer:
         ``(2,)``.
         """
         config = self.config
-        self.change.clear_gradients()
+        self.adam.clear_gradients()
         losses = torch.zeros(2, device=self.accelerator.device)
         whole = config.train_batch_size * config.gradient_accumulation_steps
         sets, parts = self.batches.sets, self.batches.micro_batches

@@ -26,6 +26,7 @@ from salun_diffusion.methods.forget_me_not import Recorder
 from salun_diffusion.methods.mace import MACE, chances, concept_tokens, fused, other_tokens, region_of, shrinking
 from salun_diffusion.methods.rece import adversarial
 from salun_diffusion.methods.speed import affected, change, null_space
+from salun_diffusion.methods.ticoe import Fuser, mix
 from salun_diffusion.methods.uce import kept_tokens, moved, solve
 from salun_diffusion.models import model_of
 from salun_diffusion.models.load import load_pipeline
@@ -304,6 +305,77 @@ def plain_word(net, trainer, number=0):
     return word.detach()
 
 
+def plain_ticoe(net, base, forget, retain, trainer):
+    """Token by token, head by head; the fuser takes the step of the last loss when the next one is asked for."""
+    options, batches, pipe = trainer.method.options, trainer.batches, trainer.model.pipe
+    if forget.step == 0:
+        with torch.random.fork_rng():
+            torch.manual_seed(batches.generator("ticoe fuser").initial_seed())
+            trainer.plain_fuser = Fuser(4)
+        trainer.plain_adam = torch.optim.Adam(trainer.plain_fuser.parameters(), lr=options.fuser_rate)
+    else:
+        trainer.plain_adam.step()
+        trainer.plain_adam.zero_grad()
+    prompts = ["a drawing of steam engine", "steam engine there", "steam engine", "my steam engine"]
+    states = encode(pipe, prompts)["encoder_hidden_states"]
+    mixes, offsets = [], []
+    for i, latent in enumerate(forget.noisy):
+        key = ("ticoe", forget.step // 2, i)
+        chances = random.Random(repr((0, *key)))
+        chosen = chances.sample(range(len(states)), 3)
+        weights = [chances.gammavariate(1 / 0.7, 1) for _ in chosen]
+        noise = 0.1 * torch.randn(states.shape[1:], generator=batches.generator(*key))
+        shares = [weight / sum(weights) for weight in weights]
+        mixes.append(plain_mix(states[chosen], shares, noise, True))
+        offsets.append(plain_fused(trainer.plain_fuser.encoder.layers, latent))
+    noisy, told = forget.noisy + 0.5 * torch.stack(offsets), torch.stack(mixes)
+    empty = trainer.model.empty["encoder_hidden_states"].expand_as(told)
+    with torch.no_grad():
+        concept, nothing = (base(noisy, forget.timesteps, one).sample for one in (told, empty))
+    return F.mse_loss(net(noisy, forget.timesteps, told).sample, nothing - 2.0 * (concept - nothing))
+
+
+def plain_mix(states, shares, noise, restored):
+    mixed = torch.zeros_like(states[0])
+    for place, row in enumerate(noise):
+        means = [state[place].mean() for state in states]
+        deviations = [state[place].var(correction=0).sqrt() for state in states]
+        parts = zip(states, shares, means, deviations, strict=True)
+        point = sum(share * (s[place] - mean) / (d**2 + 1e-5).sqrt() for s, share, mean, d in parts) + row
+        point = (point - point.mean()) / (point.var(correction=0) + 1e-5).sqrt()
+        if restored:
+            scale, mean = (
+                sum(share * one for share, one in zip(shares, of, strict=True)) for of in (deviations, means)
+            )
+            point = scale * point + mean
+        mixed[place] = point
+    return mixed
+
+
+def plain_fused(layers, latent):
+    """One latent ``(4, side, side)``: resized by a matrix, and through both layers, post-norm."""
+    side, rows = latent.shape[-1], []
+    for smaller in (side, side * 3 // 4, side // 2):
+        resize = torch.zeros(smaller, side)
+        for i in range(smaller):
+            place = max((i + 0.5) * side / smaller - 0.5, 0)
+            low = int(place)
+            resize[i, low] += 1 - (place - low)
+            resize[i, min(low + 1, side - 1)] += place - low
+        rows += (resize @ latent @ resize.T).flatten(1).T
+    x = torch.stack([
+        row + torch.tensor([math.sin(i), math.cos(i), math.sin(i / 100), math.cos(i / 100)])
+        for i, row in enumerate(rows)
+    ])  # fmt: skip
+    for layer in layers:
+        own = layer.self_attn
+        q, k, v = (x @ own.in_proj_weight.T + own.in_proj_bias).split(4, 1)
+        heads = [(q[:, [h]] @ k[:, [h]].T).softmax(1) @ v[:, [h]] for h in range(4)]
+        x = layer.norm1(x + own.out_proj(torch.cat(heads, 1)))
+        x = layer.norm2(x + layer.linear2(layer.linear1(x).relu()))
+    return x[: side * side].T.view(4, side, side)
+
+
 PLAIN = {
     "salun": plain_salun,
     "random_label": plain_salun,
@@ -319,6 +391,7 @@ PLAIN = {
     "salun_adv": plain_salun_adv,
     "stereo": plain_stereo,
     "spm": plain_spm,
+    "ticoe": plain_ticoe,
 }
 OPTIONS = {  # every part of these methods has its turn within three steps
     "race": ["warm_up=0.3", "radius=0.5", "attack_steps=3", "lasso=0.1"],
@@ -327,6 +400,10 @@ OPTIONS = {  # every part of these methods has its turn within three steps
     ],
     "spm": ["anchoring=50", "anchors=2"],
     "stereo": ["rounds=2", "round_steps=2", "round_rate=0.001", "search_steps=2", "search_batch=4"],
+    "ticoe": [
+        "wordings=a drawing of {}, {} there, {}, my {}", "mixed=3", "resample=2", "noise=0.1", "negative_guidance=2",
+        "fuser_rate=0.01",
+    ],
 }  # fmt: skip
 
 
@@ -515,6 +592,16 @@ def test_barrier_protects_as_a_plain_version_does(scope, folders, tmp_path):
             assert value.grad is None and dense is None and "norm" in name
         else:
             torch.testing.assert_close(value.grad, change.packed(name, dense), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", ["restored", "normed"])
+def test_ticoe_mixes_prompts_in_the_scale_that_they_have(scale):
+    torch.manual_seed(0)
+    states, noise = 5 * torch.randn(3, 7, 32) + 2, 0.1 * torch.randn(7, 32)
+    found = mix(states, torch.tensor([0.5, 0.2, 0.3]), noise, scale)
+    torch.testing.assert_close(found, plain_mix(states, [0.5, 0.2, 0.3], noise, scale == "restored"))
+    alone = mix(states[:1], torch.ones(1), torch.zeros(7, 32), scale)
+    assert torch.allclose(alone, states[0], rtol=1e-4, atol=1e-4) == (scale == "restored")
 
 
 def test_esd_negates_the_name_alone(folders, tmp_path):

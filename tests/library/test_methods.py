@@ -134,7 +134,7 @@ def test_spm_is_an_adapter_of_rank_1_and_resumes(folders, tmp_path):
     assert Adapter.load(tmp_path / "run" / "pytorch_lora_weights.safetensors").digest() == whole.digest()
 
 
-@pytest.mark.parametrize("method", ["esd", "selective_amnesia", "race", "salun_adv", "stereo", "advunlearn"])
+@pytest.mark.parametrize("method", ["esd", "selective_amnesia", "race", "salun_adv", "stereo", "advunlearn", "ticoe"])
 def test_resumed_is_uninterrupted(method, folders, tmp_path):
     """For the methods that draw more than noise, or keep more than weights."""
     whole = erase(folders["sd1"], method, tmp_path / "run", "--max_train_steps", "4", "--checkpointing_steps", "2")
@@ -167,7 +167,7 @@ def test_every_saliency_chooses_as_many_weights_and_others(folders, tmp_path):
     assert 0.5 < share["contrast"] < 1 and share["magnitude"] < 0.5
 
 
-@pytest.mark.parametrize("method", ["race", "salun_adv", "stereo", "advunlearn", "salun_anchored"])
+@pytest.mark.parametrize("method", ["race", "salun_adv", "stereo", "advunlearn", "salun_anchored", "ticoe"])
 def test_what_is_drawn_by_chance_does_not_depend_on_how_a_step_is_shared(method, folders, tmp_path):
     """Two accumulated batches, or two processes, meet the same attacks and pictures as one batch."""
     words = ["--save_dtype", "fp32", "--mask", "none"]
@@ -257,6 +257,9 @@ def test_what_is_set_for_a_method_holds_for_those_made_from_it():
         ("salun", ["--method_option", "target=base"], "choose one of current, frozen"),
         ("esd", ["--method_option", "negative_guidance=far"], "'far' must be of type float"),
         ("race", ["--method_option", "attack_steps=0"], "attack_steps is 0: give a number of at least 1"),
+        ("ticoe", ["--alpha", "2"], "--alpha means nothing to --method ticoe"),
+        ("ticoe", ["--temperature", "21"], "temperature is 21: give 20 at most"),
+        ("ticoe", ["--wordings", "{}, a cat"], "The wording 'a cat' has no place for the concept's name: put {} there"),
         ("spm", ["--density", "0.3"], "--density means nothing to --adapter lora"),
         ("advunlearn", ["--adapter", "lora"], "edits the text_encoder, and adapters go onto the denoiser: leave"),
         ("advunlearn", ["--scope", "cross-attention"], "choose self-attention, feed-forward, no-token-embedding, all"),

@@ -50,6 +50,7 @@ METHODS = {
                   "inverted": 0.0, "empty": 0.25},
     "speed": {"anchor": "cat", "num_retain_images": 2, "null_threshold": 0.3},
     "mace": {"anchor": "cat", "num_retain_images": 2, "num_inference_steps": 2, "lora_steps": 2},
+    "ticoe": {},
 }  # fmt: skip
 
 
