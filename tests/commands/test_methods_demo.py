@@ -12,12 +12,13 @@ from salun_diffusion.methods import METHODS, find_method
 
 # finetune is never shown the concept, and hopes; of these guards (docs/guards.md) and of FIA (docs/methods.md) the demo
 # model makes little, or little but noise
-HARDLY = ("finetune", "fia", "safree", "concept_steerers", "saeuron", "egloce")
+HARDLY = ("finetune", "fia", "safree", "concept_steerers", "saeuron", "groce", "egloce")
 FORGETS = [name for name in METHODS if name not in HARDLY]
 SHORT = {  # as little as there can be of attacks within the training; and those that are slow to forget
     "forget_me_not": "--max_train_steps 48 --train_batch_size 6",
     "salun_esd": "--max_train_steps 28",
     "gradient_ascent": "--max_train_steps 40",
+    "spm": "--max_train_steps 32",
     "race": "--max_train_steps 16 --attack_steps 1",
     "stereo": "--max_train_steps 16 --rounds 1 --round_steps 4 --search_steps 4",
     "advunlearn": "--max_train_steps 32 --attack_steps 1 --learning_rate 0.002",
