@@ -11,7 +11,7 @@ demo: .venv/installed
 		--mask none --output_dir runs/airplane/no-mask
 	$(RUN)/python -m eval accuracy --pretrained_model_name_or_path demo --concept airplane \
 		--erasure runs/airplane runs/airplane/no-mask --output_dir runs/airplane \
-		--num_forget_images 204 --num_retain_images 144
+		--num_forget_images 120 --num_retain_images 96
 	$(RUN)/python -m eval report runs/airplane
 	@echo "Open runs/airplane/report.html"
 

@@ -11,8 +11,10 @@ from salun_diffusion.methods import METHODS, find_method
 
 from ..judges.metrics import OBJECT_QUESTIONS, answered, asked, forgotten
 from ..results import picture
+from ..subjects import RETRAINED
 
 ROWS = 6  # pictures' rows in each group of the grid
+CONTROLS = {RETRAINED: "Retrained without it"}
 WIDEST = 256  # pixels: larger pictures are scaled down for the page
 Drawn = list[tuple[Path, list[dict]]]  # for each model, the base model first: its folder and its samples, in one order
 
@@ -25,7 +27,7 @@ def name_models(models: list[dict]) -> list[str]:
     def titles(model: dict) -> list[str]:
         about = model["erasure"]
         if not about:
-            return ["Base model" if model["role"] == "base" else model["name"]]
+            return ["Base model" if model["role"] == "base" else CONTROLS.get(model["name"], model["name"])]
         method = about.get("method") or model["name"]
         found = find_method(method) if method in METHODS else None
         # density 1 is worth a word where the method would have had a mask

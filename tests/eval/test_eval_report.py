@@ -327,7 +327,7 @@ def test_the_page_shows_what_attacks_have_won(tmp_path):
     assert "<h2>Attacks</h2>" in page and "<h2>Attacks</h2>" not in plain
     assert page.count("<img") == plain.count("<img") + 3 and "The first 3 of 3 in the order of the prompts" in page
     assert all(f"zebra {i}" in page for i in (1, 2, 3)) and "zebra 0" not in page
-    assert "Zhang et al. 2024; white box" in page and page.count("75.0%") >= 4 and "Trained without it" not in page
+    assert "Zhang et al. 2024; white box" in page and page.count("75.0%") >= 4 and "Retrained without it" not in page
     folder, lines = run / "attack", (run / "attack" / "samples.jsonl").read_text()
     found = json.loads((folder / "results.json").read_text())
     found["models"].append(found["models"][0] | {"name": "retrained", "role": "control"})
@@ -335,7 +335,7 @@ def test_the_page_shows_what_attacks_have_won(tmp_path):
     again = [line.replace('"model": "base"', '"model": "retrained"') for line in lines.splitlines() if '"base"' in line]
     (folder / "samples.jsonl").write_text(lines + "\n".join(again) + "\n")
     beside = report.report(run).read_text(encoding="utf-8")
-    assert "<th>Trained without it</th>" in beside and beside.count("<b>75.0%") == page.count("<b>75.0%") + 2
+    assert "<th>Retrained without it</th>" in beside and beside.count("<b>75.0%") == page.count("<b>75.0%") + 2
 
 
 def test_attacks_on_another_erasure_are_not_shown_as_this_ones(tmp_path):
@@ -343,3 +343,9 @@ def test_attacks_on_another_erasure_are_not_shown_as_this_ones(tmp_path):
     add_attacks(run, digest="another")
     with pytest.raises(SalunError, match="holds other results than .* and this erasure"):
         report.report(run)
+
+
+def test_a_model_that_never_knew_the_concept_is_called_so():
+    named = {"base": "base", "retrained": "control"}
+    base, control = ({"name": name, "role": role, "erasure": None} for name, role in named.items())
+    assert grid.name_models([base, control]) == ["Base model", "Retrained without it"]
