@@ -45,7 +45,7 @@ def test_encoded_pictures_are_what_the_autoencoder_makes_of_each(pictures, tmp_p
     pipe = load_pipeline("demo")
     shards = sorted((tmp_path / "data").glob("forget-*/latents-*.safetensors"))
     latents = Latents(shards)
-    assert latents.shape == (5, 4, 16, 16)
+    assert latents.shape == (5, 16, 16, 16)
     for found, path in zip(latents[:], sorted((pictures / PLANES).iterdir()), strict=True):
         image = Image.open(path).resize((64, 64), Image.Resampling.BICUBIC, box=(8, 0, 88, 80))
         pixels = pipe.image_processor.preprocess(image)
