@@ -14,7 +14,7 @@ from salun_diffusion.methods import METHODS, find_method
 from salun_diffusion.options import option, run_command
 from salun_diffusion.tables import markdown, put_into
 
-from .methods import CORES, run
+from .methods import CORES, base_digest, run
 from .methods_page import DOCS, shown
 
 RESULTS = DOCS / "results" / "guards.json"
@@ -43,7 +43,8 @@ def measure(options: GuardsConfig) -> None:
 
 def results(options: GuardsConfig) -> dict:
     """What docs/results/guards.json holds."""
-    folder, core = Path(options.output_dir) / options.concept, CORES[0]
+    base, core = base_digest("demo"), CORES[0]
+    folder = Path(options.output_dir) / base / options.concept
     names = [name for name in METHODS if find_method(name).guard]
     demo = "--pretrained_model_name_or_path", "demo", "--concept", options.concept
     for name in names:
@@ -61,7 +62,7 @@ def results(options: GuardsConfig) -> dict:
         kept = {kind: model["retained"][kind] for kind in KEPT if kind in model["retained"]}
         apiece = model["generation"]["seconds"] / model["generation"]["images"]
         models.append({"name": name, "ua": model["ua"], "kept": kept, "seconds": round(apiece, 3)})
-    return {"base": found["models"][0]["digest"], "concept": options.concept, "protocol": found["protocol"],
+    return {"base": base, "concept": options.concept, "protocol": found["protocol"],
             "versions": found["versions"], "images": list(counts[1::2]), "settings": SETTINGS,
             "models": models}  # fmt: skip
 

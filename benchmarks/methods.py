@@ -52,25 +52,33 @@ def read(path: Path) -> dict:
     """What to measure, with the ``digest`` of the base model: nothing that was measured on another is taken for it.
 
     Raises:
-        SalunError: the file does not say it.
+        SalunError: the file does not say it, or the base model cannot be loaded.
     """
     needed = ("base", "tuning", "concepts", "images", "hidden", "settings", "further", "frontier", "grid")
     try:
         config = read_json(path)
-        if {*needed} <= config.keys():
-            return config | {"digest": digest(load_pipeline(config["base"]))}
+        whole = {*needed} <= config.keys()
     except (OSError, ValueError, AttributeError):
-        pass
-    raise SalunError(
-        f"{path} says not what to measure: give JSON with {', '.join(needed)}, as benchmarks/methods.json."
-    )
+        whole = False
+    if not whole:
+        raise SalunError(
+            f"{path} says not what to measure: give JSON with {', '.join(needed)}, as benchmarks/methods.json."
+        )
+    return config | {"digest": base_digest(config["base"])}
+
+
+def base_digest(base: str) -> str:
+    """Of a base model, by name or folder: erasures are kept in a folder of that name, so that none is taken for one of
+    another base.
+    """
+    return digest(load_pipeline(base))
 
 
 def compare(options: MethodsConfig) -> None:
     """Tune, measure and write, as the module's docstring says."""
     if not options.write_only:
         config = read(Path(options.comparison or HERE / "methods.json"))
-        folder, known = folder_of(options, config), read_json(RESULTS) if RESULTS.exists() else {}
+        folder, known = Path(options.output_dir) / config["digest"], read_json(RESULTS) if RESULTS.exists() else {}
         for core in CORES:
             FREE.put(core)
         about = {"processor": platform.processor() or platform.machine(), "cores": len(CORES)}
@@ -96,11 +104,6 @@ def compare(options: MethodsConfig) -> None:
         for method, settings in methods.items():
             if shipped[kind].get(method) != settings:
                 print(f"demo/settings.json has others for {kind}, {method}; found here: {json.dumps(settings)}")
-
-
-def folder_of(options, config: dict) -> Path:
-    """Where the erasures of this base model and their measurements are, in the ``output_dir`` of ``options``."""
-    return Path(options.output_dir) / config["digest"]
 
 
 def in_turn(concepts: dict[str, list[str]]) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ from salun_diffusion.files import read_json, write_json
 from salun_diffusion.options import option, run_command
 from salun_diffusion.tables import markdown, put_into
 
-from .methods import run
+from .methods import base_digest, run
 from .methods_page import DOCS, shown
 
 RESULTS = DOCS / "results" / "ranks.json"
@@ -50,7 +50,8 @@ def measure(options: RanksConfig) -> None:
 
 def results(options: RanksConfig) -> dict:
     """What docs/results/ranks.json holds."""
-    folder, ranks = Path(options.output_dir), options.ranks or RANKS
+    base, ranks = base_digest("demo"), options.ranks or RANKS
+    folder = Path(options.output_dir) / base
     erase(options, folder / MASKED)
     missing = {}
     for rank in ranks:
@@ -76,7 +77,7 @@ def results(options: RanksConfig) -> dict:
             row |= {f"{kind}_off": off(folder / "pictures", model["name"], kind) for kind in ("forget", "retain")}
         models.append(row | ({"missing": missing[model["name"]]} if model["name"] in missing else {}))
     return {
-        "base": found["models"][0]["digest"], "concept": options.concept, "protocol": found["protocol"],
+        "base": base, "concept": options.concept, "protocol": found["protocol"],
         "versions": found["versions"], "anchor": anchor, "images": list(counts[1::2]), "models": models,
         "settings": {f"trained-{rank}": read_json(folder / f"trained-{rank}" / "config.json")["settings"]
                      for rank in ranks},

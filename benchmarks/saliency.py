@@ -11,6 +11,7 @@ made again.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from salun_diffusion.files import read_json, write_json
 from salun_diffusion.options import option, run_command
@@ -55,7 +56,7 @@ def measure(options: SaliencyConfig) -> None:
         for core in methods.CORES:
             methods.FREE.put(core)
         wanted = {name: ("salun", config["further"] | mask) for name, mask in rows().items()}
-        folder = methods.folder_of(options, config)
+        folder = Path(options.output_dir) / config["digest"]
         asked = methods.told(config, wanted)
         held = {entry["concept"]: entry for entry in read_json(RESULTS)["concepts"]} if RESULTS.exists() else {}
         found = []

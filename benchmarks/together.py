@@ -14,7 +14,7 @@ from salun_diffusion.files import read_json, write_json
 from salun_diffusion.options import option, run_command
 from salun_diffusion.tables import markdown, put_into
 
-from .methods import run
+from .methods import base_digest, run
 from .methods_page import DOCS, shown
 
 RESULTS = DOCS / "results" / "together.json"
@@ -55,7 +55,8 @@ def results(options: TogetherConfig) -> dict:
     """What docs/results/together.json holds."""
     if options.count > len(CONCEPTS):
         raise SalunError(f"--count is {options.count}: there are {len(CONCEPTS)} concepts to choose from.")
-    folder, chosen = Path(options.output_dir) / str(options.count), dict(list(CONCEPTS.items())[: options.count])
+    base, chosen = base_digest("demo"), dict(list(CONCEPTS.items())[: options.count])
+    folder = Path(options.output_dir) / base / str(options.count)
     named = [word for concept, anchor in chosen.items() for word in ("--concept", concept, "--anchor", anchor)]
     paths = {name: folder / SETTINGS[name]["method"] for name in options.methods}
     for name, path in paths.items():
@@ -75,7 +76,7 @@ def results(options: TogetherConfig) -> dict:
     for name, model in zip(["Base model", *paths], found["models"], strict=True):
         row = {key: model[key] for key in ("ua", "ira", "cra", "instead")} | {"name": name}
         models.append(row | ({"bytes": model["erasure"]["bytes"]} if model["erasure"] else {}))
-    return {"base": found["models"][0]["digest"], "concepts": chosen, "protocol": found["protocol"],
+    return {"base": base, "concepts": chosen, "protocol": found["protocol"],
             "versions": found["versions"], "images": list(counts[1::2]),
             "settings": {name: SETTINGS[name] for name in paths}, "models": models}  # fmt: skip
 

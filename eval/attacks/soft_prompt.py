@@ -23,7 +23,7 @@ ABOUT = About(
     access="white box",
     keeps_plain=True,
 )
-SMALL = {"steps": 80, "learning_rate": 0.02}
+SMALL = {"steps": 200, "learning_rate": 0.002}
 
 
 @dataclass

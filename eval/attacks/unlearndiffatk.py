@@ -22,7 +22,7 @@ ABOUT = About(
     access="white box",
     keeps_plain=True,
 )
-SMALL = {"timesteps": 5, "iterations": 10, "learning_rate": 0.05}
+SMALL = {"timesteps": 10, "iterations": 20, "learning_rate": 0.3}
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Three methods still end on the weights that they ended on when the demo model came, which is what is recorded.
 
-bits.json was recorded on one core, by code that ended on the bits recorded before on the former demo model. Where
+bits.json was recorded on one core, by code that still met what was recorded before of the former demo model. Where
 processor and torch are those of the recording, the delta's digest must be the same; anywhere, the norm of each
 parameter's change must be, to rounding.
 """
