@@ -5,9 +5,11 @@ import json
 import pytest
 from shell import ROOT, here
 
-from benchmarks import methods_page, saliency, together
+from benchmarks import guards, methods_page, saliency, together
+from benchmarks import methods as comparison
 from salun_diffusion import erase
 from salun_diffusion.command_line import parse
+from salun_diffusion.errors import SalunError
 from salun_diffusion.methods import METHODS, find_method
 
 # finetune is never shown the concept, and hopes; of these guards (docs/guards.md) and of FIA (docs/methods.md) the demo
@@ -76,3 +78,16 @@ def test_the_table_is_made_of_the_committed_results():
     several = json.loads((ROOT / "docs" / "results" / "together.json").read_text(encoding="utf-8"))
     assert together.table(several) in page
     assert all(methods_page.hidden(found, kind) in page for kind in ("object", "style"))
+    watched = json.loads((ROOT / "docs" / "results" / "guards.json").read_text(encoding="utf-8"))
+    assert guards.table(watched) in (ROOT / "docs" / "guards.md").read_text(encoding="utf-8")
+
+
+def test_what_another_base_model_gave_is_not_taken_over(tmp_path):
+    config = {"digest": "one", "base": "nowhere", "tuning": {"object": "cat"}, "grid": {"uce": [{}]},
+              "settings": {"trained": {}, "retaining": {}, "pictured": {}}, "images": {"tuning": {}}}  # fmt: skip
+    known = {"config": config, "trials": {"object": {"uce": [{"settings": {}, "score": 90.0}]}}}
+    chosen, trials = comparison.tune(config, tmp_path, known)
+    assert (chosen, trials) == ({"object": {"uce": {}}}, known["trials"])
+    comparison.FREE.put(comparison.CORES[0])
+    with pytest.raises(SalunError, match="failed; .* says why"):  # measured anew, on a model that is not there
+        comparison.tune(config | {"digest": "another"}, tmp_path, known)

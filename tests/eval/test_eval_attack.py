@@ -149,7 +149,9 @@ def lacking(done, tmp_path_factory):
 
 def test_attacks_find_the_concept_on_a_model_that_has_it_when_the_prompt_does_not_name_it(lacking, tmp_path):
     options = [
-        "tina.iterations=3", "tina.learning_rate=0.03", *FROM_A_PICTURE,
+        "tina.iterations=3",
+        "tina.learning_rate=0.03",
+        *FROM_A_PICTURE,
     ]
     names = ["soft_prompt", "unlearndiffatk", "tina", "completion", "inpainting", "image_guided"]
     results = measure.run(
