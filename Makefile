@@ -40,7 +40,8 @@ bench-gpu: .venv/installed
 CONCEPTS := airplane cat ink
 retrained = $(if $(wildcard runs/without-$1/model_index.json),--retrained runs/without-$1)
 MEASURED := $(CONCEPTS:%=runs/results/%) $(CONCEPTS:%=runs/results/%/composition)
-DEEPER := neighbours relearn
+DEEPER := neighbours attack relearn
+attack := --num_prompts 24 --attack concept_inversion soft_prompt unlearndiffatk ring_a_bell tina noise_probe
 
 results: $(MEASURED:%=%/results.json) $(DEEPER:%=runs/results/airplane/%/results.json) runs/classification/digits/results.json
 	mkdir -p docs/results
@@ -78,7 +79,7 @@ runs/results/%/composition/results.json: runs/results/%/results.json
 $(DEEPER:%=runs/results/airplane/%/results.json): runs/results/airplane/%/results.json: runs/results/airplane/results.json
 	$(RUN)/python -m eval $* --pretrained_model_name_or_path demo --concept airplane \
 		--erasure runs/results/airplane runs/results/airplane-no-mask --output_dir runs/results/airplane/$* \
-		$(call retrained,airplane)
+		$(call retrained,airplane) $($*)
 
 clean:
 	rm -rf .venv runs build dist *.egg-info
