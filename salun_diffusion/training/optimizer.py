@@ -41,8 +41,9 @@ class PackedAdam:
         """What training changes: ``value.NAME``, ``exp_avg.NAME`` and ``exp_avg_sq.NAME``, fp32 and packed."""
         tensors = {f"value.{name}": value.detach() for name, value in self.trained.items()}
         for name, value in self.trained.items():
-            moments = self.adam.state[value]
-            tensors |= {f"{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
+            # Adam has no moments before its first step, which fp16's first gradients may overflow
+            moments = self.adam.state.get(value) or {}
+            tensors |= {f"{key}.{name}": moments.get(key, torch.zeros_like(value)) for key in ("exp_avg", "exp_avg_sq")}
         return tensors
 
     @property

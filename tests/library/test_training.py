@@ -19,6 +19,7 @@ from salun_diffusion.models import model_of
 from salun_diffusion.models.load import load_pipeline
 from salun_diffusion.training.change import MaskedChange
 from salun_diffusion.training.checkpoints import Checkpoints
+from salun_diffusion.training.optimizer import PackedAdam
 from salun_diffusion.training.trainer import Trainer
 
 FORGET = [
@@ -212,6 +213,30 @@ def test_no_gradient_is_made_or_kept_where_nothing_may_move(setup):
     deltas.clear_gradients()
     pipe.unet(torch.zeros(1, 4, 8, 8), 5, torch.zeros(1, 7, 16)).sample.mul(0).sum().backward()
     assert deltas.values[first].grad.tolist() == [0], "a step's gradient is its own alone"
+
+
+def test_a_checkpoint_before_adams_first_step(setup):
+    """fp16's loss scale may be too high for every step so far: training goes on as from the beginning."""
+
+    def trained(from_checkpoint: bool):
+        _, pipe, _ = setup()
+        parameters = scoped_parameters(pipe.unet, "cross-attention")
+        masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
+        change = MaskedChange(parameters, masks)
+        adam = PackedAdam(change, 1e-2, {"own": torch.nn.Parameter(torch.ones(2))}, 1e-2)
+        if from_checkpoint:
+            state, updates = adam.state(), adam.updates
+            assert updates == 0
+            adam.load_state({name: tensor.clone() for name, tensor in state.items()}, updates)
+        for value in adam.trained.values():
+            value.grad = torch.linspace(-1, 1, value.numel()).view_as(value)
+        adam.adam.step()
+        return adam.state()
+
+    fresh, resumed = trained(False), trained(True)
+    assert fresh.keys() == resumed.keys()
+    assert all(torch.equal(fresh[name], resumed[name]) for name in fresh)
+    assert fresh["exp_avg.own"].any()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(setup, tmp_path):
