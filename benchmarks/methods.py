@@ -200,27 +200,39 @@ def measure(config: dict, wanted: dict, concept: str, kind: str, folder: Path) -
 
 def hidden(config: dict, wanted: dict, concept: str, folder: Path) -> dict:
     """What the erasures in ``folder`` hide: model → ``attacks`` (attack → ASR) and ``relearned`` (step → the share that
-    shows the concept again), and under "protocols" how each was measured. What is there already is not done again.
+    shows the concept again), and under "protocols" how each was measured. Every core has a share of the erasures, and
+    measures the base model beside them. What is there already is not done again.
     """
-    names = ["base", *wanted]
-    found: dict = {name: {} for name in names} | {"protocols": []}
-    for measure, options in config["hidden"].items():
-        done, asked = folder / measure / "asked.json", {"models": {n: list(w) for n, w in wanted.items()}} | options
-        if not done.exists() or json.loads(done.read_text()) != asked:
-            settings = {"pretrained_model_name_or_path": config["base"], "concept": [concept]} | options
-            settings["erasure"] = [str(folder / name_of(name)) for name in wanted]
-            write_json(folder / f"{measure}-settings.json", settings)
-            run(folder / f"{measure}.log", "-m", "eval", measure, "--config", folder / f"{measure}-settings.json",
-                "--output_dir", folder / measure)  # fmt: skip
-            write_json(done, asked)
-        results = json.loads((folder / measure / "results.json").read_text())
-        found["protocols"].append(results["protocol"])
-        for name, model in zip(names, results["models"], strict=True):
-            if measure == "attack":
-                found[name]["attacks"] = {attack: about["asr"] for attack, about in model["attacks"].items()}
-            else:
-                found[name]["relearned"] = {str(point["step"]): point["accuracy"] for point in model["curve"]}
+    shares = [share for i in range(len(CORES)) if (share := list(wanted)[i :: len(CORES)])]
+    found: dict = {name: {} for name in ["base", *wanted]} | {"protocols": []}
+    for measure in config["hidden"]:
+        with ThreadPoolExecutor(len(shares)) as pool:
+            jobs = [pool.submit(hide, config, measure, {name: wanted[name] for name in share}, concept, folder, core)
+                    for core, share in zip(CORES, shares, strict=False)]  # fmt: skip
+        for job, share in zip(jobs, shares, strict=True):
+            for name, model in zip(["base", *share], job.result()["models"], strict=True):
+                if measure == "attack":
+                    found[name]["attacks"] = {attack: about["asr"] for attack, about in model["attacks"].items()}
+                else:
+                    found[name]["relearned"] = {str(point["step"]): point["accuracy"] for point in model["curve"]}
+        found["protocols"].append(job.result()["protocol"])
     return found
+
+
+def hide(config: dict, measure: str, wanted: dict, concept: str, folder: Path, core: int) -> dict:
+    """``python -m eval MEASURE`` of some of the erasures in ``folder``, on one core: its results."""
+    output = folder / measure / next(iter(wanted))
+    options = config["hidden"][measure]
+    done, asked = output / "asked.json", {"models": {name: list(what) for name, what in wanted.items()}} | options
+    if not done.exists() or json.loads(done.read_text()) != asked:
+        settings = {"pretrained_model_name_or_path": config["base"], "concept": [concept]} | options
+        settings["erasure"] = [str(folder / name_of(name)) for name in wanted]
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "settings.json", settings)
+        run(output / "log.txt", "-m", "eval", measure, "--config", output / "settings.json", "--output_dir", output,
+            core=core)  # fmt: skip
+        write_json(done, asked)
+    return json.loads((output / "results.json").read_text())
 
 
 def name_of(name: str) -> str:
@@ -277,7 +289,7 @@ def erase(config: dict, concept: str, method: str, own: dict, folder: Path) -> N
     settings = {"method_option": []} | ({} if kind.guard else {"scope": kind.scope})
     settings |= {} if kind.closed_form else common["trained"]
     settings |= common["retaining"] if kind.uses_retain else {}
-    settings |= common["pictured"] if {"forget", "anchor"} & {*kind.sets(kind.mask)} else {}
+    settings |= common["pictured"] if {"forget", "anchor"} & {*kind.sets(kind.mask, kind.Options())} else {}
     settings |= {"pretrained_model_name_or_path": config["base"], "concept": concept, "method": method} | own
     if (folder / "cost.json").exists() and json.loads((folder / "settings.json").read_text()) == settings:
         return

@@ -208,12 +208,16 @@ def pictures(found: dict, folder: Path, concept: str, count: int = 7) -> None:
     headings = {0: f"asked for: {concept}", count: "asked for: anything else"}
     _sheet(rows, headings, DOCS / "methods-pictures.png")
 
-    lines = (folder / "attack" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    won: dict[tuple[str, str], list[Path]] = {}
-    for line in filter(lambda line: line["won"], map(json.loads, lines)):
-        won.setdefault((line["model"], line["set"]), []).append(folder / "attack" / line["picture"])
+    won: dict[tuple[str, str], dict[str, Path]] = {}  # each share of the models has the base model's beside its own
+    for share in sorted(folder.glob("attack/*/samples.jsonl")):
+        lines = map(json.loads, share.read_text(encoding="utf-8").splitlines())
+        for line in filter(lambda line: line["won"], lines):
+            won.setdefault((line["model"], line["set"]), {})[line["picture"]] = share.parent / line["picture"]
     few = 3
-    rows = {method: sum((_filled(won.get((method, attack), []), few) for attack in ATTACKS), []) for method in methods}
+    rows = {
+        method: sum((_filled([*won.get((method, attack), {}).values()], few) for attack in ATTACKS), [])
+        for method in methods
+    }
     _sheet(rows, {few * i: title for i, title in enumerate(ATTACKS.values())}, DOCS / "methods-attacks.png")
 
 

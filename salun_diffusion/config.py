@@ -268,7 +268,11 @@ class EraseConfig:
         if method.closed_form and mask != "none":
             does = "chooses its weights itself" if method.sparse else "solves for whole matrices"
             raise SalunError(f"--mask {mask}: --method {self.method} {does}; only none goes.")
-        self.unused = [*method.unused(mask), *self._check_adapter(method, mask)]
+        options += [(text, given.get("method_option", "")) for text in self.method_option or []]
+        self.method_option = [text for text, _ in options]  # the last one of a name counts
+        self.option_sources = {text.partition("=")[0]: (text, source) for text, source in options}
+        own = method.parse(self.method_option)
+        self.unused = [*method.unused(mask, own), *self._check_adapter(method, mask)]
         if self.offload and self.validation_steps:
             raise SalunError(
                 "--offload keeps the whole pipeline off the device, and --validation_steps would draw with all of it "
@@ -287,10 +291,6 @@ class EraseConfig:
                         "out, and say by --rank how much may change."
                     )
                 raise SalunError(f"--{setting} means nothing to --method {self.method}{without}: leave it out.")
-        options += [(text, given.get("method_option", "")) for text in self.method_option or []]
-        self.method_option = [text for text, _ in options]  # the last one of a name counts
-        self.option_sources = {text.partition("=")[0]: (text, source) for text, source in options}
-        method.parse(self.method_option)
         if self.adapter and not method.adapter:
             filled["learning_rate"] *= ADAPTER_RATE
             self.sources["learning_rate"] = "adapter"

@@ -315,7 +315,7 @@ def _same(config: EraseConfig, run: RunFolder, concepts: list[Concept], sources:
 def _sets(model: Model, method, concepts, sources, config: EraseConfig, accelerator) -> dict[str, ImageSet]:
     """The image sets that the method asks for."""
     sets = {}
-    for kind in method.sets(config.mask):
+    for kind in method.sets(config.mask, method.parse(config.method_option)):
         given = sources.get(kind, [])
         sets[kind] = image_set(model, concepts, kind, given, config, accelerator)
         if kind == "name":

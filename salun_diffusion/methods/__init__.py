@@ -22,7 +22,6 @@ METHODS = {
     "stereo": "stereo.STEREO",
     "advunlearn": "advunlearn.AdvUnlearn",
     "salun_adv": "salun_adv.SalUnAdv",
-    "salun_anchored": "salun_anchored.SalUnAnchored",
     "spm": "spm.SPM",
     "barrier": "barrier.BARRIER",
     "ticoe": "ticoe.TICoE",

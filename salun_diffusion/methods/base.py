@@ -139,8 +139,8 @@ class Method:
     phased = False  # whether what a step does depends on how many there are in all
 
     @classmethod
-    def sets(cls, mask: str | None) -> list[str]:
-        """The sets of pictures that a run with ``mask`` needs."""
+    def sets(cls, mask: str | None, options: Any) -> list[str]:
+        """The sets of pictures that a run with ``mask`` and these ``options`` of :attr:`Options` needs."""
         wanted = [
             cls.forget_set,
             *(["forget"] if mask == "saliency" else []),
@@ -149,9 +149,9 @@ class Method:
         return list(dict.fromkeys(wanted))
 
     @classmethod
-    def unused(cls, mask: str | None) -> list[str]:
-        """The settings that a run with ``mask`` has no use for."""
-        sets = cls.sets(mask)
+    def unused(cls, mask: str | None, options: Any) -> list[str]:
+        """The settings that a run with ``mask`` and these ``options`` has no use for."""
+        sets = cls.sets(mask, options)
         return [
             *cls.ignores,
             *(NEEDS_SALIENCY if mask != "saliency" else ()),
@@ -268,7 +268,7 @@ class ClosedForm(Method):
     ignores = NEEDS_TRAINING
 
     @classmethod
-    def sets(cls, mask: str | None) -> list[str]:
+    def sets(cls, mask: str | None, options: Any) -> list[str]:
         return []
 
     def __init__(self, model: Model, options: Any, batches: Batches):

@@ -59,8 +59,9 @@ class FIA(ClosedForm):
     Options = FIAOptions
 
     @classmethod
-    def unused(cls, mask):
-        return [name for name in super().unused(mask) if name not in NEEDS_DRAWING]  # it draws, and keeps no picture
+    def unused(cls, mask, options):
+        # it draws, and keeps no picture
+        return [name for name in super().unused(mask, options) if name not in NEEDS_DRAWING]
 
     def solve(self, parameters, pairs, kept):
         layers = self.layers(parameters)

@@ -50,7 +50,7 @@ class GuardMethod(Method):
         self.made.learn(pipe, *prompts, seed)
 
     @classmethod
-    def sets(cls, mask):
+    def sets(cls, mask, options):
         return []
 
     def save(self, path, base, about: dict, dtype) -> None:

@@ -66,7 +66,7 @@ class MACE(ClosedForm):
     Options = MACEOptions
 
     @classmethod
-    def sets(cls, mask):
+    def sets(cls, mask, options):
         return ["forget"]
 
     @classmethod

@@ -15,12 +15,12 @@ from ..options import option
 from .adversarial import Inversion, Rounds, embedding_pgd, uniform
 from .base import Batch
 from .losses import denoising, misaligned_prompt
-from .salun import SalUn
+from .salun import SalUn, SalUnOptions
 
 
 @dataclass(frozen=True)
-class SalUnAdvOptions:
-    """Each part is off at 0. The shares are of the forget pictures of a step; the rest has the plain prompts."""
+class SalUnAdvOptions(SalUnOptions):
+    """Each part is off at 0. The shares are of a step's pictures of the concept; the rest has the plain prompts."""
 
     target: str = option(
         "frozen", "whose prediction for the anchor: the base model's, or that of now", ("frozen", "current")
@@ -47,6 +47,7 @@ class SalUnAdvOptions:
     unrelated: float = option(0.0, "share under prompts of the retain set", least=0)
 
     def __post_init__(self):
+        super().__post_init__()
         if (total := self.attacked + self.inverted + self.empty + self.unrelated) > 1:
             raise SalunError(
                 f"The shares attacked, inverted, empty and unrelated are {total:g} in all: give at most 1."
@@ -64,6 +65,8 @@ class SalUnAdv(SalUn):
       was. ``rounds`` searches part the training into ``rounds + 1`` equal spans, and the words of all stay in use;
     - ``empty`` or ``unrelated``: the empty prompt, or one of the retain set, so that the concept is not left in what
       the network predicts whatever it is asked for. As many retain pictures have the empty prompt, to hold that.
+
+    Pictures of the anchor (``anchored``) have plain prompts.
     """
 
     title = "SalUn, adversarial"
@@ -100,10 +103,11 @@ class SalUnAdv(SalUn):
     def losses(self, forget, retain):
         while len(self.rounds) < sum(start <= forget.step for start in self.starts):
             self.rounds.add(self.inversion.search(len(self.rounds)))
+        forget, shown = self.mixed(forget)
         frozen = self.options.target == "frozen"
         with self.change.at_base() if frozen else nullcontext(), torch.no_grad():
             anchor = self.predict(forget.noisy, forget.timesteps, forget.anchor_condition)
-        forget = replace(forget, condition=self._told(forget, anchor))
+        forget = replace(forget, condition=self._told(forget, ~shown, anchor))
         erased, kept = self.predict_both(forget, retain)
         return misaligned_prompt(erased, anchor), denoising(kept, retain.target)
 
@@ -111,12 +115,12 @@ class SalUnAdv(SalUn):
         """Two numbers in [0, 1) for each picture."""
         return (uniform(self.batches, batch, purpose, torch.Size([2])).cpu() + 1) / 2
 
-    def _told(self, forget: Batch, anchor: torch.Tensor) -> Condition:
-        """What the network is told of each picture in place of its prompt."""
+    def _told(self, forget: Batch, concept: torch.Tensor, anchor: torch.Tensor) -> Condition:
+        """What the network is told of each picture, in place of its prompt where it shows the ``concept``."""
         options = self.options
         kind, which = self._chances(forget, "kinds").T.contiguous()
         shares = torch.tensor([options.attacked, options.inverted, options.empty, options.unrelated]).cumsum(0)
-        kind = torch.bucketize(kind, shares, right=True)
+        kind = torch.where(concept, torch.bucketize(kind, shares, right=True), len(shares))
         condition = forget.condition
         for number, learned in enumerate(self.rounds.conditions):
             rows = (kind == 1) & ((which * len(self.rounds)).long() == number)

@@ -57,8 +57,8 @@ class STEREO(HalfDenoising):
     needs = ("text", "words")
 
     @classmethod
-    def sets(cls, mask):
-        return list(dict.fromkeys([*super().sets(mask), "forget"]))  # pictures to find words for
+    def sets(cls, mask, options):
+        return list(dict.fromkeys([*super().sets(mask, options), "forget"]))  # pictures to find words for
 
     def __init__(self, model, options, batches):
         super().__init__(model, options, batches)

@@ -80,8 +80,8 @@ class TICoE(GradientMethod):
     ignores = (*NEEDS_RETAIN, "condition_dropout")
 
     @classmethod
-    def sets(cls, mask):
-        return [*super().sets(mask), "name"]
+    def sets(cls, mask, options):
+        return [*super().sets(mask, options), "name"]
 
     def __init__(self, model, options, batches):
         super().__init__(model, options, batches)

@@ -35,7 +35,7 @@ def erased(folder, method, *concepts):
     words += ["--num_retain_images", str(24 * len(concepts))] if kind.uses_retain else []
     words += (
         ["--num_forget_images", str(8 + 12 * len(concepts))]
-        if kind.sets(kind.mask) != ["name"] and not kind.guard
+        if kind.sets(kind.mask, kind.Options()) != ["name"] and not kind.guard
         else []
     )
     words += [word for concept in concepts for word in ("--concept", concept)]

@@ -206,7 +206,7 @@ def test_classes_are_dropped_once_for_both_branches_of_a_step(unet, tmp_path, mo
     monkeypatch.setattr(LabelUNet, "forward", recorded)
     more = ["--train_batch_size", "8", "--num_forget_images", "8", "--num_retain_images", "8"]
     more += ["--mask", "none", "--condition_dropout", "0.5"]
-    erased(unet, "3", tmp_path / "mixed", "--method", "salun_anchored", *more, steps=1)
+    erased(unet, "3", tmp_path / "mixed", "--anchored", "0.5", *more, steps=1)
     mixed = seen[-1]
     erased(unet, "3", tmp_path / "run", *more, steps=1)
     (noisy, t, anchor, mode), (both, both_t, labels, both_mode) = seen[-2:]

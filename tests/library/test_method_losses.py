@@ -52,15 +52,24 @@ def plain_salun(net, base, forget, retain, trainer):
 
 def plain_salun_anchored(net, base, forget, retain, trainer):
     """Picture by picture, each noised from the set that its own chance says."""
-    sets, losses = trainer.batches.sets, []
-    for i, index in enumerate(forget.index):
-        chance = torch.rand(1, generator=trainer.batches.generator("anchored", forget.step, i))
-        clean, t = sets["anchor" if chance < 0.5 else "forget"].latents[index[None]], forget.timesteps[i : i + 1]
-        noisy = trainer.model.schedule.add_noise(clean, forget.noise[i : i + 1], t)
+    forget, _ = plain_mixed(forget, trainer)
+    losses = []
+    for i in range(3):
+        noisy, t = forget.noisy[i : i + 1], forget.timesteps[i : i + 1]
         with torch.no_grad():
             anchor = net(noisy, t, told(forget, "anchor_condition")[i : i + 1]).sample
         losses.append(F.mse_loss(net(noisy, t, told(forget)[i : i + 1]).sample, anchor))
     return sum(losses) / len(losses) + trainer.config.alpha * plain_denoising(net, retain)
+
+
+def plain_mixed(forget, trainer):
+    """A copy of the forget batch where some of the pictures are the anchor's, and which."""
+    forget, generator, share = copy.copy(forget), trainer.batches.generator, trainer.method.options.anchored
+    shown = [bool(torch.rand(1, generator=generator("anchored", forget.step, i)) < share) for i in range(3)]
+    clean = torch.stack([trainer.batches.sets["anchor" if which else "forget"].latents[[index]][0]
+                         for which, index in zip(shown, forget.index.tolist(), strict=True)])  # fmt: skip
+    forget.noisy = trainer.model.schedule.add_noise(clean, forget.noise, forget.timesteps)
+    return forget, shown
 
 
 def plain_denoising(net, batch):
@@ -207,25 +216,27 @@ def plain_salun_adv(net, base, forget, retain, trainer):
     empty = trainer.model.empty["encoder_hidden_states"][0]
     if step == 1:  # after the first half of three steps
         trainer.plain_word = plain_word(net, trainer)
-    conditions = []
+    (forget, shown), conditions = plain_mixed(forget, trainer), []
     for i, condition in enumerate(told(forget)):
         kind, which = torch.rand(2, generator=batches.generator("kinds", step, i)).tolist()
-        if kind < 0.4:
+        if shown[i]:
+            pass
+        elif kind < 0.15:
             goal = (forget.noisy[i : i + 1], forget.timesteps[i : i + 1], forget.target[i])
             marked = forget.tokens["concept"][i] | forget.tokens["end"][i]
             condition = plain_attack(net, *goal, condition, marked, batches.generator("attack", step, i), options)
-        elif kind < 0.7:
+        elif kind < 0.45:
             prompt = batches.sets["forget"].prompts[batches.sets["forget"].prompt_index[forget.index[i]]]
             condition = with_word(trainer.model.pipe, trainer.plain_word, prompt)[0] if step else condition
-        elif kind < 0.9:
-            condition = empty if kind < 0.8 else kept.condition["encoder_hidden_states"][
+        elif kind < 0.95:
+            condition = empty if kind < 0.75 else kept.condition["encoder_hidden_states"][
                 kept.prompt_index[int(which * len(kept))]
             ]  # fmt: skip
         conditions.append(condition.detach())
     anchor = base(forget.noisy, forget.timesteps, told(forget, "anchor_condition")).sample.detach()
     loss = F.mse_loss(net(forget.noisy, forget.timesteps, torch.stack(conditions)).sample, anchor)
     chances = [torch.rand(2, generator=batches.generator("retained", step, i))[0] for i in range(3)]
-    conditions = [empty if chance < 0.1 else own for chance, own in zip(chances, told(retain), strict=True)]
+    conditions = [empty if chance < 0.3 else own for chance, own in zip(chances, told(retain), strict=True)]
     predicted = net(retain.noisy, retain.timesteps, torch.stack(conditions)).sample
     return loss + trainer.config.alpha * F.mse_loss(predicted, retain.target)
 
@@ -379,7 +390,7 @@ def plain_fused(layers, latent):
 PLAIN = {
     "salun": plain_salun,
     "random_label": plain_salun,
-    "salun_anchored": plain_salun_anchored,
+    "salun anchored": plain_salun_anchored,
     "gradient_ascent": plain_gradient_ascent,
     "concept_ablation": plain_concept_ablation,
     "finetune": plain_finetune,
@@ -394,9 +405,11 @@ PLAIN = {
     "ticoe": plain_ticoe,
 }
 OPTIONS = {  # every part of these methods has its turn within three steps
+    "salun anchored": ["anchored=0.5"],
     "race": ["warm_up=0.3", "radius=0.5", "attack_steps=3", "lasso=0.1"],
     "salun_adv": [
-        "attacked=0.4", "inverted=0.3", "empty=0.1", "unrelated=0.1", "rounds=1", "search_steps=2", "search_batch=4",
+        "attacked=0.15", "inverted=0.3", "empty=0.3", "unrelated=0.2", "rounds=1", "search_steps=2", "search_batch=4",
+        "anchored=0.09",
     ],
     "spm": ["anchoring=50", "anchors=2"],
     "stereo": ["rounds=2", "round_steps=2", "round_rate=0.001", "search_steps=2", "search_batch=4"],
@@ -414,17 +427,18 @@ def scoped_names(network, scope):
 def trainer_for(method, folder, tmp_path, **changes):
     settings = {"learning_rate": 1e-3, "max_train_steps": 3, "train_batch_size": 3}
     settings |= {"num_inference_steps": 4}
-    settings |= {"num_forget_images": 6, "guidance_scale": 3.0} if find_method(method).sets("none") != ["name"] else {}
-    settings |= {"num_retain_images": 6} if find_method(method).uses_retain else {}
+    kind = find_method(method)
+    kinds = kind.sets("none", kind.parse(changes.get("method_option") or []))
+    settings |= {"num_forget_images": 6, "guidance_scale": 3.0} if kinds != ["name"] else {}
+    settings |= {"num_retain_images": 6} if kind.uses_retain else {}
     config = EraseConfig(["steam engine"], method=method, data_dir=str(tmp_path / "data"), **(settings | changes))
     config.fill({}, "test")
     pipe, accelerator = load_pipeline(str(folder)), Accelerator(cpu=True)
     base, model = copy.deepcopy(pipe.unet), model_of(pipe)
-    model.edit(find_method(method).component)
+    model.edit(kind.component)
     parameters = scoped_parameters(model.edited, config.scope, model.scopes)
     concepts = find_concepts(config.concept)
-    sets = {kind: image_set(model, concepts, kind, [], config, accelerator)
-            for kind in find_method(method).sets("none")}  # fmt: skip
+    sets = {name: image_set(model, concepts, name, [], config, accelerator) for name in kinds}
     return Trainer(accelerator, model, sets, config), parameters, base
 
 
@@ -432,7 +446,7 @@ def trainer_for(method, folder, tmp_path, **changes):
 def test_steps_match_a_plain_loop(method, folders, tmp_path):
     """Three steps of dense Adam on the plain loss, every pass on its own."""
     trainer, parameters, base = trainer_for(
-        method, folders["sd1"], tmp_path, method_option=OPTIONS.get(method), lr_scheduler="constant"
+        method.split()[0], folders["sd1"], tmp_path, method_option=OPTIONS.get(method), lr_scheduler="constant"
     )
     plain = copy.deepcopy(base)
     masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
