@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from queue import Queue
 
@@ -87,7 +87,7 @@ def compare(options: MethodsConfig) -> None:
         found["frontier"] = frontier(config, chosen, folder, known)
         held = {(kind, entry["concept"]): entry for kind, mine in known.get("concepts", {}).items() for entry in mine}
         for kind, name in in_turn(config["concepts"]):
-            wanted = wanted_of(config, chosen[kind])
+            wanted = wanted_of(config, chosen, kind)
             asked, entry = told(config, wanted), held.get((kind, name), {})
             if entry.get("asked") != asked:
                 entry = {"asked": asked} | measure(config, wanted, name, kind, folder)
@@ -100,7 +100,7 @@ def compare(options: MethodsConfig) -> None:
     results = json.loads(RESULTS.read_text())
     methods_page.write(results)
     shipped = json.loads((HERE.parent / "demo" / "settings.json").read_text())
-    for kind, methods in best_settings(results).items():
+    for kind, methods in best_settings(results, read_json(HERE / "methods.json")["further"]).items():
         for method, settings in methods.items():
             if shipped[kind].get(method) != settings:
                 print(f"demo/settings.json has others for {kind}, {method}; found here: {json.dumps(settings)}")
@@ -112,10 +112,12 @@ def in_turn(concepts: dict[str, list[str]]) -> list[tuple[str, str]]:
     return [(kind, names[i]) for i in range(longest) for kind, names in concepts.items() if i < len(names)]
 
 
-def wanted_of(config: dict, chosen: dict) -> dict[str, tuple[str, dict]]:
-    """Row of the table → method and its own settings: each method's best trial, and those with more trials."""
-    wanted = {method: (method, own) for method, own in chosen.items()}
-    return wanted | {row: (method, config["further"]) for row, method in methods_page.FURTHER.items()}
+def wanted_of(config: dict, chosen: dict, kind: str) -> dict[str, tuple[str, dict]]:
+    """Row of the table → method and its own settings for a kind of concept: each method's best trial, and those with
+    more trials.
+    """
+    wanted = {method: (method, own) for method, own in chosen[kind].items()}
+    return wanted | {row: (method, config["further"][kind]) for row, method in methods_page.FURTHER.items()}
 
 
 def told(config: dict, wanted: dict) -> dict:
@@ -129,15 +131,15 @@ def told(config: dict, wanted: dict) -> dict:
     }
 
 
-def best_settings(results: dict) -> dict[str, dict[str, dict]]:
-    """Kind of concept → method → all of its settings, as demo/settings.json holds them: the best trial's; SalUn's are
-    the ones tuned further, and random labelling and the adversarial SalUn take SalUn's.
+def best_settings(results: dict, further: dict) -> dict[str, dict[str, dict]]:
+    """Kind of concept → method → all of its settings, as demo/settings.json holds them: the best trial's in the
+    ``results``; SalUn's are those tuned ``further``, and random labelling and the adversarial SalUn take SalUn's.
     """
     config = results["config"]
     best: dict[str, dict[str, dict]] = {}
     for kind, chosen in results["chosen"].items():
         best[kind] = {}
-        for name, settings in {**chosen, "salun": config["further"]}.items():
+        for name, settings in {**chosen, "salun": further[kind]}.items():
             if name in ("random_label", "salun_adv"):
                 continue
             method = find_method(name)
@@ -245,7 +247,7 @@ def frontier(config: dict, chosen: dict, folder: Path, known: dict) -> list[dict
     own, found = chosen["object"]["salun"], []
     changes = {name: change for name, change in config["frontier"]["changes"].items() if own | change != own}
     wanted = {name: ("salun", own | change) for name, change in ({"as in the table": {}} | changes).items()}
-    wanted["salun_further"] = ("salun", config["further"])
+    wanted["salun_further"] = ("salun", config["further"]["object"])
     held = {entry["concept"]: entry for entry in known.get("frontier", [])}
     for concept in config["frontier"]["object"]:
         entry = held.get(concept, {})
@@ -285,12 +287,15 @@ def erase_and_judge(config: dict, wanted: dict, concept: str, folder: Path, imag
 def erase(config: dict, concept: str, method: str, own: dict, folder: Path) -> None:
     """One erasure in a process of its own; ``cost.json`` in its folder says that it is done, and what it took."""
     kind, common = find_method(method), config["settings"]
+    options = kind.parse(own.get("method_option", []))
     # said in full: what the demo model's presets hold came out of this comparison, and must not go into it
-    settings = {"method_option": []} | ({} if kind.guard else {"scope": kind.scope})
+    settings = {} if kind.guard else {"scope": kind.scope}
     settings |= {} if kind.closed_form else common["trained"]
     settings |= common["retaining"] if kind.uses_retain else {}
-    settings |= common["pictured"] if {"forget", "anchor"} & {*kind.sets(kind.mask, kind.Options())} else {}
+    settings |= common["pictured"] if {"forget", "anchor"} & {*kind.sets(kind.mask, options)} else {}
     settings |= {"pretrained_model_name_or_path": config["base"], "concept": concept, "method": method} | own
+    said = {item.name: getattr(options, item.name) for item in fields(options)}
+    settings["method_option"] = [f"{name}={value}" for name, value in said.items() if value is not None]
     if (folder / "cost.json").exists() and json.loads((folder / "settings.json").read_text()) == settings:
         return
     shutil.rmtree(folder, ignore_errors=True)

@@ -136,7 +136,7 @@ def _chosen(found: dict, kind: str) -> str:
 
     tuned = found["config"]["tuning"][kind]
     listed = "; ".join(f"{_title(method)} {said(own)}" for method, own in found["chosen"][kind].items())
-    return f"Chosen on {tuned}: {listed}. {_title('salun_further')}: {said(found['config']['further'])}."
+    return f"Chosen on {tuned}: {listed}. {_title('salun_further')}: {said(found['config']['further'][kind])}."
 
 
 def _protocol(found: dict) -> str:

@@ -55,7 +55,7 @@ def measure(options: SaliencyConfig) -> None:
         config["hidden"]["attack"] |= {"attack": ["concept_inversion"]}
         for core in methods.CORES:
             methods.FREE.put(core)
-        wanted = {name: ("salun", config["further"] | mask) for name, mask in rows().items()}
+        wanted = {name: ("salun", config["further"]["object"] | mask) for name, mask in rows().items()}
         folder = Path(options.output_dir) / config["digest"]
         asked = methods.told(config, wanted)
         held = {entry["concept"]: entry for entry in read_json(RESULTS)["concepts"]} if RESULTS.exists() else {}
