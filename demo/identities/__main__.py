@@ -1,7 +1,7 @@
 """Train a small model of drawn faces that is told who to draw by a vector, as Arc2Face is, and its judge, from nothing.
 
-    python -m demo.identities                        # writes demo/identities/model
-    python -m demo.identities --measure runs/ada-piu # what an erasure of somebody has done
+    python -m demo.identities                         # writes demo/identities/model
+    python -m demo.identities --measure runs/ada-piu  # what an erasure of somebody has done
 
 Minutes on a CPU. A killed training goes on where it was. Nobody in it is real: who somebody is, is ten random numbers,
 by which a face is drawn; the vectors that stand for ArcFace's are a fixed map of these, with noise.
@@ -20,7 +20,7 @@ class IdentitiesConfig:
     """The options of ``python -m demo.identities``."""
 
     work_dir: str = option("runs/identities", "checkpoints")
-    output_dir: str | None = option(None, "the pipeline folder to write (default: the shipped one)")
+    output_dir: str | None = option(None, "the pipeline folder to write (default: demo/identities/model)")
     autoencoder_steps: int = option(700, "steps of the autoencoder, of 32 faces", least=1)
     judge_steps: int = option(1500, "steps of the judge, of 64 faces", least=1)
     steps: int = option(2500, "steps of the network, of 32 faces", least=1)
