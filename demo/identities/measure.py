@@ -16,8 +16,8 @@ from . import judge
 
 
 def table(folder: Path, runs: list[str], pictures: int) -> list[list[str]]:
-    """For people: without ``runs`` everybody's mean; else for each of them whom it forgets (U) and the others (R), above
-    it the same before it, and below all the means of each method.
+    """Without ``runs`` everybody's mean; else for each of them whom it forgets (U) and the others (R), above it the
+    same before it, and below all, if they do not forget the same, the means of each method.
 
     ISM is the mean cosine of the vector that the judge reads from a picture to the person's mean vector; Acc the share
     of pictures of which that person is the nearest; SRK = Acc of R / (Acc of U + 0.01).
@@ -34,21 +34,21 @@ def table(folder: Path, runs: list[str], pictures: int) -> list[list[str]]:
     base = scores(model, folder, pictures)
     if not runs:
         return [["", "ISM", "Acc"], ["everybody", *(f"{part.mean():.3f}" for part in base)]]
-    rows: dict[tuple[str, str], list[float]] = {}
+    rows: list[tuple[str, str, list[float]]] = []
     for run in runs:
         name = load_erasure(model.pipe, run)
         (made,) = list_erasures(model.pipe)
         gone = torch.tensor([person in made["concept"].split(", ") for person in model.people])
-        rows[made["concept"], "nothing"] = summary(base, gone)
-        rows[made["concept"], made["method"]] = summary(scores(model, folder, pictures), gone)
+        if made["concept"] not in [row[0] for row in rows]:
+            rows.append((made["concept"], "nothing", summary(base, gone)))
+        rows.append((made["concept"], made["method"], summary(scores(model, folder, pictures), gone)))
         unload_erasure(model.pipe, name)
-    concepts, methods = (list(dict.fromkeys(key[i] for key in rows)) for i in (0, 1))
-    if len(concepts) > 1:
-        for method in methods:
-            found = [rows[concept, method] for concept in concepts if (concept, method) in rows]
-            rows[f"mean of {len(found)}", method] = [sum(column) / len(found) for column in zip(*found, strict=True)]
+    if len({row[0] for row in rows}) > 1:
+        for method in dict.fromkeys(row[1] for row in rows):
+            found = torch.tensor([row[2] for row in rows if row[1] == method])
+            rows.append((f"mean of {len(found)}", method, found.mean(0).tolist()))
     head = ["to forget", "erased by", "ISM of U", "ISM of R", "Acc of U", "Acc of R", "SRK"]
-    return [head, *([*key, *(f"{cell:.3f}" for cell in cells)] for key, cells in rows.items())]
+    return [head, *([concept, method, *(f"{cell:.3f}" for cell in cells)] for concept, method, cells in rows)]
 
 
 def summary(found: tuple[torch.Tensor, torch.Tensor], gone: torch.Tensor) -> list[float]:
