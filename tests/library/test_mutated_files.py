@@ -88,7 +88,7 @@ def test_every_mutation_is_refused_in_a_sentence_or_sound(kind, tiny_folder, tmp
             DiffusionPipeline.from_pretrained(tiny_folder),
             factors,
             delta.fingerprint,
-            {"settings": {"steps": 3}, "rank": 2},
+            {"settings": {"steps": 3}, "rank": 2, "by_prompt": ["cat"]},
         )
     load = {"delta": Delta.load, "mask": load_masks, "adapter": Adapter.load}[kind]
     raw, faults = path.read_bytes(), []
