@@ -406,13 +406,16 @@ class EraseConfig:
             flat[concept] = {key: value for part in (preset, *own) for key, value in part.items() if key not in METHODS}
         first, *others = flat
         for other in others:
-            for key in sorted({*flat[first], *flat[other]} - {*given, *method.ignores}):
-                one, two = flat[first].get(key), flat[other].get(key)
-                if one != two and getattr(self, key, None) is None:
-                    raise SalunError(
-                        f"'{first}' and '{other}' have presets of their own that differ in {key} ({one}, {two}): say "
-                        f"--{key} for both, or erase them in two runs."
-                    )
+            asked = sorted({*flat[first], *flat[other]} - {*given, *method.ignores})
+            pairs = {
+                key: (flat[first].get(key), flat[other].get(key)) for key in asked if getattr(self, key, None) is None
+            }
+            if differ := {key: (one, two) for key, (one, two) in pairs.items() if one != two}:
+                told = ", ".join(f"{key} ({one}, {two})" for key, (one, two) in differ.items())
+                raise SalunError(
+                    f"'{first}' and '{other}' have presets of their own that differ in {told}: say "
+                    f"{', '.join(f'--{key}' for key in differ)} for both, or erase them in two runs."
+                )
         return presets[first]
 
     def check(self) -> None:

@@ -111,6 +111,8 @@ def _erase(config: EraseConfig, pipe) -> Run:
             _check_guided(model, config)
             model.edit(method.component)
             run = RunFolder(config, concepts, commit, fingerprint(own_parameters(model.edited).items()))
+            if method.by_prompt(method.parse(config.method_option)):
+                run.about["by_prompt"] = [name for concept in concepts for name in concept.names]
             if method.guard:
                 made = method(method.parse(config.method_option), concepts)
                 if method.guard.learned:

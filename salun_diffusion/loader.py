@@ -104,7 +104,8 @@ def fuse_erasure(pipe) -> None:
     """Make the applied erasures a part of the model: the originals are forgotten, nothing can be unloaded any more.
 
     Raises:
-        SalunError: none is applied, one is a guard, or what one wrote is no longer there, or not drawn with.
+        SalunError: none is applied, one is a guard or is scaled by prompt, or what one wrote is no longer there, or
+            not drawn with.
     """
     with LOCK:
         if not _applied(pipe):
@@ -116,11 +117,11 @@ def fuse_erasure(pipe) -> None:
                 "other weights: undo that first (unfuse_qkv_projections()), or load the pipeline anew."
             )
         applied = _applied(pipe)
-        if guards := [repr(one.name) for one in applied if not one.erasure.in_weights]:
-            raise SalunError(
-                f"The erasure {listed(guards)} is a guard, which changes no weight, so it cannot be fused: unload it "
-                "first."
-            )
+        for one in applied:
+            if one.erasure.unfusable:
+                raise SalunError(
+                    f"The erasure {one.name!r} {one.erasure.unfusable}, so it cannot be fused: unload it first."
+                )
         for (kind, _), part in _grouped(pipe, applied).items():
             kind.fuse(pipe, tuple(part))
         for module in components(pipe):

@@ -146,6 +146,20 @@ def erasure(module, seed=0, density=0.5, size=1e-2, only="attn2", **metadata):
     return Delta(masks, values, fingerprint(module.named_parameters()), metadata)
 
 
+def trace(pipe):
+    """All that an erasure could leave behind, but for weights."""
+    modules = [module for part in pipe.components.values() if isinstance(part, torch.nn.Module)
+               for module in part.modules()]  # fmt: skip
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._forward_pre_hooks_with_kwargs) for m in modules]
+    return (
+        set(vars(pipe)),
+        set(vars(pipe.scheduler)),
+        [set(vars(module)) for module in modules],
+        hooks,
+        dict(pipe.unet.config),
+    )
+
+
 def bits(pipe):
     """Every tensor of the pipeline as it lies in memory, buffers included."""
     return {

@@ -1,7 +1,7 @@
 """The adapter file: a LoRA that ``pipe.load_lora_weights`` opens, and that says what it erases from which base model.
 
-The format, `salun-lora` version 1
-----------------------------------
+The format, `salun-lora` versions 1 and 2
+-----------------------------------------
 The file that a pipeline's ``save_lora_weights`` writes: a safetensors file which MUST hold, for each layer NAME of the
 denoiser that is adapted, of rank r, and no other tensor (PART is ``unet`` or ``transformer``),
     PART.NAME.lora_A.weight   [r, in], or [r, in, height, width] for a convolution
@@ -13,13 +13,16 @@ and, as a masked delta's (``delta.py``), what says where the adapter belongs:
     format      MUST be "salun-lora"
     structure   MUST be the SHA-256 of the denoiser's names and shapes
 and as JSON
-    version     MUST be 1
+    version     MUST be 1, or 2 where there is a by_prompt, and only there
     fingerprint MUST be base64 of the base model's fingerprint, float32 [P, 16], little-endian: a tensor of that name
                 would keep others from opening the file
+    by_prompt   MUST list one or more texts, the concept's names (version 2)
 beside concept, method, scope, base_model … as there.
 
 What it means: a layer's output is base(x) + scale * B(A(x)), the sum of all adapters that are active. No weight of the
-base model is changed.
+base model is changed. In version 2 the scale is multiplied for each picture by how near its prompt is to by_prompt, as
+``by_prompt.py`` says; it has a version of its own, so that a reader that knows nothing of it does not draw otherwise
+without a word. What knows LoRA alone, such as ``load_lora_weights``, acts at full strength on every prompt.
 """
 
 import base64
@@ -40,7 +43,7 @@ from .delta import DTYPES
 from .fingerprint import SAMPLES, Fingerprint
 from .format import RESERVED, metadata_from_text, metadata_to_text
 
-FORMAT, VERSION = "salun-lora", 1
+FORMAT = "salun-lora"
 CONFIG = "lora_adapter_metadata"  # diffusers' name
 KEY = re.compile(r"(unet|transformer)\.(.+)\.lora_([AB])\.weight")
 
@@ -61,7 +64,7 @@ def save_adapter(path, pipe, state: dict[str, torch.Tensor], base: Fingerprint, 
         pipe: the pipeline that the adapter is for.
         state: ``NAME.lora_A.weight`` … → values, as ``peft.get_peft_model_state_dict`` gives them; alpha = rank.
         base: the base model's fingerprint.
-        about: further metadata.
+        about: further metadata; with "by_prompt", the concept's names, the adapter is scaled by prompt.
 
     Raises:
         SalunError: metadata that the format cannot hold, or a disk that refuses it.
@@ -74,7 +77,8 @@ def save_adapter(path, pipe, state: dict[str, torch.Tensor], base: Fingerprint, 
         )
         tensors, text = read_safetensors(next(Path(folder).glob("*.safetensors")))
     samples = base.samples.numpy().astype("<f4").tobytes()
-    reserved = {"format": FORMAT, "version": VERSION, "structure": base.structure, CONFIG: json.loads(text[CONFIG]),
+    version = 2 if about.get("by_prompt") else 1
+    reserved = {"format": FORMAT, "version": version, "structure": base.structure, CONFIG: json.loads(text[CONFIG]),
                 "fingerprint": base64.b64encode(samples).decode()}  # fmt: skip
     write_safetensors(path, tensors, metadata_to_text(path, about, **reserved))
 
@@ -87,7 +91,7 @@ class Adapter:
         part: the pipeline's part that it is for, "unet" or "transformer".
         factors: layer → (A, B), as the file has them.
         fingerprint: of the base model.
-        metadata: concept, method, scope, base_model …
+        metadata: concept, method, scope, base_model …, and by_prompt where it is scaled by that.
     """
 
     part: str
@@ -103,7 +107,13 @@ class Adapter:
             SalunError: any fault in it.
         """
         tensors, text = read_safetensors(path, OUR_HEADER_LIMIT)
-        metadata = metadata_from_text(path, text, FORMAT, VERSION)
+        metadata = metadata_from_text(path, text, FORMAT, 1, 2)
+        names = metadata.get("by_prompt")
+        sound = isinstance(names, list) and names and all(isinstance(name, str) and name for name in names)
+        if not sound if metadata["version"] == 2 else names is not None:
+            raise SalunError(
+                f"{path} is damaged: version 2 of the format, and no other, must have the names by_prompt."
+            )
         found = {name: KEY.fullmatch(name) for name in tensors}
         if odd := [name for name, match in found.items() if match is None]:
             raise SalunError(f"{path} is damaged: {listed(odd)} is no factor of a layer.")
@@ -123,9 +133,14 @@ class Adapter:
             raise SalunError(f"{path} is damaged: its {CONFIG} is not that of its factors, with alpha = rank.")
         return adapter
 
+    @property
+    def by_prompt(self) -> list[str] | None:
+        """The names that prompts are compared with; None where it acts on every prompt alike."""
+        return self.metadata.get("by_prompt")
+
     def digest(self) -> str:
-        """SHA-256 (hex) of what it does, whatever file it came from: names, shapes and factors."""
-        sha = hashlib.sha256()
+        """SHA-256 (hex) of what it does, whatever file it came from: names, shapes and factors, and by_prompt."""
+        sha = hashlib.sha256(json.dumps(self.by_prompt).encode() if self.by_prompt else b"")
         for name, pair in self.factors.items():
             for factor in pair:
                 sha.update(json.dumps([name, list(factor.shape), str(factor.dtype)]).encode() + raw_bytes(factor))

@@ -20,10 +20,12 @@ class Erasure:
         component: the network of the pipeline that it goes onto (``models.load.COMPONENTS``); None for the denoiser.
         in_weights: whether it acts in the denoiser's layers: then it can be fused with them, and a saved denoiser's
             config tells of it.
+        unfusable: why no weights can hold it even so, for messages; "" if they can.
     """
 
     FORMAT: str
     in_weights = True
+    unfusable = ""
     metadata: dict
     component: str | None = None
 

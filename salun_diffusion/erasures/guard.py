@@ -22,16 +22,13 @@ from dataclasses import asdict
 from ..errors import SalunError
 from ..guards import GUARDS, find_guard
 from ..guards.base import Guard
-from ..guards.session import Session
-from ..models.load import denoiser
 from ..options import checked
 from ..tensors import OUR_HEADER_LIMIT, read_safetensors, write_safetensors
 from .base import Erasure
 from .format import RESERVED, check_keys, metadata_from_text, metadata_to_text
-from .live import is_compiled
+from .wearing import check_free, is_watched, wear
 
 FORMAT, VERSION = "salun-guard", 1
-SESSION = "_salun_guards"  # the attribute of the denoiser that holds the session
 
 
 def save_guard(path, guard: Guard, about: dict) -> None:
@@ -50,6 +47,7 @@ class WornGuard(Erasure):
 
     FORMAT = FORMAT
     in_weights = False
+    unfusable = "is a guard, which changes no weight"
 
     def __init__(self, guard: Guard, metadata: dict):
         self.guard, self.metadata = guard, metadata
@@ -86,40 +84,13 @@ class WornGuard(Erasure):
         """Any pipeline that the guard fits, whatever its base model."""
         self.guard.check_fit(pipe, str(path))
         self.guard.check_learned(pipe, str(path))
-        session = getattr(denoiser(pipe), SESSION, None)
-        if session is not None and session.pipe() is not pipe:
-            raise SalunError(
-                f"{path} is a guard, and another pipeline with this denoiser wears guards already: load it there, or "
-                "call unload_erasure(pipe) first."
-            )
+        check_free(pipe, path)
 
     @classmethod
     def change(cls, pipe, before, after):
         """Hooks and wrapped methods come with the first guard and go with the last; at scale 0 a guard is not asked."""
-        module = denoiser(pipe)
-        session = getattr(module, SESSION, None)
-        if session is not None and not session.intact():
-            raise SalunError(
-                "Something else has changed how the pipeline draws since the guards were loaded (its methods, or the "
-                "denoiser's hooks): undo that first, or load the pipeline anew."
-            )
-        worn = tuple((one.name, one.scale, one.erasure.guard) for one in after if one.scale)
-        if not worn:
-            if session is not None:
-                session.close()
-                delattr(module, SESSION)
-            return
-        if session is None:
-            if is_compiled(pipe, module):
-                raise SalunError(
-                    "The denoiser is compiled, and a guard looks into each of its steps: load guards on a pipeline "
-                    "that is not compiled."
-                )
-            session = Session(pipe)
-            setattr(module, SESSION, session)
-        session.guards = worn
+        wear(pipe, "guards", tuple((one.name, one.scale, one.erasure.guard) for one in after if one.scale))
 
     @classmethod
     def intact(cls, pipe, one, applied):
-        session = getattr(denoiser(pipe), SESSION, None)
-        return not one.scale or session is not None and session.intact()
+        return not one.scale or is_watched(pipe)

@@ -1,7 +1,8 @@
 """Low-rank adapters on a live pipeline: the second kind of erasure.
 
-peft puts an adapter beside the denoiser's layers, under a name of its own; the scale is its strength. No weight of the
-base model is written, and adapters of others stay as they are.
+peft puts an adapter beside the denoiser's layers, under a name of its own; the scale is its strength, times that of
+each prompt where the file says so (``by_prompt.py``). No weight of the base model is written, and adapters of others
+stay as they are.
 """
 
 import math
@@ -15,8 +16,10 @@ from ..files import listed
 from ..models.load import denoiser
 from .adapter import FORMAT, Adapter
 from .base import Erasure
+from .by_prompt import ByPrompt, check_scalable
 from .fingerprint import check_have_values, fingerprint, matches
 from .live import check_editable, own_parameters
+from .wearing import check_free, is_watched, wear
 from .weights import base_parameters
 
 
@@ -39,6 +42,11 @@ class LowRankAdapter(Erasure):
 
     def __init__(self, adapter: Adapter):
         self.adapter, self.metadata = adapter, adapter.metadata
+        if adapter.by_prompt:
+            self.unfusable = (
+                "is scaled by prompt, which no weights can be (load_lora_weights() and fuse_lora() of the pipeline "
+                "fuse its file at full strength)"
+            )
 
     @classmethod
     def load(cls, path):
@@ -67,6 +75,9 @@ class LowRankAdapter(Erasure):
                     f"{path} was made for another base model: {adapter.part}.{name} has a weight of shape {wanted} "
                     f"there and {here} here; load the model that it was made for{base}."
                 )
+        if adapter.by_prompt:
+            check_scalable(pipe, str(path), "pipe.load_lora_weights() opens the file at full strength")
+            check_free(pipe, path)
         check_editable(pipe, module)
         check_have_values(parameters)
         if check_base:
@@ -86,8 +97,10 @@ class LowRankAdapter(Erasure):
             raise SalunError(
                 f"The erasure {listed(fused)} was fused with the weights by fuse_lora(): call pipe.unfuse_lora() first."
             )
+        scaled = [one for one in after if _is_scaled(one)]
         try:
             _bring(pipe, before, after)
+            wear(pipe, "adapters", tuple((one.name, 1.0, one.memory["by prompt"]) for one in scaled))
         except BaseException:
             _bring(pipe, after, before)
             raise
@@ -97,7 +110,7 @@ class LowRankAdapter(Erasure):
         layers = _layers(denoiser(pipe))
         if any(parameter.is_meta for parameter in denoiser(pipe).parameters()):
             return None
-        if _merged(pipe, one):
+        if _merged(pipe, one) or (_is_scaled(one) and not is_watched(pipe)):
             return False
         for name, pair in one.erasure.adapter.factors.items():
             layer, adapter = layers.get(name), _adapter(one)
@@ -127,6 +140,11 @@ class LowRankAdapter(Erasure):
 def _adapter(one) -> str:
     """What peft calls it: no dots, and no other adapter's name."""
     return re.sub(r"\W+", "_", one.name) + "_" + one.digest[:8]
+
+
+def _is_scaled(one) -> bool:
+    """Whether the pipeline's session must find its strength for each prompt."""
+    return one.erasure.adapter.by_prompt is not None and one.scale != 0
 
 
 def _layers(network) -> dict[str, torch.nn.Module]:
@@ -164,6 +182,11 @@ def _bring(pipe, before, after) -> None:
             network.load_lora_adapter(
                 state, prefix=one.erasure.adapter.part, adapter_name=name, metadata=config, _pipeline=pipe
             )
+            if names := one.erasure.adapter.by_prompt:
+                layers = [layer for layer in _layers(network).values() if name in layer.lora_B]
+                one.memory.setdefault("by prompt", ByPrompt(names)).put_on(layers, name)
+        if one.erasure.adapter.by_prompt:
+            one.memory["by prompt"].on = one.scale != 0
     for part in network.modules():
         if isinstance(part, BaseTunerLayer):
             part.set_adapter([*others, *wanted])

@@ -26,7 +26,7 @@ PER_PICTURE = (  # what a U-Net is given that has one row for each picture
     "encoder_attention_mask", "down_block_additional_residuals", "mid_block_additional_residual",
 )  # fmt: skip
 ELSEWHERE = (
-    "The guard {} acts in a call of the very pipeline that it was loaded on, and something else asks its denoiser: "
+    "The erasure {} acts in a call of the very pipeline that it was loaded on, and something else asks its denoiser: "
     "draw with that pipeline, or unload_erasure(pipe) first."
 )
 
@@ -39,7 +39,7 @@ class Session:
     """
 
     def __init__(self, pipe):
-        self.guards: tuple[tuple[str, float, Guard], ...] = ()  # name, scale, guard
+        self.worn: dict[str, tuple[tuple[str, float, Guard], ...]] = {}  # by kind: name, scale, guard
         self.pipe, self.here = weakref.ref(pipe), threading.local()  # threads may draw at the same time
         module = denoiser(pipe)
         self.hooks = [
@@ -58,6 +58,11 @@ class Session:
         for name, method in self.put.items():
             setattr(pipe, name, method)
         self.schedulers: list[Any] = []  # whose step is wrapped: a pipeline may get another one on its way
+
+    @property
+    def guards(self) -> tuple[tuple[str, float, Guard], ...]:
+        """All that is worn, of whatever kind."""
+        return tuple(one for part in self.worn.values() for one in part)
 
     def close(self) -> None:
         """Take the hooks off, and give the pipeline and its schedulers their own methods back."""
@@ -179,8 +184,9 @@ class Drawing:
         count, rows = len(self.call.embeddings), len(given["sample"])
         if rows not in (count, 2 * count):
             raise SalunError(
-                f"A guard knows batches of the prompts, or of negative prompts and prompts ({count} or {2 * count} "
-                f"rows), and this pipeline's has {rows}: unload_erasure(pipe) to draw with it."
+                "A guard, or an adapter that is scaled by prompt, knows batches of the prompts, or of negative prompts "
+                f"and prompts ({count} or {2 * count} rows), and this pipeline's has {rows}: unload_erasure(pipe) to "
+                "draw with it."
             )
         self.rows, self.timestep, self.guided = rows, float(torch.as_tensor(given["timestep"]).max()), rows > count
         hidden = given["encoder_hidden_states"].clone()

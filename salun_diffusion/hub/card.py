@@ -143,6 +143,11 @@ def _loading(about: About, repo_id: str) -> str:
         elsewhere = "It acts in diffusers' own pipelines alone."
     elif about.file.name == ADAPTER_NAME:
         elsewhere = f'It is a LoRA: `pipe.load_lora_weights("{repo_id}")` opens it too, and checks no base model.'
+        if about.config.get("by_prompt"):
+            elsewhere += (
+                " There it acts at full strength on every prompt; `load_erasure` scales it by how near each prompt is "
+                "to what it erases, which the scores below are of."
+            )
     else:
         elsewhere = (
             "For ComfyUI, A1111 and others, fetch `erasure.safetensors` and write it in their formats by `python -m "

@@ -175,6 +175,11 @@ class Method:
         model.need(cls.needs, by)
 
     @classmethod
+    def by_prompt(cls, options: Any) -> bool:
+        """Whether its adapter is to be scaled by how near each prompt is to the concept's names."""
+        return False
+
+    @classmethod
     def check_scope(cls, parameters: dict[str, torch.nn.Parameter]) -> None:
         """Pass if the method can change ``parameters``, those of the scope, by name; asked before pictures are drawn.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..erasures.by_prompt import check_scalable
 from ..options import option
 from .base import Batch
 from .esd import ESD, ESDOptions
@@ -18,6 +19,9 @@ class SPMOptions(ESDOptions):
 
     anchoring: float = option(1000.0, "weight of the term that holds random embeddings where they were", least=0)
     anchors: int = option(4, "random embeddings for each picture", least=1)
+    by_prompt: str = option(
+        "yes", "whether it draws as strongly as the prompt is near the concept, or at full strength", ("yes", "no")
+    )
 
 
 class SPM(ESD):
@@ -31,9 +35,10 @@ class SPM(ESD):
     probability 1 − cos(a, c), of 0.8 to 1.2 times the norm of c. Only the tokens' embeddings are random: a pooled one
     (SDXL) stays the concept's.
 
-    When it draws, the published SPM scales its adapter for each prompt by how near that is to the concept. **This one
-    does not**: its adapter acts at full strength on every prompt, as any LoRA does, and what it costs other things is
-    more than the paper's for that. The published learning rate warms up and restarts three times; here it falls once.
+    When it draws, the adapter is scaled for each prompt by how near that is to the concept
+    (:mod:`salun_diffusion.erasures.by_prompt`), unless ``by_prompt=no``. It is trained at full strength, there as here,
+    and so are the validation pictures drawn. The published learning rate warms up and restarts three times; here it
+    falls once.
     """
 
     title = "SPM"
@@ -45,6 +50,16 @@ class SPM(ESD):
     }  # fmt: skip
     Options = SPMOptions
     needs = ("text", "embeddings")
+
+    @classmethod
+    def by_prompt(cls, options):
+        return options.by_prompt == "yes"
+
+    @classmethod
+    def check_fit(cls, model, options, by):
+        super().check_fit(model, options, by)
+        if cls.by_prompt(options):
+            check_scalable(model.pipe, by, "give --by_prompt no, for full strength on every prompt")
 
     def losses(self, forget, retain):
         noisy, t, target = self.aim(forget)

@@ -40,6 +40,7 @@ def test_what_a_run_leaves_behind(erased):
     names = {path.name for path in erased.iterdir()}
     assert names == {
         "erasure.safetensors", "mask.safetensors", "config.json", "training.jsonl", "forget.png", "retain.png",
+        "anchor.png",
     }  # fmt: skip
     config = json.loads((erased / "config.json").read_text())
     preset = json.loads((DEMO / "concepts.json").read_text())["settings"]["object"]["salun"]
@@ -83,7 +84,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(erased, tmp_path
 
 def test_a_mask_can_be_reused_and_a_config_file_read(erased, tmp_path):
     settings = tmp_path / "settings.yaml"
-    settings.write_text("concept: ink style\nsave_dtype: fp32\nlearning_rate: 0.002\n")
+    settings.write_text("concept: ink style\nsave_dtype: fp32\nlearning_rate: 0.003\n")
     here(
         "python", "erase_concept.py", "--config", settings, "--pretrained_model_name_or_path", "demo",
         "--mask", erased / "mask.safetensors", "--output_dir", tmp_path / "ink", "--data_dir", tmp_path / "data",
@@ -91,7 +92,7 @@ def test_a_mask_can_be_reused_and_a_config_file_read(erased, tmp_path):
     )  # fmt: skip
     config = json.loads((tmp_path / "ink" / "config.json").read_text())
     assert (config["concept"], config["anchor"]) == ("ink style", "pixel")
-    assert (config["settings"]["learning_rate"], config["settings"]["save_dtype"]) == (0.002, "fp32")
+    assert (config["settings"]["learning_rate"], config["settings"]["save_dtype"]) == (0.003, "fp32")
     reused, original = (load_masks(folder / "mask.safetensors")[0] for folder in (tmp_path / "ink", erased))
     assert reused.keys() == original.keys() and all(torch.equal(reused[n], original[n]) for n in original)
     values = Delta.load(tmp_path / "ink" / "erasure.safetensors").values.values()
@@ -111,7 +112,13 @@ def test_no_mask_control_and_full_scope(more, scope, tmp_path):
 def test_two_concepts_in_one_run(erased, tmp_path):
     """The union of the masks that each would have had alone, and one delta."""
     together = tmp_path / "both"
-    erase(together, "--concept", "ink style", "--num_forget_images", "16")
+    both = ("--concept", "ink style", "--num_forget_images", "16")
+    refused = erase(together, *both, check=False)
+    assert refused.returncode == 1
+    assert (
+        "differ in alpha (8.0, 16.0), learning_rate (0.001, 0.002): say --alpha, --learning_rate for" in refused.stderr
+    )
+    erase(together, *both, "--alpha", "8", "--learning_rate", "1e-3")
     ink = tmp_path / "ink"
     erase(ink, concept="ink style")
     config = json.loads((together / "config.json").read_text())

@@ -540,24 +540,10 @@ def test_egloce_moves_latents_down_its_energy(kind, pipe, clip, tmp_path):
     assert torch.allclose(guarded, plain, rtol=1e-3, atol=1e-3) and not torch.allclose(draw(pipe), plain, atol=0.05)
 
 
-def trace(pipe):
-    """All that a guard could leave behind, but for weights."""
-    modules = [module for part in pipe.components.values() if isinstance(part, torch.nn.Module)
-               for module in part.modules()]  # fmt: skip
-    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._forward_pre_hooks_with_kwargs) for m in modules]
-    return (
-        set(vars(pipe)),
-        set(vars(pipe.scheduler)),
-        [set(vars(module)) for module in modules],
-        hooks,
-        dict(pipe.unet.config),
-    )
-
-
 @pytest.mark.parametrize("method", STRONG)
 def test_it_changes_no_weight_and_comes_off_without_a_trace(method, pipe, tmp_path):
     base = draw(pipe)
-    weights, before = tiny.bits(pipe), trace(pipe)
+    weights, before = tiny.bits(pipe), tiny.trace(pipe)
     path = guard(pipe, method, tmp_path, **STRONG[method])
     guarded = draw(pipe)
     (told,) = list_erasures(pipe)
@@ -572,7 +558,7 @@ def test_it_changes_no_weight_and_comes_off_without_a_trace(method, pipe, tmp_pa
     set_erasure_scale(pipe, "airplane", 1)
     assert torch.equal(draw(pipe), guarded)
     unload_erasure(pipe)
-    assert trace(pipe) == before and tiny.same(weights, tiny.bits(pipe)) and torch.equal(draw(pipe), base)
+    assert tiny.trace(pipe) == before and tiny.same(weights, tiny.bits(pipe)) and torch.equal(draw(pipe), base)
     load_erasure(pipe, path / "erasure.safetensors")
     assert torch.equal(draw(pipe), guarded)
     unload_erasure(pipe)

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from shell import run
 
-from salun_diffusion import Delta, SalunError, load_erasure, unload_erasure
+from salun_diffusion import Delta, SalunError, load_erasure, push, unload_erasure
 from salun_diffusion import erase as run_erasure
 from salun_diffusion.command_line import parse
 from salun_diffusion.config import EraseConfig
@@ -123,6 +123,9 @@ def test_spm_is_an_adapter_of_rank_1_and_resumes(folders, tmp_path):
     whole = Adapter.load(tmp_path / "run" / "pytorch_lora_weights.safetensors")
     assert all("attentions" in name and len(down) == 1 for name, (down, _) in whole.factors.items())
     assert any(down.dim() == 4 for down, _ in whole.factors.values())  # convolutions too
+    assert whole.by_prompt == ["steam engine"]
+    push(tmp_path / "run", "me/without", dry_run=str(tmp_path / "card"))
+    assert "There it acts at full strength on every prompt" in (tmp_path / "card" / "README.md").read_text("utf-8")
     pipe = DiffusionPipeline.from_pretrained(folders["sd1"])
     before = tiny.bits(pipe)
     load_erasure(pipe, tmp_path / "run")

@@ -52,7 +52,7 @@ def mutated(raw: bytes, dice: random.Random) -> bytes:
     return len(header).to_bytes(8, "little") + header + body
 
 
-def raw_fault(path, load):
+def raw_fault(path, load, version="1"):
     """What reading the file raised, if it was no sentence; None if it was refused in one or read."""
     try:
         load(path)
@@ -63,7 +63,7 @@ def raw_fault(path, load):
     text = path.read_bytes()[8:]
     header = json.loads(text[: int.from_bytes(path.read_bytes()[:8], "little")], object_pairs_hook=list)
     metadata = dict(dict(header)["__metadata__"])
-    if len(dict(header)) != len(header) or metadata["version"] != "1":
+    if len(dict(header)) != len(header) or metadata["version"] != version:
         return f"accepted: version {metadata['version'][:20]}, or a name twice"
     if any(re.search(r"\b(NaN|Infinity)\b", metadata.get(key, "")) for key in ("density", "settings", "shapes")):
         return "accepted: NaN or Infinity as JSON"
@@ -72,7 +72,7 @@ def raw_fault(path, load):
     return None
 
 
-@pytest.mark.parametrize("kind", ["delta", "mask", "adapter"])
+@pytest.mark.parametrize("kind", ["delta", "mask", "adapter", "scaled adapter"])
 def test_every_mutation_is_refused_in_a_sentence_or_sound(kind, tiny_folder, tmp_path):
     path, dice = tmp_path / "file.safetensors", random.Random(14)
     _, delta = random_delta([(3, 5), (0,), (2, 2, 2)], settings={"steps": 3}, density=0.5)
@@ -88,13 +88,13 @@ def test_every_mutation_is_refused_in_a_sentence_or_sound(kind, tiny_folder, tmp
             DiffusionPipeline.from_pretrained(tiny_folder),
             factors,
             delta.fingerprint,
-            {"settings": {"steps": 3}, "rank": 2},
+            {"settings": {"steps": 3}, "rank": 2} | ({"by_prompt": ["cat"]} if kind == "scaled adapter" else {}),
         )
-    load = {"delta": Delta.load, "mask": load_masks, "adapter": Adapter.load}[kind]
+    load, version = {"delta": Delta.load, "mask": load_masks}.get(kind, Adapter.load), "2" if "scaled" in kind else "1"
     raw, faults = path.read_bytes(), []
     for number in range(COUNT // 2):
         path.write_bytes(mutated(raw, dice))
-        if fault := raw_fault(path, load):
+        if fault := raw_fault(path, load, version):
             faults.append(f"{number}: {fault}")
     assert not faults, "\n".join(faults[:20])
 
