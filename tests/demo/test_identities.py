@@ -1,4 +1,4 @@
-"""The model of people that comes with a clone: it draws whom it is told, and forgets somebody by the model's settings."""
+"""The model of people that comes with a clone: it draws whom it is told, and forgets by its own settings."""
 
 import pytest
 import tiny
