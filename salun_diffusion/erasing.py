@@ -39,6 +39,7 @@ from .training.change import MaskedChange
 from .training.checkpoints import Checkpoints, threads_of
 from .training.trainer import Trainer
 
+ENCODING = {"embeddings", "words", "identities"}  # what methods need that encode while they train
 ONE_AT_A_TIME = threading.Lock()  # threads of one process would share accelerate's state and the processor's cores
 
 
@@ -170,7 +171,7 @@ def _erase(config: EraseConfig, pipe) -> Run:
                 trainer = Trainer(accelerator, model, sets, config)
                 undo.callback(trainer.method.close)
                 model.move_others("cpu")
-                if pipe is None and not config.validation_steps and not {"embeddings", "words"} & {*method.needs}:
+                if pipe is None and not config.validation_steps and not ENCODING & {*method.needs}:
                     model.drop_encoders()  # every prompt of the sets is encoded by now
             by_concept = torch.arange(len(sets["forget"])).split(sets["forget"].shares) if "forget" in sets else ()
             scores = (trainer.saliency(parameters, rows) for rows in by_concept)  # none is made before it is asked for

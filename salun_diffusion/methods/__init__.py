@@ -25,6 +25,7 @@ METHODS = {
     "spm": "spm.SPM",
     "barrier": "barrier.BARRIER",
     "ticoe": "ticoe.TICoE",
+    "piu": "piu.PIU",
     "sld": "guard.SLD",
     "safree": "guard.SAFREE",
     "concept_steerers": "guard.ConceptSteerers",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .base import Model
 
 FAMILIES = {
+    "identities": "salun_diffusion.models.identities.Identities",  # Arc2Face; before the family whose pipeline it has
     "text_unet": "salun_diffusion.models.text_unet.TextUNet",  # Stable Diffusion 1.x, 2.x, XL
     "pixart_sigma": "salun_diffusion.models.cross_dit.PixArtSigma",
     "sana": "salun_diffusion.models.cross_dit.Sana",

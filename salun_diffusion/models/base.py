@@ -33,6 +33,7 @@ CAPABILITIES = {  # what a method or a measure may need, and how its lack is tol
     "embeddings": "is told a prompt by its tokens' embeddings",
     "words": "takes a word of one's own by its token's embedding, as CLIP's encoders do",
     "one text encoder": "reads prompts by one text encoder alone",
+    "identities": "is told whom to draw by the vector of a face, as Arc2Face is",
     "pictures": "encodes pictures as samples",
     "diffusion": "was trained on a diffusion's noise schedule, and not as a flow",
 }

@@ -1,6 +1,6 @@
 """Draw many prompts with a pipeline, each from its own seed; or, without a pipeline that takes prompts, denoise."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ def sample(
     size: tuple[int, int] | None = None,
     progress: str | None = None,
     bar: Any = None,
+    tell: Callable[[list[str]], dict[str, Any]] = lambda prompts: {"prompt": prompts},
     **more,
 ) -> list[Any]:
     """One picture per row, in row order: PIL images, or latents ``(channels, height, width)`` for ``"latent"``.
@@ -38,7 +39,8 @@ def sample(
         size: height and width in pixels; the model's own without it.
         progress: what to write before the progress bar; no bar without it.
         bar: a caller's own ``tqdm`` to advance instead, for one bar over several calls.
-        more: what else the pipeline's own call is given.
+        tell: how the pipeline's own call is given prompts.
+        more: what else it is given.
     """
     import torch
     from tqdm import tqdm
@@ -49,7 +51,7 @@ def sample(
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         made = pipe(
-            prompt=[row.prompt for row in part],
+            **tell([row.prompt for row in part]),
             generator=[torch.Generator("cpu").manual_seed(row.seed) for row in part],
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,

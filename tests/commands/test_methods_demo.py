@@ -15,7 +15,8 @@ from salun_diffusion.methods import METHODS, find_method
 # finetune is never shown the concept, and hopes; of these guards (docs/guards.md) and of FIA (docs/methods.md) the demo
 # model makes little, or little but noise
 HARDLY = ("finetune", "fia", "safree", "concept_steerers", "saeuron", "groce", "egloce")
-FORGETS = [name for name in METHODS if name not in HARDLY]
+PEOPLE = ("piu",)  # it is for models of people: tests/library/test_identities.py
+FORGETS = [name for name in METHODS if name not in HARDLY + PEOPLE]
 SHORT = {  # as little as there can be of attacks within the training; and those that are slow to forget
     "forget_me_not": "--max_train_steps 48 --train_batch_size 6",
     "salun_esd": "--max_train_steps 28",

@@ -33,7 +33,8 @@ SHORT = {  # options of methods that take long by themselves
 }
 GUARDS = [name for name in METHODS if find_method(name).guard]  # they have tests of their own
 ADAPTERS = [name for name in METHODS if find_method(name).adapter]  # and so have they, below
-GRADIENT = [name for name in METHODS if not find_method(name).closed_form and name not in ADAPTERS]
+PEOPLE = [name for name in METHODS if "identities" in find_method(name).needs]  # tests/library/test_identities.py
+GRADIENT = [name for name in METHODS if not find_method(name).closed_form and name not in ADAPTERS + PEOPLE]
 
 
 def command(base, method, output, *more, concept="steam engine"):
@@ -60,7 +61,7 @@ def erase(base, method, output, *more, **which):
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in GUARDS + ADAPTERS])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in GUARDS + ADAPTERS + PEOPLE])
 def test_it_runs_everywhere_changes_its_scope_alone_and_is_deterministic(method, kind, folders, tmp_path):
     component = find_method(method).component
     if component and kind == "sdxl":
