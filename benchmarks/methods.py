@@ -223,7 +223,7 @@ def hidden(config: dict, wanted: dict, concept: str, folder: Path) -> dict:
 
 def hide(config: dict, measure: str, wanted: dict, concept: str, folder: Path, core: int) -> dict:
     """``python -m eval MEASURE`` of some of the erasures in ``folder``, on one core: its results."""
-    output = folder / measure / next(iter(wanted))
+    output = folder / measure / name_of(next(iter(wanted)))
     options = config["hidden"][measure]
     done, asked = output / "asked.json", {"models": {name: list(what) for name, what in wanted.items()}} | options
     if not done.exists() or json.loads(done.read_text()) != asked:

@@ -15,7 +15,7 @@ from salun_diffusion.models import load_model
 from salun_diffusion.models.class_pipeline import ClassConditionalPipeline
 
 from .class_judge import prepared, processor
-from .training import Checkpoint, loop
+from .training import Average, Checkpoint, loop
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def train(
     torch.manual_seed(seed)
     network = recipe.build(classes).to(device)
     schedule = DDPMScheduler(**recipe.schedule)
-    ema = {key: p.detach().clone() for key, p in network.named_parameters()}
+    average = Average(network, recipe.average)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=recipe.decay, fused=True)
 
     def loss_of(step: int) -> torch.Tensor:
@@ -97,17 +97,10 @@ def train(
             predicted = network(noisy.to(device), t.to(device), told.to(device)).sample
         return (predicted.float() - noise.to(device)).square().mean()
 
-    @torch.no_grad()
-    def average(step: int) -> None:
-        decay = min(recipe.average, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in network.parameters()], 1 - decay)
-
-    loop(
-        name, steps, Checkpoint(file, network, optimizer, ema), lambda step: recipe.rate(step, steps), loss_of, average
-    )
+    checkpoint = Checkpoint(file, network, optimizer, average.weights)
+    loop(name, steps, checkpoint, lambda step: recipe.rate(step, steps), loss_of, average.update)
     if averaged:
-        for key, parameter in network.named_parameters():
-            parameter.data.copy_(ema[key])
+        average.put_in()
     return network.cpu().eval()
 
 

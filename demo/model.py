@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .judge import GROUPS, targets
 from .scenes import Scene, caption, said
-from .training import TRAIN_SEEDS, Checkpoint, loop, warm_cosine
+from .training import TRAIN_SEEDS, Average, Checkpoint, loop, warm_cosine
 
 BATCH = 32
 TEXTS = 128  # captions a step of the text encoder
@@ -159,7 +159,7 @@ def train(
     latents, encoder = latents.to(device), encoder.to(device)
     scheduler = DDPMScheduler(**SCHEDULE)
     kept = rows_without(without)
-    ema = {name: p.detach().clone() for name, p in unet.named_parameters()}
+    average = Average(unet, EMA)
     optimizer = torch.optim.AdamW(unet.parameters(), weight_decay=0.01, betas=(0.9, 0.99), fused=True)
     # PyTorch's fused attention is slow for short sequences on a CPU: the plain one makes a step a quarter faster
     unet.set_attn_processor(AttnProcessor())
@@ -177,13 +177,8 @@ def train(
         min_snr = snr.clamp(max=5) / snr.clamp(min=1e-8)
         return ((predicted.float() - noise).square().mean((1, 2, 3)) * min_snr).mean()
 
-    @torch.no_grad()
-    def average(step: int) -> None:
-        decay = min(EMA, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in unet.parameters()], 1 - decay)
-
     file = work / f"text-to-image{'-without-' + without if without else ''}.safetensors"
-    loop("text-to-image", steps, Checkpoint(file, unet, optimizer, ema), warm_cosine(1e-3, steps), loss_of, average)
-    for name, parameter in unet.named_parameters():
-        parameter.data.copy_(ema[name])
+    checkpoint = Checkpoint(file, unet, optimizer, average.weights)
+    loop("text-to-image", steps, checkpoint, warm_cosine(1e-3, steps), loss_of, average.update)
+    average.put_in()
     return unet.eval()

@@ -88,6 +88,31 @@ class Checkpoint:
         return step
 
 
+class Average:
+    """Averaged (EMA) weights of a module: step n keeps (n + 1) / (n + 10) of what they were, ``most`` at most. As
+    diffusers' ``EMAModel``, but for the first step, of which that keeps nothing; the shipped models were made so.
+
+    Attributes:
+        weights: by the parameters' names.
+    """
+
+    def __init__(self, module: torch.nn.Module, most: float):
+        self.module, self.most = module, most
+        self.weights = {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the module's weights after ``step``, counted from 0."""
+        now = [p.detach() for p in self.module.parameters()]
+        torch._foreach_lerp_(list(self.weights.values()), now, 1 - min(self.most, (step + 1) / (step + 10)))
+
+    @torch.no_grad()
+    def put_in(self) -> None:
+        """Give the module the averages."""
+        for name, parameter in self.module.named_parameters():
+            parameter.copy_(self.weights[name])
+
+
 def loop(
     name: str,
     steps: int,

@@ -27,19 +27,17 @@ class IdentitiesConfig:
     measure: list[str] = option([], "erasures to draw with and judge, beside the model: train nothing", several=True,
                                 metavar="RUN")  # fmt: skip
     pictures: int = option(25, "pictures of each person that are drawn and judged", least=1)
-    into: str | None = option(None, "a document whose part between <!-- people --> and <!-- end --> becomes the table",
-                              metavar="FILE")  # fmt: skip
 
 
 def make(config: IdentitiesConfig) -> None:
     """Judge, autoencoder and network, each made unless ``work_dir`` has it; then the judge's word.
 
     Raises:
-        SalunError: an erasure that cannot be loaded, or a document that cannot take the table.
+        SalunError: an erasure that cannot be loaded.
     """
     import torch
 
-    from salun_diffusion.tables import aligned, markdown, put_into
+    from salun_diffusion.tables import aligned
 
     from . import measure
 
@@ -56,10 +54,7 @@ def make(config: IdentitiesConfig) -> None:
         pipe = network.build(vae)
         network.train(pipe, latents, who, work, config.steps)
         network.save(pipe, seen, vectors, HERE / "concepts.json", folder)
-    found = measure.table(folder, config.measure, config.pictures)
-    print(aligned(found))
-    if config.into:
-        put_into(Path(config.into), "people", markdown(found))
+    print(aligned(measure.table(folder, config.measure, config.pictures)))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from . import judge
 
 
 def table(folder: Path, runs: list[str], pictures: int) -> list[list[str]]:
-    """Without ``runs`` everybody's mean; else for each of them whom it forgets (U) and the others (R), above it the
-    same before it, and below all, if they do not forget the same, the means of each method.
+    """Without ``runs`` everybody's mean; else for each of them whom it forgets (U) and the others (R), and above it the
+    same before it.
 
     ISM is the mean cosine of the vector that the judge reads from a picture to the person's mean vector; Acc the share
     of pictures of which that person is the nearest; SRK = Acc of R / (Acc of U + 0.01).
@@ -34,27 +34,17 @@ def table(folder: Path, runs: list[str], pictures: int) -> list[list[str]]:
     base = scores(model, folder, pictures)
     if not runs:
         return [["", "ISM", "Acc"], ["everybody", *(f"{part.mean():.3f}" for part in base)]]
-    rows: list[tuple[str, str, list[float]]] = []
+    rows = [["to forget", "erased by", "ISM of U", "ISM of R", "Acc of U", "Acc of R", "SRK"]]
     for run in runs:
         name = load_erasure(model.pipe, run)
         (made,) = list_erasures(model.pipe)
         gone = torch.tensor([person in made["concept"].split(", ") for person in model.people])
-        if made["concept"] not in [row[0] for row in rows]:
-            rows.append((made["concept"], "nothing", summary(base, gone)))
-        rows.append((made["concept"], made["method"], summary(scores(model, folder, pictures), gone)))
+        for method, found in (("nothing", base), (made["method"], scores(model, folder, pictures))):
+            parts = [float(part[mask].mean()) for part in found for mask in (gone, ~gone)]
+            cells = [*parts, parts[3] / (parts[2] + 0.01)]
+            rows.append([made["concept"], method, *(f"{cell:.3f}" for cell in cells)])
         unload_erasure(model.pipe, name)
-    if len({row[0] for row in rows}) > 1:
-        for method in dict.fromkeys(row[1] for row in rows):
-            found = torch.tensor([row[2] for row in rows if row[1] == method])
-            rows.append((f"mean of {len(found)}", method, found.mean(0).tolist()))
-    head = ["to forget", "erased by", "ISM of U", "ISM of R", "Acc of U", "Acc of R", "SRK"]
-    return [head, *([concept, method, *(f"{cell:.3f}" for cell in cells)] for concept, method, cells in rows)]
-
-
-def summary(found: tuple[torch.Tensor, torch.Tensor], gone: torch.Tensor) -> list[float]:
-    """ISM of U and R, Acc of U and R, and SRK, from :func:`scores`; ``gone`` says who is forgotten."""
-    parts = [float(part[mask].mean()) for part in found for mask in (gone, ~gone)]
-    return [*parts, parts[3] / (parts[2] + 0.01)]
+    return rows
 
 
 def scores(model, folder: Path, pictures: int) -> tuple[torch.Tensor, torch.Tensor]:

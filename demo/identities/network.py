@@ -22,7 +22,7 @@ from salun_diffusion.tensors import write_safetensors
 
 from .. import autoencoder
 from ..class_judge import processor
-from ..training import Checkpoint, loop, warm_cosine
+from ..training import Average, Checkpoint, loop, warm_cosine
 from .faces import SIDE, people, render, vectors
 from .judge import SIDE as JUDGE_SIDE
 
@@ -101,7 +101,7 @@ def train(pipe: StableDiffusionPipeline, latents: torch.Tensor, who: torch.Tenso
     networks = torch.nn.ModuleDict({"text_encoder": pipe.text_encoder, "unet": pipe.unet})
     networks.train()
     pipe.unet.set_attn_processor(AttnProcessor())  # on a CPU, quicker than PyTorch's own for so few pixels
-    ema = {name: p.detach().clone() for name, p in networks.named_parameters()}
+    average = Average(networks, EMA)
     optimizer = torch.optim.AdamW(networks.parameters(), weight_decay=0.01, fused=True)
 
     def loss_of(step: int) -> torch.Tensor:
@@ -117,15 +117,9 @@ def train(pipe: StableDiffusionPipeline, latents: torch.Tensor, who: torch.Tenso
         predicted = pipe.unet(schedule.add_noise(latents[rows], noise, t), t, condition).sample
         return F.mse_loss(predicted, noise)
 
-    @torch.no_grad()
-    def average(step: int) -> None:
-        decay = min(EMA, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in networks.parameters()], 1 - decay)
-
-    loop("faces", steps, Checkpoint(work / f"faces-{steps}.safetensors", networks, optimizer, ema),
-         warm_cosine(2e-3, steps), loss_of, average)  # fmt: skip
-    for name, parameter in networks.named_parameters():
-        parameter.data.copy_(ema[name])
+    checkpoint = Checkpoint(work / f"faces-{steps}.safetensors", networks, optimizer, average.weights)
+    loop("faces", steps, checkpoint, warm_cosine(2e-3, steps), loss_of, average.update)
+    average.put_in()
     networks.eval()
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from shell import ROOT, here
 
-from benchmarks import guards, methods_page, saliency, together
+from benchmarks import guards, methods_page, people, saliency, together
 from benchmarks import methods as comparison
 from salun_diffusion import erase
 from salun_diffusion.command_line import parse
@@ -81,6 +81,8 @@ def test_the_table_is_made_of_the_committed_results():
     assert all(methods_page.hidden(found, kind) in page for kind in ("object", "style"))
     watched = json.loads((ROOT / "docs" / "results" / "guards.json").read_text(encoding="utf-8"))
     assert guards.table(watched) in (ROOT / "docs" / "guards.md").read_text(encoding="utf-8")
+    drawn = json.loads((ROOT / "docs" / "results" / "people.json").read_text(encoding="utf-8"))
+    assert people.table(drawn) in (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
 
 
 def test_what_another_base_model_gave_is_not_taken_over(tmp_path):

@@ -4,6 +4,7 @@ import json
 
 from shell import ROOT
 
+from benchmarks import people
 from benchmarks.methods import best_settings
 from demo import vocabulary
 from salun_diffusion.files import write_json
@@ -27,3 +28,10 @@ def test_the_settings_are_the_ones_that_the_comparison_found_best():
     shipped = json.loads((ROOT / "demo/settings.json").read_text(encoding="utf-8"))
     for kind, methods in best.items():
         assert {name: settings for name, settings in shipped[kind].items() if name in methods} == methods
+
+
+def test_people_are_forgotten_by_the_learning_rates_that_were_found_best():
+    rates = people.chosen(json.loads(people.RESULTS.read_text(encoding="utf-8"))["trials"])
+    for path in ("concepts.json", "model/concepts.json"):
+        shipped = json.loads((ROOT / "demo" / "identities" / path).read_text(encoding="utf-8"))["settings"]["person"]
+        assert {method: shipped[method]["learning_rate"] for method in people.METHODS} == rates
