@@ -24,6 +24,7 @@ from salun_diffusion.training.batches import Batches
 
 SCOPES = {"full": "all", "attn2": "cross-attention"}  # ours → the library's; the third, lora, adds weights
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # the layers of every attention that a LoRA goes onto
+ADAPTER = "relearning"  # its name among the network's
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FORMAT = "salun-relearning 1"
 
@@ -160,18 +161,22 @@ def fine_tuned(
         raise SalunError("Relearning moves the weights themselves, for which they must be in fp32: leave --dtype out.")
     if batch_size % (processes := place().num_processes):
         raise SalunError(f"--train_batch_size {batch_size} cannot be shared by {processes} processes: give a multiple.")
-    wanted = {name: weight.requires_grad for name, weight in network.named_parameters()}
-    parameters, before = _adapter(network, rank, seed) if scope == "lora" else _own(network, SCOPES[scope])
+    wanted = [(weight, weight.requires_grad) for weight in network.parameters()]
+    worn = _worn(network)
+    parameters, before = _adapter(network, rank, seed, worn) if scope == "lora" else _own(network, SCOPES[scope])
     network.eval()
     try:
         yield Learner(model, parameters, learned, learning_rate, batch_size, at_once, seed)
     finally:
-        if scope == "lora":
+        if scope == "lora" and worn:
+            network.delete_adapters(ADAPTER)
+            _activate(network, worn)
+        elif scope == "lora":
             network.unload_lora()
-        for name, weight in network.named_parameters():
-            if name in before:
-                weight.data.copy_(before[name])
-            weight.requires_grad_(wanted[name])
+        for name, value in before.items():  # under an erasure's adapter the network calls its own weights otherwise
+            parameters[name].data.copy_(value)
+        for weight, trainable in wanted:
+            weight.requires_grad_(trainable)
             weight.grad = None
 
 
@@ -181,15 +186,34 @@ def _own(network: torch.nn.Module, scope: str) -> tuple[dict, dict]:
     return parameters, {name: weight.detach().to("cpu", copy=True) for name, weight in parameters.items()}
 
 
-def _adapter(network: torch.nn.Module, rank: int, seed: int) -> tuple[dict, dict]:
-    """The weights of a new low-rank adapter on ``network``; none of its own moves."""
+def _worn(network: torch.nn.Module) -> list[str]:
+    """The adapters that the network computes with, an erasure's among them."""
+    active = network.active_adapters() if getattr(network, "peft_config", None) else []
+    return [active] if isinstance(active, str) else active
+
+
+def _activate(network: torch.nn.Module, names: list[str]) -> None:
+    """Let the network compute with these adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in network.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.set_adapter(names)
+
+
+def _adapter(network: torch.nn.Module, rank: int, seed: int, worn: list[str]) -> tuple[dict, dict]:
+    """The weights of a new low-rank adapter on ``network``, beside those ``worn``; none of its own moves."""
     try:
         from peft import LoraConfig
     except ImportError:
         raise SalunError("--scope lora needs peft: pip install 'salun-diffusion[export]'.") from None
-    network.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=TARGETS)
-        network.add_adapter(config, adapter_name="relearning")
-    return {name: weight for name, weight in network.named_parameters() if weight.requires_grad}, {}
+        network.add_adapter(config, adapter_name=ADAPTER)
+    _activate(network, [*worn, ADAPTER])
+    found = {name: weight for name, weight in network.named_parameters() if f".{ADAPTER}." in name}
+    network.requires_grad_(False)
+    for weight in found.values():
+        weight.requires_grad_(True)
+    return found, {}

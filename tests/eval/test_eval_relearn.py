@@ -114,6 +114,38 @@ def test_steps_are_those_of_a_plain_loop_and_leave_no_trace(model):
         assert tiny.same(before, tiny.bits(model.pipe)), f"{scope} left a trace"
 
 
+def test_an_erasure_that_is_an_adapter_acts_while_the_model_learns_and_stays_as_it_was(model):
+    from peft import LoraConfig
+
+    probe = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    told = probe, torch.tensor([10, 700]), model.encode(PROMPTS[1:3])
+    learned, plain = learned_set(model, pictures(4), PROMPTS), tiny.bits(model.pipe)
+    with torch.no_grad():
+        bare = model.predict(*told)
+    config = LoraConfig(r=2, init_lora_weights=False, target_modules=["to_k", "proj_in"])  # not where ours goes alone
+    model.network.add_adapter(config, "theirs")
+    with torch.no_grad():
+        worn = model.predict(*told)
+    assert not torch.equal(worn, bare)
+    kept = [(weight, weight.detach().clone(), weight.requires_grad) for weight in model.network.parameters()]
+    for scope in ("full", "attn2", "lora"):
+        with fine_tuned(model, learned, scope, **HOW) as learner:
+            assert all("theirs" not in name for name in learner.parameters)
+            with torch.no_grad():
+                assert torch.equal(model.predict(*told), worn), "a new adapter does nothing yet, and theirs still acts"
+            learner.step()
+            with torch.no_grad():
+                assert not torch.equal(model.predict(*told), worn)
+        now = {id(weight) for weight in model.network.parameters()}  # a layer that was wrapped may stay so
+        assert now == {id(weight) for weight, _, _ in kept}, f"{scope} left weights of its own"
+        assert all(torch.equal(weight, value) for weight, value, _ in kept), f"{scope} left a trace"
+        assert all(weight.requires_grad == trainable for weight, _, trainable in kept)
+        with torch.no_grad():
+            assert torch.equal(model.predict(*told), worn)
+    model.network.unload_lora()
+    assert tiny.same(plain, tiny.bits(model.pipe))
+
+
 def measure(base, output, *erasures, **options):  # noqa: F811
     runs = [str(base / "runs" / name) for name in erasures or ("forgets",)]
     small = {
