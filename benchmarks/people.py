@@ -12,11 +12,10 @@ from pathlib import Path
 
 from salun_diffusion.files import read_json, write_json
 from salun_diffusion.options import option, run_command
-from salun_diffusion.stats import wilson
 from salun_diffusion.tables import markdown, put_into
 
 from .classwise_bench import ROOT
-from .methods import base_digest
+from .methods import CORES, base_digest, run
 from .methods_page import DOCS, pooled, shown
 
 RESULTS = DOCS / "results" / "people.json"
@@ -47,49 +46,39 @@ def results(config: PeopleConfig) -> dict:
     import diffusers
     import torch
 
-    from demo.identities.measure import scores
-    from salun_diffusion import erase, load_erasure, unload_erasure
-    from salun_diffusion.models import load_model
-
-    torch.set_num_threads(1)  # of so small a network, more only get in each other's way
-    base, model = base_digest(str(MODEL)), load_model(str(MODEL))
-    work, names = Path(config.output_dir) / base, list(model.people)
-    before = scores(model, MODEL, config.pictures)
-
-    def row(person: str, method: str | None, found: tuple[torch.Tensor, torch.Tensor], rate: float | None) -> dict:
-        told = {"person": person, "method": method, "learning_rate": rate}
-        gone = torch.tensor([name == person for name in names])
-        for which, part in (("u", gone), ("r", ~gone)):
-            count = round(float(found[1][part].sum()) * config.pictures)
-            told[f"ism_{which}"] = round(float(found[0][part].mean()), 4)
-            told[f"acc_{which}"] = wilson(count, int(part.sum()) * config.pictures)
-        return told
-
-    def erased(person: str, method: str, rate: float) -> dict:
-        folder = work / f"{person}-{method}-{rate:g}"
-        if not (folder / "config.json").exists():
-            erase(str(MODEL), person, method=method, learning_rate=rate, output_dir=str(folder),
-                  data_dir=str(work / "data"))  # fmt: skip
-        name = load_erasure(model.pipe, folder)
-        found = row(person, method, scores(model, MODEL, config.pictures), rate)
-        unload_erasure(model.pipe, name)
-        return found
-
-    trials = [erased(TUNING["person"], method, rate) for method in METHODS for rate in TUNING["learning_rates"]]
-    rows = []
-    for person in config.people:
-        rows.append(row(person, None, before, None))
-        rows += [erased(person, method, rate) for method, rate in chosen(trials).items()]
+    base, rates = base_digest(str(MODEL)), TUNING["learning_rates"]
+    folder = Path(config.output_dir) / base
+    trials = measured(config, folder, [(TUNING["person"], method, rate) for method in METHODS for rate in rates])
+    best = chosen(trials["erasures"])
+    wanted = [(person, method, rate) for person in config.people for method, rate in best.items()]
+    found = measured(config, folder, wanted)
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    return {"base": base, "versions": versions, "pictures": config.pictures, "people": len(names),
-            "tuning": TUNING, "trials": trials, "rows": rows}  # fmt: skip
+    return {"base": base, "versions": versions, "tuning": TUNING, "trials": trials["erasures"]} | found
+
+
+def measured(config: PeopleConfig, folder: Path, wanted: list[tuple[str, str, float]]) -> dict:
+    """What ``python -m demo.identities --measure`` says of erasures by person, method and learning rate."""
+    runs = {f"{person}-{method}-{rate:g}": (person, method, rate) for person, method, rate in wanted}
+    for name, (person, method, rate) in runs.items():
+        if not (folder / name / "config.json").exists():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            run(folder / f"{name}.log", "erase_concept.py", "--pretrained_model_name_or_path", MODEL, "--concept",
+                person, "--method", method, "--learning_rate", rate, "--output_dir", folder / name, "--data_dir",
+                folder / "data", core=CORES[0])  # fmt: skip
+    paths = [folder / name for name in runs]
+    run(folder / "measure.log", "-m", "demo.identities", "--measure", *paths, "--pictures", config.pictures,
+        "--results", folder / "measured.json", core=CORES[0])  # fmt: skip
+    found = read_json(folder / "measured.json")
+    for told, (_, _, rate) in zip(found["erasures"], runs.values(), strict=True):
+        told["learning_rate"] = rate
+    return found
 
 
 def chosen(trials: list[dict]) -> dict[str, float]:
     """Method → the learning rate of its best trial."""
 
     def score(trial: dict) -> float:
-        return 100 - trial["acc_u"]["percent"] + trial["acc_r"]["percent"]
+        return 100 - trial["after"]["acc_u"]["percent"] + trial["after"]["acc_r"]["percent"]
 
     best = {method: max((t for t in trials if t["method"] == method), key=score) for method in METHODS}
     return {method: trial["learning_rate"] for method, trial in best.items()}
@@ -98,14 +87,16 @@ def chosen(trials: list[dict]) -> dict[str, float]:
 def table(found: dict) -> str:
     """The table of docs/models.md, and under it how it was measured."""
     rows = [["to forget", "erased by", "ISM of U ↓", "ISM of R ↑", "Acc of U ↓", "Acc of R ↑", "SRK ↑"]]
-    people = list(dict.fromkeys(row["person"] for row in found["rows"]))
+    people = list(dict.fromkeys(told["concept"] for told in found["erasures"]))
     for person in [*people, None]:  # None for all
-        for method in (None, *METHODS):
-            mine = [row for row in found["rows"] if row["method"] == method and person in (row["person"], None)]
-            ism = [f"{sum(row[f'ism_{which}'] for row in mine) / len(mine):.2f}" for which in "ur"]
-            lost, kept = (pooled([row[f"acc_{which}"] for row in mine]) for which in "ur")
+        mine = [told for told in found["erasures"] if person in (told["concept"], None)]
+        groups = {"nothing": [told["before"] for told in mine if told["method"] == METHODS[0]]}  # each has it
+        groups |= {method: [told["after"] for told in mine if told["method"] == method] for method in METHODS}
+        for method, cells in groups.items():
+            ism = [f"{sum(cell[key] for cell in cells) / len(cells):.2f}" for key in ("ism_u", "ism_r")]
+            lost, kept = (pooled([cell[key] for cell in cells]) for key in ("acc_u", "acc_r"))
             srk = f"{kept['percent'] / (lost['percent'] + 1):.2f}"
-            rows.append([person or f"all {len(people)}", method or "nothing", *ism, shown(lost), shown(kept), srk])
+            rows.append([person or f"all {len(people)}", method, *ism, shown(lost), shown(kept), srk])
     rates = ", ".join(f"{method} {rate:g}" for method, rate in chosen(found["trials"]).items())
     tuning, versions = found["tuning"], found["versions"]
     return (

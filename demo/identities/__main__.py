@@ -27,16 +27,18 @@ class IdentitiesConfig:
     measure: list[str] = option([], "erasures to draw with and judge, beside the model: train nothing", several=True,
                                 metavar="RUN")  # fmt: skip
     pictures: int = option(25, "pictures of each person that are drawn and judged", least=1)
+    results: str | None = option(None, "a JSON file to write the measurements into", metavar="FILE")
 
 
 def make(config: IdentitiesConfig) -> None:
     """Judge, autoencoder and network, each made unless ``work_dir`` has it; then the judge's word.
 
     Raises:
-        SalunError: an erasure that cannot be loaded.
+        SalunError: an erasure that cannot be loaded, or a file that cannot be written.
     """
     import torch
 
+    from salun_diffusion.files import write_json
     from salun_diffusion.tables import aligned
 
     from . import measure
@@ -54,7 +56,10 @@ def make(config: IdentitiesConfig) -> None:
         pipe = network.build(vae)
         network.train(pipe, latents, who, work, config.steps)
         network.save(pipe, seen, vectors, HERE / "concepts.json", folder)
-    print(aligned(measure.table(folder, config.measure, config.pictures)))
+    found = measure.measured(folder, config.measure, config.pictures)
+    if config.results:
+        write_json(config.results, found)
+    print(aligned(measure.table(found)))
 
 
 if __name__ == "__main__":

@@ -11,16 +11,17 @@ from salun_diffusion import list_erasures, load_erasure, unload_erasure
 from salun_diffusion.concepts.concept import Row
 from salun_diffusion.files import read_json
 from salun_diffusion.models import load_model
+from salun_diffusion.stats import wilson
 
 from . import judge
 
 
-def table(folder: Path, runs: list[str], pictures: int) -> list[list[str]]:
-    """Without ``runs`` everybody's mean; else for each of them whom it forgets (U) and the others (R), and above it the
-    same before it.
+def measured(folder: Path, runs: list[str], pictures: int) -> dict:
+    """What the model draws: ``everybody``, and in ``erasures`` for each of ``runs`` its ``concept`` and ``method``, and
+    ``before`` and ``after`` it of whom it forgets (U) and of the others (R) ``ism_u``, ``ism_r``, ``acc_u``, ``acc_r``.
 
     ISM is the mean cosine of the vector that the judge reads from a picture to the person's mean vector; Acc the share
-    of pictures of which that person is the nearest; SRK = Acc of R / (Acc of U + 0.01).
+    of pictures of which that person is the nearest, with its Wilson 95% interval.
 
     Args:
         folder: of the model.
@@ -31,19 +32,42 @@ def table(folder: Path, runs: list[str], pictures: int) -> list[list[str]]:
         SalunError: an erasure that cannot be loaded.
     """
     model = load_model(str(folder))
-    base = scores(model, folder, pictures)
-    if not runs:
-        return [["", "ISM", "Acc"], ["everybody", *(f"{part.mean():.3f}" for part in base)]]
-    rows = [["to forget", "erased by", "ISM of U", "ISM of R", "Acc of U", "Acc of R", "SRK"]]
+    base, erasures = scores(model, folder, pictures), []
+    everybody = torch.ones(len(model.people), dtype=torch.bool)
     for run in runs:
         name = load_erasure(model.pipe, run)
         (made,) = list_erasures(model.pipe)
         gone = torch.tensor([person in made["concept"].split(", ") for person in model.people])
-        for method, found in (("nothing", base), (made["method"], scores(model, folder, pictures))):
-            parts = [float(part[mask].mean()) for part in found for mask in (gone, ~gone)]
-            cells = [*parts, parts[3] / (parts[2] + 0.01)]
-            rows.append([made["concept"], method, *(f"{cell:.3f}" for cell in cells)])
+        told = {"concept": made["concept"], "method": made["method"]}
+        for when, found in (("before", base), ("after", scores(model, folder, pictures))):
+            told[when] = share(found, gone, pictures, "_u") | share(found, ~gone, pictures, "_r")
+        erasures.append(told)
         unload_erasure(model.pipe, name)
+    return {"pictures": pictures, "people": len(model.people), "everybody": share(base, everybody, pictures),
+            "erasures": erasures}  # fmt: skip
+
+
+def share(found: tuple[torch.Tensor, torch.Tensor], who: torch.Tensor, pictures: int, of: str = "") -> dict:
+    """ISM and Acc of some people, bool ``(people,)``, from :func:`scores`; their names end with ``of``."""
+    count = round(float(found[1][who].sum()) * pictures)
+    acc = wilson(count, int(who.sum()) * pictures)
+    return {f"ism{of}": round(float(found[0][who].mean()), 4), f"acc{of}": acc}
+
+
+def table(found: dict) -> list[list[str]]:
+    """Rows for people, of what :func:`measured` gives: everybody's without erasures, else each before and after."""
+
+    def shown(acc: dict) -> str:
+        return f"{acc['percent']:.1f} ({acc['low']:.1f}-{acc['high']:.1f})"
+
+    if not found["erasures"]:
+        own = found["everybody"]
+        return [["", "ISM", "Acc, %"], ["everybody", f"{own['ism']:.2f}", shown(own["acc"])]]
+    rows = [["to forget", "erased by", "ISM of U", "ISM of R", "Acc of U, %", "Acc of R, %"]]
+    for told in found["erasures"]:
+        for method, cells in (("nothing", told["before"]), (told["method"], told["after"])):
+            ism = [f"{cells[key]:.2f}" for key in ("ism_u", "ism_r")]
+            rows.append([told["concept"], method, *ism, *(shown(cells[key]) for key in ("acc_u", "acc_r"))])
     return rows
 
 
