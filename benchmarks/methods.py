@@ -6,9 +6,9 @@ one object and one style, which are not in the table; the trial with the highest
 setting for that kind of concept. Then it has to forget the table's concepts; SalUn and its adversarial form once more
 with the settings under "further", which took more trials than others had. Each is then attacked and relearned as
 "hidden" says, for what UA does not show. Each erasure is a process of its own on a core of its own, for its time and
-peak memory. ``docs/results/methods.json``, and the tables and plot of docs/methods.md, are written anew after each
-concept; what that file or ``--output_dir`` holds already is not made again (``--write_only``: the page
-from the committed JSON alone).
+peak memory. ``docs/results/methods-trials.json`` is written after the trials of each kind of concept;
+``docs/results/methods.json``, and the tables and plot of docs/methods.md, after each concept. What these files or
+``--output_dir`` hold already is not made again (``--write_only``: the page from the committed JSON alone).
 """
 
 import json
@@ -37,6 +37,7 @@ HERE = Path(__file__).parent
 CORES = sorted(os.sched_getaffinity(0))
 FREE: Queue = Queue()  # cores that no erasure is using
 RESULTS = HERE.parent / "docs" / "results" / "methods.json"
+TRIALS = RESULTS.with_name("methods-trials.json")
 
 
 @dataclass
@@ -82,8 +83,8 @@ def compare(options: MethodsConfig) -> None:
         for core in CORES:
             FREE.put(core)
         about = {"processor": platform.processor() or platform.machine(), "cores": len(CORES)}
-        chosen, trials = tune(config, folder, known)
-        found = {"about": about, "config": config, "chosen": chosen, "trials": trials, "concepts": {}}
+        chosen = tune(config, folder, read_json(TRIALS) if TRIALS.exists() else {})
+        found = {"about": about, "config": config, "chosen": chosen, "concepts": {}}
         found["frontier"] = frontier(config, chosen, folder, known)
         held = {(kind, entry["concept"]): entry for kind, mine in known.get("concepts", {}).items() for entry in mine}
         for kind, name in in_turn(config["concepts"]):
@@ -148,20 +149,20 @@ def best_settings(results: dict, further: dict) -> dict[str, dict[str, dict]]:
     return best
 
 
-def tune(config: dict, folder: Path, known: dict) -> tuple[dict, dict]:
-    """``(chosen, trials)``: by kind of concept and method, the settings of the best trial, and all trials' scores.
+def tune(config: dict, folder: Path, known: dict) -> dict:
+    """By kind of concept and method, the settings of the best trial; TRIALS gets all trials' scores, kind by kind.
 
     Args:
         config: what to measure.
         folder: of the trials.
-        known: results before this; trials in them that are wanted as they were made are taken from there.
+        known: TRIALS before this; trials in it that are wanted as they were made are taken from there.
     """
     chosen: dict = {kind: {} for kind in config["tuning"]}
-    trials: dict = {kind: {} for kind in config["tuning"]}
     alike = all(_tuned(known, key) == _tuned({"config": config}, key) for key in ("digest", "settings", "images"))
+    trials: dict = {}
     for kind, concept in config["tuning"].items():
         made: dict = known["trials"].get(kind, {}) if alike and known["config"]["tuning"].get(kind) == concept else {}
-        new = {}
+        new, trials[kind] = {}, {}
         for method, grid in config["grid"].items():
             held = {json.dumps(trial["settings"]): trial for trial in made.get(method, [])}
             trials[kind][method] = [held.get(json.dumps(own)) for own in grid]
@@ -172,9 +173,11 @@ def tune(config: dict, folder: Path, known: dict) -> tuple[dict, dict]:
                 scores = {key: model[key]["percent"] for key in ("ua", "ira", "cra")}
                 mean = {"score": round(sum(scores.values()) / 3, 2)}
                 trials[kind][method][config["grid"][method].index(own)] = {"settings": own} | mean | scores
+            others = known["trials"] if alike else {}
+            write_json(TRIALS, {"config": config, "trials": others | trials})
         for method, mine in trials[kind].items():
             chosen[kind][method] = max(mine, key=lambda trial: trial["score"])["settings"]
-    return chosen, trials
+    return chosen
 
 
 def _tuned(results: dict, key: str):
