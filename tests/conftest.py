@@ -9,6 +9,14 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 
 import pytest  # noqa: E402
 import tiny  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_left_behind():
+    """A test's own Accelerator is the caller's to a later test's erase(), which then may have no other precision."""
+    yield
+    AcceleratorState._reset_state()
 
 
 @pytest.fixture(scope="session")
