@@ -13,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from salun_diffusion.config import EraseConfig
 from salun_diffusion.data.sets import ImageSet
+from salun_diffusion.filling import fill
 from salun_diffusion.masks.saliency import top_density
 from salun_diffusion.masks.scope import scoped_parameters
 from salun_diffusion.models import model_of
@@ -110,9 +111,8 @@ def reference_step(config: BenchmarkConfig) -> dict:
 def our_step(config: BenchmarkConfig) -> dict:
     """The trainer itself, over random latents and prompts; and the passes alone, in its process."""
     network = unet(config)
-    erasure = EraseConfig(concept=["benchmark"], train_batch_size=config.batch_size, max_train_steps=config.steps).fill(
-        {}, "benchmark"
-    )
+    erasure = EraseConfig(concept=["benchmark"], train_batch_size=config.batch_size, max_train_steps=config.steps)
+    fill(erasure, {}, "benchmark")
     count, side = 2 * config.batch_size, config.resolution // 8
 
     def images(anchored: bool) -> ImageSet:

@@ -1,18 +1,14 @@
 """The options of ``erase_concept.py``: one dataclass from which the command line and ``--config FILE`` are derived."""
 
 import difflib
-import os
-import re
-import textwrap
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
 from .concepts.concept import TYPES
 from .errors import SalunError
-from .files import key_of
 from .masks import SALIENCY
-from .methods import METHODS, NEEDS_DRAWING, NEEDS_SALIENCY, find_method, names_of
+from .methods import METHODS, find_method
 from .options import checked, option
 
 THRESHOLDS = ("global", "layer")
@@ -24,14 +20,7 @@ FREE = (  # what may differ between a run and its checkpoint
     "validation_steps", "offload",
 )  # fmt: skip
 HUB = ("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo")  # where a run goes; no part of what it is
-SOURCES = ("command line", "the call", "config file", "accelerate launch", "preset", "method", "adapter", "default")
-WHOLE_LAYERS = ("density", "threshold")  # settings that choose single weights: of no use to an adapter
-LONGEST = 120  # bytes of the concept in the run folder's name
 ADAPTERS = ("lora",)
-RANK = 16
-# Times the learning rate where it was not given: Adam moves a layer's output less through two thin factors than through
-# all of its weights. On the demo model 4 to 10 times as much ends on the same losses, once as much on twice them.
-ADAPTER_RATE = 4
 LR_SCHEDULERS = ("constant", "linear", "cosine")
 
 
@@ -178,7 +167,7 @@ class EraseConfig:
     hub_private_repo: bool = option(False, "if the repository is made now, make it private")
 
     # No settings, but what is known of them: setting → where it came from; the same for the method's own options, with
-    # their text; settings that the method has no use for; whether `fill` is done.
+    # their text; settings that the method has no use for; whether that (filling.py) is done.
     sources: ClassVar[dict[str, str] | None] = None
     option_sources: ClassVar[dict[str, tuple[str, str]]] = {}
     unused: ClassVar[list[str]] = []
@@ -220,203 +209,6 @@ class EraseConfig:
         config.sources = sources
         config.check()
         return config
-
-    def fill(self, preset: dict, name: str) -> "EraseConfig":
-        """Put the preset's settings, then the method's, then the general defaults, where the user said nothing; the run
-        folder is named by ``name``. In a preset, what stands under a method's name is for that method.
-
-        ``sources`` then says of every setting where it came from.
-
-        Raises:
-            SalunError: a value outside its range, or one that was given and of which the method has no use.
-        """
-        if self.filled:
-            return self
-        method, given = find_method(self.method), self.sources
-        if given is None:  # made field by field: what differs from the defaults was given
-            defaults = type(self)(concept=self.concept)
-            given = {item.name: "the call" for item in fields(self)
-                     if getattr(self, item.name) != getattr(defaults, item.name)}  # fmt: skip
-        self._heed_accelerate(given)
-        filled = {
-            "alpha": 1.0, "retain_target": "noise", "learning_rate": 1e-5, "lr_scheduler": "constant",
-            "max_train_steps": 500, "train_batch_size": 8, "num_forget_images": 400, "num_retain_images": 800,
-            "num_inference_steps": 50, "guidance_scale": 7.5, "sample_batch_size": 8,
-            "saliency_guidance": 8.5, "condition_dropout": None, "mask": method.mask, "scope": method.scope,
-        }  # fmt: skip
-        self.sources = dict.fromkeys([item.name for item in fields(self)], "default")
-        self.sources |= dict.fromkeys(("mask", "scope"), "method") | {"anchor": "preset"}
-        options: list[tuple[str, str]] = []  # NAME=VALUE, and where it came from
-        layers = [("method", method.settings)]
-        layers += [("preset", {key: value for key, value in preset.items() if key not in METHODS})]
-        layers += [("preset", preset.get(name, {})) for name in names_of(method)]
-        for source, layer in layers:
-            unknown = set(layer) - {*filled, "method_option"}
-            if unknown:
-                raise SalunError(
-                    f"The concept's settings name {sorted(unknown)}; only {sorted(filled)}, method_option or methods "
-                    "may stand there."
-                )
-            layer = checked(layer, type(self), "The concept's settings:")
-            options += [(text, source) for text in layer.pop("method_option", [])]
-            filled |= layer
-            self.sources |= dict.fromkeys(layer, source)
-        for setting in method.ignores:
-            if setting in given and getattr(self, setting) is not None:
-                raise SalunError(f"--{setting} means nothing to --method {self.method}: leave it out.")
-        mask = self.mask or filled["mask"]
-        if method.closed_form and mask != "none":
-            does = "chooses its weights itself" if method.sparse else "solves for whole matrices"
-            raise SalunError(f"--mask {mask}: --method {self.method} {does}; only none goes.")
-        options += [(text, given.get("method_option", "")) for text in self.method_option or []]
-        self.method_option = [text for text, _ in options]  # the last one of a name counts
-        self.option_sources = {text.partition("=")[0]: (text, source) for text, source in options}
-        own = method.parse(self.method_option)
-        self.unused = [*method.unused(mask, own), *self._check_adapter(method, mask)]
-        if self.offload and self.validation_steps:
-            raise SalunError(
-                "--offload keeps the whole pipeline off the device, and --validation_steps would draw with all of it "
-                "beside the training: leave one of the two out."
-            )
-        if self.validation_steps:  # those pictures are drawn whatever the method trains on
-            self.unused = [name for name in self.unused if name not in NEEDS_DRAWING]
-        if mask == "saliency":
-            self._check_saliency(method, given)
-        for setting in self.unused:
-            if setting in given and getattr(self, setting) is not None:
-                without = " without --mask saliency" if setting in NEEDS_SALIENCY else ""
-                if self.adapter and setting in WHOLE_LAYERS:
-                    raise SalunError(
-                        f"--{setting} means nothing to --adapter {self.adapter}, which moves whole layers: leave it "
-                        "out, and say by --rank how much may change."
-                    )
-                raise SalunError(f"--{setting} means nothing to --method {self.method}{without}: leave it out.")
-        if self.adapter and not method.adapter:
-            filled["learning_rate"] *= ADAPTER_RATE
-            self.sources["learning_rate"] = "adapter"
-        for setting, value in filled.items():
-            if getattr(self, setting) is None and setting not in method.ignores:
-                setattr(self, setting, value)
-        self.sources |= given | ({"mixed_precision": "accelerate launch"} if self.from_accelerate else {})
-        if not self.output_dir:
-            method_too = "" if self.method == "salun" else f"-{self.method}"
-            slug = re.sub(r"\W+", "-", name.lower()).strip("-")
-            if not slug or len(slug.encode()) > LONGEST:  # a file system's limit is 255 bytes
-                slug = slug.encode()[:LONGEST].decode(errors="ignore").rpartition("-")[0] or "concept"
-                slug += "-" + key_of(name, 8)
-            asked = self.adapter and not method.adapter
-            self.output_dir = "runs/" + slug + method_too + (f"-{self.adapter}" if asked else "")
-        self.check()
-        self.filled = True
-        return self
-
-    def _check_saliency(self, method: type, given: dict[str, str]) -> None:
-        """Note what the score has no use for.
-
-        Raises:
-            SalunError: a score that the method's sets do not allow, or a setting that it has no use for.
-        """
-        if self.saliency == "contrast" and not method.uses_retain:
-            raise SalunError(
-                f"--saliency contrast looks at a retain set, which --method {self.method} has not: choose another."
-            )
-        if self.saliency in ("random", "magnitude"):
-            if "saliency_guidance" in given:
-                raise SalunError(f"--saliency_guidance means nothing to --saliency {self.saliency}: leave it out.")
-            self.unused = [*self.unused, "saliency_guidance"]
-
-    def _check_adapter(self, method: type, mask: str) -> tuple[str, ...]:
-        """Put the rank in where an adapter is trained; the settings that it has no use for.
-
-        Raises:
-            SalunError: an adapter that cannot be trained so, or a rank without one.
-        """
-        if method.adapter:
-            self.adapter, self.sources["adapter"] = method.adapter, "method"
-            if self.rank is None:
-                self.rank, self.sources["rank"] = method.rank, "method"
-        if not self.adapter:
-            if self.rank is not None:
-                raise SalunError("--rank means nothing without --adapter lora: leave it out.")
-            return ()
-        if method.component:
-            raise SalunError(
-                f"--adapter {self.adapter}: --method {self.method} edits the {method.component}, and adapters go onto "
-                "the denoiser: leave --adapter out."
-            )
-        if method.closed_form:
-            raise SalunError(
-                f"--adapter {self.adapter}: --method {self.method} trains nothing, but solves for whole matrices: "
-                "leave --adapter out; python -m salun_diffusion export RUN --format lora makes a LoRA of its erasure."
-            )
-        if mask not in ("saliency", "none"):
-            raise SalunError(
-                f"--mask {mask}: an adapter moves whole layers, and a mask file says which single weights may change: "
-                "give --mask saliency, or none for all layers of the scope."
-            )
-        self.rank = RANK if self.rank is None else self.rank
-        return WHOLE_LAYERS
-
-    def _heed_accelerate(self, given: dict[str, str]) -> None:
-        """Take the precision that `accelerate launch --mixed_precision` leaves in the environment."""
-        wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower() or "no"
-        if wanted in ("no", self.mixed_precision):  # its default is "no" too: it then asked for nothing
-            return
-        if "mixed_precision" in given or wanted not in PRECISIONS:
-            raise SalunError(
-                f"accelerate's mixed_precision is '{wanted}' and this run's '{self.mixed_precision}': give the same to "
-                f"both, or to one alone ({', '.join(PRECISIONS)})."
-            )
-        self.mixed_precision, self.from_accelerate = wanted, True
-
-    def table(self) -> str:
-        """The resolved settings that this run uses, by where each came from: a line or more for each source."""
-        shown: dict[str, list[str]] = {}
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if value is None or value is False or item.name in (*self.unused, "method_option", "hub_token"):
-                continue
-            text = " + ".join(map(str, value)) if isinstance(value, list) else str(value)
-            shown.setdefault(self.sources[item.name], []).append(f"{item.name}={text}")
-        for text, source in self.option_sources.values():
-            shown.setdefault(source, []).append(text)
-        width = max(map(len, shown))
-        order = sorted(shown, key=lambda source: SOURCES.index(source))
-        return "\n".join(
-            textwrap.fill(
-                "  ".join(shown[source]), 118, initial_indent=f"  {source:{width}}  ",
-                subsequent_indent=" " * (width + 4), break_long_words=False, break_on_hyphens=False,
-            )
-            for source in order
-        )  # fmt: skip
-
-    def one_preset(self, presets: dict[str, dict]) -> dict:
-        """The settings that all concepts of a run share.
-
-        Args:
-            presets: concept → its preset's settings.
-
-        Raises:
-            SalunError: two concepts have different ones of a setting that was not given.
-        """
-        method, given = find_method(self.method), self.sources or {}
-        flat = {}
-        for concept, preset in presets.items():
-            own = [preset.get(name, {}) for name in names_of(method)]
-            flat[concept] = {key: value for part in (preset, *own) for key, value in part.items() if key not in METHODS}
-        first, *others = flat
-        for other in others:
-            asked = sorted({*flat[first], *flat[other]} - {*given, *method.ignores})
-            pairs = {
-                key: (flat[first].get(key), flat[other].get(key)) for key in asked if getattr(self, key, None) is None
-            }
-            if differ := {key: (one, two) for key, (one, two) in pairs.items() if one != two}:
-                told = ", ".join(f"{key} ({one}, {two})" for key, (one, two) in differ.items())
-                raise SalunError(
-                    f"'{first}' and '{other}' have presets of their own that differ in {told}: say "
-                    f"{', '.join(f'--{key}' for key in differ)} for both, or erase them in two runs."
-                )
-        return presets[first]
 
     def check(self) -> None:
         """Raise SalunError for the first value out of range, in a sentence."""

@@ -22,6 +22,7 @@ from .erasures.lora import check_adaptable
 from .erasures.mask import load_masks, union
 from .errors import SalunError
 from .files import key_of, locked, sha256
+from .filling import fill, one_preset, table
 from .hub import push, remote
 from .masks.ranks import adaptable_layers, salient_ranks, uniform_ranks
 from .masks.saliency import select
@@ -83,8 +84,8 @@ def _erase(config: EraseConfig, pipe) -> Run:
     # What to forget, in which model, by which method.
     known, commit = _resolved(config, pipe)
     concepts = find_concepts(config.concept, known, config.anchor, config.concept_type)
-    preset = config.one_preset({concept.value: concept.settings for concept in concepts})
-    config.fill(preset, ", ".join(concept.name for concept in concepts))
+    preset = one_preset(config, {concept.value: concept.settings for concept in concepts})
+    fill(config, preset, ", ".join(concept.name for concept in concepts))
     config.anchor = [concept.anchor for concept in concepts]
     method = find_method(config.method)
     sources = {
@@ -100,7 +101,7 @@ def _erase(config: EraseConfig, pipe) -> Run:
             aim = f": to be drawn as {instead}" if method.has_anchor else ""
             also = f" (also as {', '.join(concept.synonyms)})" if concept.synonyms else ""
             say(f"Erasing '{concept.value}'{also} from {config.pretrained_model_name_or_path} by {config.method}{aim}.")
-        say(config.table())
+        say(table(config))
         hub_id = _repository(config) if is_main and config.push_to_hub else None
         with _model(config, pipe, commit) as model, ExitStack() as undo:
             method.check_fit(model, method.parse(config.method_option), f"--method {config.method}")

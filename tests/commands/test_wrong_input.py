@@ -18,6 +18,7 @@ from salun_diffusion.concepts.templates import Vocabulary
 from salun_diffusion.config import EraseConfig
 from salun_diffusion.export import ExportConfig
 from salun_diffusion.files import write_json
+from salun_diffusion.filling import fill
 from salun_diffusion.hub import PushConfig
 from salun_diffusion.models.load import load_pipeline
 from salun_diffusion.pruning import PruneConfig
@@ -186,7 +187,7 @@ def test_yaml_and_names_as_people_write_them(tmp_path):
     assert found == {"learning_rate": 1e-5, "mixed_precision": "no", "gradient_checkpointing": True}
     folders = set()
     for names in ([f"concept {i}" for i in range(60)], [f"concept {i}" for i in range(59)], ["!!!"], ["☃" * 300]):
-        config = EraseConfig(concept=names).fill({}, ", ".join(names))
+        config = fill(EraseConfig(concept=names), {}, ", ".join(names))
         name = config.output_dir.removeprefix("runs/")
         assert name and "/" not in name and len(name.encode()) < 150
         folders.add(name)

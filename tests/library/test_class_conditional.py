@@ -225,11 +225,12 @@ def test_the_saliency_of_a_class_is_that_of_a_plain_loop(unet, tmp_path):
 
     from salun_diffusion.config import EraseConfig
     from salun_diffusion.data.sets import drawn_set
+    from salun_diffusion.filling import fill
     from salun_diffusion.training.batches import Batches
 
     concept = find_concept("3", unet)
     config = EraseConfig(concept=["3"], num_forget_images=4, num_inference_steps=3, data_dir=str(tmp_path / "data"))
-    config.fill(concept.settings, "3")
+    fill(config, concept.settings, "3")
     accelerator = Accelerator(cpu=True)
     images = drawn_set(model, [concept.forget_rows(4, seed, "training")], config, "forget", accelerator)
     batches = Batches(accelerator, model, {"forget": images}, seed, 2, 3, config.data_dir)

@@ -15,6 +15,7 @@ from shell import run
 from salun_diffusion import Delta, SalunError, erase, list_erasures, load_erasure, unload_erasure
 from salun_diffusion.config import FREE, EraseConfig
 from salun_diffusion.erasures.mask import describe, load_masks, save_masks
+from salun_diffusion.filling import fill, one_preset, table
 
 QUICK = {
     "num_forget_images": 4, "num_retain_images": 4, "num_inference_steps": 3, "max_train_steps": 2,
@@ -168,11 +169,11 @@ def test_a_config_can_be_used_again(tiny_folder, tmp_path):
 def test_the_table_of_settings_shows_each_with_its_source():
     config = EraseConfig.given({"concept": ["airplane"], "seed": 0, "method": "esd"}, {"seed": "command line"})
     preset = {"esd": {"method_option": ["negative_guidance=2"]}, "alpha": 3.0}
-    config.fill(preset, "airplane")
-    lines = {line.split()[0]: line for line in config.table().splitlines()}
+    fill(config, preset, "airplane")
+    lines = {line.split()[0]: line for line in table(config).splitlines()}
     assert "seed=0" in lines["command"] and "negative_guidance=2" in lines["preset"]
     with pytest.raises(SalunError, match="The concept's settings: 'alpha' is '3', but must be of type float"):
-        EraseConfig(concept=["airplane"]).fill({"alpha": "3"}, "airplane")
+        fill(EraseConfig(concept=["airplane"]), {"alpha": "3"}, "airplane")
 
 
 def test_several_concepts_resume_in_any_process(tiny_folder, tmp_path):
@@ -345,24 +346,26 @@ def test_settings_of_concepts_of_different_kinds_are_given_or_refused():
     with pytest.raises(
         SalunError, match=r"'church' and 'ink' have presets .* differ in alpha \(0.5, 2.0\): say --alpha"
     ):
-        EraseConfig.from_call("demo", ["church", "ink"], {}).one_preset(presets)
+        one_preset(EraseConfig.from_call("demo", ["church", "ink"], {}), presets)
     config = EraseConfig.from_call("demo", ["church", "ink"], {"alpha": 1.5})
-    assert config.fill(config.one_preset(presets), "x").alpha == 1.5
-    assert EraseConfig.from_call("demo", ["church", "ink"], {"method": "uce"}).one_preset(presets) == presets["church"]
+    assert fill(config, one_preset(config, presets), "x").alpha == 1.5
+    solved = EraseConfig.from_call("demo", ["church", "ink"], {"method": "uce"})
+    assert one_preset(solved, presets) == presets["church"]
 
 
 def test_the_precision_of_accelerate_launch_is_heeded(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    config = EraseConfig.from_call("demo", "cat", {}).fill({}, "cat")
-    assert config.mixed_precision == "bf16" and "accelerate launch" in config.table()
+    config = fill(EraseConfig.from_call("demo", "cat", {}), {}, "cat")
+    assert config.mixed_precision == "bf16" and "accelerate launch" in table(config)
     for given in ("no", "fp16"):
         with pytest.raises(SalunError, match=f"accelerate's mixed_precision is 'bf16' and this run's '{given}'"):
-            EraseConfig.from_call("demo", "cat", {"mixed_precision": given}).fill({}, "cat")
+            fill(EraseConfig.from_call("demo", "cat", {"mixed_precision": given}), {}, "cat")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     with pytest.raises(SalunError, match="accelerate's mixed_precision is 'fp8'"):
-        EraseConfig.from_call("demo", "cat", {}).fill({}, "cat")
+        fill(EraseConfig.from_call("demo", "cat", {}), {}, "cat")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    assert EraseConfig.from_call("demo", "cat", {"mixed_precision": "bf16"}).fill({}, "cat").mixed_precision == "bf16"
+    asked = EraseConfig.from_call("demo", "cat", {"mixed_precision": "bf16"})
+    assert fill(asked, {}, "cat").mixed_precision == "bf16"
 
 
 def test_the_empty_anchor_and_every_name_reach_the_result(tmp_path):

@@ -13,8 +13,8 @@ from shell import ROOT
 # Each name is a file or a folder of the room, and may import only those before it (and, a folder, its own files).
 LIBRARY = [
     "errors", "files", "tensors", "stats", "colours", "tables", "options", "process", "concepts", "models", "guards",
-    "erasures", "loader", "pipeline_methods", "masks", "pruning", "methods", "config", "data", "training", "run", "hub",
-    "erasing", "command_line", "export", "__main__",
+    "erasures", "loader", "pipeline_methods", "masks", "pruning", "methods", "config", "filling", "data", "training",
+    "run", "hub", "erasing", "command_line", "export", "__main__",
 ]  # fmt: skip
 EVAL = [
     "options",

@@ -16,6 +16,7 @@ from salun_diffusion.command_line import parse
 from salun_diffusion.config import EraseConfig
 from salun_diffusion.erasures.adapter import Adapter
 from salun_diffusion.erasures.mask import load_masks
+from salun_diffusion.filling import fill
 from salun_diffusion.masks import SALIENCY
 from salun_diffusion.methods import METHODS, find_method, names_of
 from salun_diffusion.models.load import load_pipeline
@@ -115,7 +116,7 @@ def test_a_gradient_method_takes_any_mask(method, folders, tmp_path):
 
 def test_spm_is_an_adapter_of_rank_1_and_resumes(folders, tmp_path):
     """Without being asked for one; at the learning rate that it has, which is an adapter's already."""
-    settings = EraseConfig(["x"], method="spm").fill({}, "x")
+    settings = fill(EraseConfig(["x"], method="spm"), {}, "x")
     found = (settings.adapter, settings.rank, settings.learning_rate, settings.output_dir)
     assert found == ("lora", 1, 1e-4, "runs/x-spm")
     more = ["--max_train_steps", "4", "--checkpointing_steps", "2"]
@@ -226,12 +227,12 @@ def test_the_tokens_that_differ_are_the_concept(folders):
 def test_what_is_set_for_a_method_holds_for_those_made_from_it():
     assert names_of(find_method("random_label")) == ["salun", "random_label"]
     preset = {"num_forget_images": 7, "salun": {"learning_rate": 1.0, "alpha": 2.0}, "random_label": {"alpha": 3.0}}
-    found = EraseConfig(["x"], method="random_label").fill(preset, "x")
+    found = fill(EraseConfig(["x"], method="random_label"), preset, "x")
     assert (found.learning_rate, found.alpha, found.num_forget_images, found.mask) == (1.0, 3.0, 7, "none")
-    found = EraseConfig(["x"], method="esd", learning_rate=5.0).fill(preset, "x")
+    found = fill(EraseConfig(["x"], method="esd", learning_rate=5.0), preset, "x")
     assert (found.learning_rate, found.max_train_steps, found.alpha, found.num_forget_images) == (5.0, 1000, None, 7)
     preset["esd"] = {"method_option": ["negative_guidance=2", "erase_from=art"]}
-    found = EraseConfig(["x"], method="esd", method_option=["negative_guidance=3"]).fill(preset, "x")
+    found = fill(EraseConfig(["x"], method="esd", method_option=["negative_guidance=3"]), preset, "x")
     options = find_method("esd").parse(found.method_option)
     assert (options.negative_guidance, options.erase_from, options.start_guidance) == (3.0, "art", 3.0)
 

@@ -13,6 +13,7 @@ from salun_diffusion import SalunError
 from salun_diffusion.concepts.concept import Row
 from salun_diffusion.config import EraseConfig
 from salun_diffusion.data.sets import batches, drawn_set
+from salun_diffusion.filling import fill
 from salun_diffusion.masks.saliency import top_density
 from salun_diffusion.masks.scope import scoped_parameters
 from salun_diffusion.models import model_of
@@ -40,9 +41,8 @@ def setup(tiny_folder, tmp_path):
             "num_inference_steps": 2,
             "guidance_scale": 3.0,
         }
-        config = EraseConfig(concept=["airplane"], data_dir=str(tmp_path / "data"), **(settings | changes)).fill(
-            {}, "test"
-        )
+        config = EraseConfig(concept=["airplane"], data_dir=str(tmp_path / "data"), **(settings | changes))
+        fill(config, {}, "test")
         pipe = load_pipeline(str(tiny_folder))
         model, accelerator = model_of(pipe), Accelerator(cpu=True)
         forget = drawn_set(model, [FORGET], config, "forget", accelerator)
