@@ -20,6 +20,7 @@ from .erasures.mask import describe, save_masks
 from .errors import SalunError
 from .files import listed, make_folder, write_json, writing
 from .loader import list_erasures
+from .methods import find_method
 from .models.base import Model
 from .models.load import component
 
@@ -63,6 +64,9 @@ class RunFolder:
             "base_model": config.pretrained_model_name_or_path,
             "base_revision": commit,
         } | ({"rank": config.rank} if config.adapter else {})
+        method = find_method(config.method)
+        if method.by_prompt(method.parse(config.method_option)):
+            self.about["by_prompt"] = [name for concept in concepts for name in concept.names]
 
     def make_way(self, resumed: bool) -> bool:
         """Set a finished run's files aside, or delete what an unfinished one has left. A run that goes on keeps what is

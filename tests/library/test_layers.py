@@ -14,7 +14,7 @@ from shell import ROOT
 LIBRARY = [
     "errors", "files", "tensors", "stats", "colours", "tables", "options", "process", "concepts", "models", "guards",
     "erasures", "loader", "pipeline_methods", "masks", "pruning", "methods", "config", "filling", "data", "training",
-    "run", "hub", "erasing", "command_line", "export", "__main__",
+    "run", "hub", "choosing", "preparing", "erasing", "command_line", "export", "__main__",
 ]  # fmt: skip
 EVAL = [
     "options",
