@@ -90,7 +90,7 @@ def looped(pipe, predict, guidance):
     pictures = []
     for row in range(len(PROMPTS)):
         shape = (1, 4, pipe.unet.config.sample_size, pipe.unet.config.sample_size)
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(row))
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(row), dtype=pipe.unet.dtype)
         for number, t in enumerate(pipe.scheduler.timesteps):
             conditional, unconditional = predict(x, t, number, row)
             x = pipe.scheduler.step(unconditional + guidance * (conditional - unconditional), t, x).prev_sample
@@ -175,7 +175,7 @@ def safree_in_plain_steps(pipe, phrases, guidance):
         for i, distance in enumerate(distances):
             if not distance < 1.01 * np.mean(distances[:i] + distances[i + 1 :]):
                 states[i + 1] = away @ inside @ states[i + 1]
-        safe.append(torch.from_numpy(states)[None].float())
+        safe.append(torch.from_numpy(states)[None])
     empty = encode_empty(pipe)["encoder_hidden_states"]
 
     def predict(x, t, number, row):
@@ -186,12 +186,12 @@ def safree_in_plain_steps(pipe, phrases, guidance):
 
 @pytest.mark.parametrize("guidance", [7.5, 1.0])
 def test_safree_is_its_equations(guidance, pipe, tmp_path):
-    base = draw(pipe, guidance_scale=guidance)
     guard(pipe, "safree", tmp_path, phrases="airplane, a red dog", steps="all", latent_filter="none")
+    pipe.to(torch.float64)  # a prompt's embeddings lie nearly in one plane, where fp32 differs from machine to machine
     guarded = draw(pipe, guidance_scale=guidance)
     unload_erasure(pipe)
     assert close(guarded, safree_in_plain_steps(pipe, ["airplane", "a red dog"], guidance))
-    assert not close(guarded, base)
+    assert not close(guarded, draw(pipe, guidance_scale=guidance))
 
 
 def test_safree_guards_as_many_steps_as_the_prompt_is_moved(pipe, tmp_path):
