@@ -150,7 +150,7 @@ def _completed(options: Options, folder: Path) -> Options:
 
 def _composes(options: Options) -> bool:
     """Whether the base model's prompts ask for what ``composition`` counts, and a classifier can answer it."""
-    from salun_diffusion.concepts.concept import find_concepts
+    from salun_diffusion.concepts.finding import find_concepts
     from salun_diffusion.models.load import resolve
 
     where, commit = resolve(options.pretrained_model_name_or_path, options.revision)

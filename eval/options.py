@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from salun_diffusion.concepts.concept import TYPES
+from salun_diffusion.concepts.finding import TYPES
 from salun_diffusion.errors import SalunError
 from salun_diffusion.options import option
 

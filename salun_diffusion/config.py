@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
-from .concepts.concept import TYPES
+from .concepts.finding import TYPES
 from .errors import SalunError
 from .masks import SALIENCY
 from .methods import METHODS, find_method

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from .choosing import mask_of, ranks_of
-from .concepts.concept import Concept, find_concepts, shared_rows
+from .concepts.concept import Concept, shared_rows
+from .concepts.finding import find_concepts
 from .config import EraseConfig
 from .data.sets import ImageSet, contact_sheet, image_set
 from .data.sources import Source

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from salun_diffusion.concepts.concept import find_concepts
+from salun_diffusion.concepts.finding import find_concepts
 from salun_diffusion.config import EraseConfig
 from salun_diffusion.data.sets import image_set
 from salun_diffusion.filling import fill

@@ -16,7 +16,8 @@ import transformers
 from PIL import Image
 from tqdm import tqdm
 
-from salun_diffusion.concepts.concept import Concept, Row, find_concepts
+from salun_diffusion.concepts.concept import Concept, Row
+from salun_diffusion.concepts.finding import find_concepts
 from salun_diffusion.errors import SalunError
 from salun_diffusion.models import load_model
 from salun_diffusion.models.load import described_in, resolve

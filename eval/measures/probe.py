@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from salun_diffusion.concepts.concept import TYPES
+from salun_diffusion.concepts.finding import TYPES
 from salun_diffusion.errors import SalunError
 from salun_diffusion.options import option
 from salun_diffusion.tables import aligned
@@ -83,7 +83,7 @@ def run(options: Options) -> dict:
     import copy
     from pathlib import Path
 
-    from salun_diffusion.concepts.concept import find_concepts
+    from salun_diffusion.concepts.finding import find_concepts
     from salun_diffusion.files import write_json
     from salun_diffusion.models import load_model
     from salun_diffusion.models.load import resolve

@@ -106,7 +106,7 @@ def test_every_model_draws_the_same_prompts_from_the_same_noise(measured):
 
 def test_the_base_pictures_are_those_of_the_untouched_pipeline(base, measured):
     """Trying the erasures first must leave no trace in what the base model then draws."""
-    from salun_diffusion.concepts.concept import find_concept
+    from salun_diffusion.concepts.finding import find_concept
     from salun_diffusion.models.sampling import sample
 
     pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)

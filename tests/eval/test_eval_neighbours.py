@@ -8,7 +8,7 @@ from shell import here
 from test_eval_accuracy import base  # noqa: F401  (a fixture: a tiny pipeline with a judge and two erasures)
 
 from eval.measures import neighbours
-from salun_diffusion.concepts.concept import find_concept
+from salun_diffusion.concepts.finding import find_concept
 from salun_diffusion.errors import SalunError
 
 NONE = {"pretrained_model_name_or_path": "demo", "concept": ["airplane"], "output_dir": None}

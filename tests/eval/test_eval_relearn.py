@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from eval.measures import probe, relearn
 from eval.pages import compare, report
 from eval.relearning.learner import fine_tuned, learned_set
-from salun_diffusion.concepts.concept import find_concept
+from salun_diffusion.concepts.finding import find_concept
 from salun_diffusion.data.sets import batches
 from salun_diffusion.data.sources import Source
 from salun_diffusion.errors import SalunError

@@ -21,7 +21,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from eval.drawing import command as drawing
 from eval.measures import clip_score, composition, fid
 from eval.results import read, read_samples
-from salun_diffusion.concepts.concept import find_concept
+from salun_diffusion.concepts.finding import find_concept
 from salun_diffusion.errors import SalunError
 
 N = 70  # pictures of each model: FID at 64 dimensions needs as many

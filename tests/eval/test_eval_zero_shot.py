@@ -16,7 +16,7 @@ from eval.judges.zero_shot import ZeroShotJudge
 from eval.measures import accuracy
 from eval.subjects import applied, introduce
 from salun_diffusion import load_erasure
-from salun_diffusion.concepts.concept import find_concept
+from salun_diffusion.concepts.finding import find_concept
 from salun_diffusion.errors import SalunError
 from salun_diffusion.models import load_model
 

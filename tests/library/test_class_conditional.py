@@ -15,7 +15,8 @@ from shell import here
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from salun_diffusion import SalunError, erase, load_erasure, unload_erasure
-from salun_diffusion.concepts.concept import Row, find_concept
+from salun_diffusion.concepts.concept import Row
+from salun_diffusion.concepts.finding import find_concept
 from salun_diffusion.masks.saliency import select
 from salun_diffusion.methods.losses import guided
 from salun_diffusion.models import load_model

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from salun_diffusion import SalunError
-from salun_diffusion.concepts.concept import find_concept, find_concepts, shared_rows
+from salun_diffusion.concepts.concept import shared_rows
+from salun_diffusion.concepts.finding import find_concept, find_concepts
 
 WORLD = {
     "slots": {"object": ["airplane", "apple", "butterfly"], "style": ["ink", "oil"]},

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from plain_losses import plain_maps, scoped_names
 
-from salun_diffusion.concepts.concept import find_concepts
+from salun_diffusion.concepts.finding import find_concepts
 from salun_diffusion.config import EraseConfig
 from salun_diffusion.data.sets import image_set
 from salun_diffusion.filling import fill

@@ -56,7 +56,7 @@ load_erasure(pipe, "one.safetensors")
 assert torch.equal(weight, before + 0.5)
 unload_erasure(pipe)
 assert torch.equal(weight, before)
-from salun_diffusion.concepts.concept import find_concept
+from salun_diffusion.concepts.finding import find_concept
 print(find_concept("nudity").anchor)
 """
     done = subprocess.run([python, "-c", script], cwd=tmp_path, capture_output=True, text=True)

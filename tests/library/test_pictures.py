@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from shell import DEMO, QUICK, erase, here, run
 
-from salun_diffusion.concepts.concept import find_concept
+from salun_diffusion.concepts.finding import find_concept
 from salun_diffusion.data.cache import Latents
 from salun_diffusion.data.sources import Source
 from salun_diffusion.erasures.delta import Delta
