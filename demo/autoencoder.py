@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from .training import Checkpoint, loop, to_model, warm_cosine
+from .training import Checkpoint, in_bf16, loop, to_model, warm_cosine
 
 BATCH = 32
 # Of the latents, in every channel. Sixteen channels say the same of a flat background: at unit scale so much of it
@@ -55,7 +55,7 @@ def train(
 
     def loss_of(step: int) -> torch.Tensor:
         x = to_model(pictures[torch.randint(len(pictures), (BATCH,))])
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
+        with in_bf16(x.device.type, bfloat16):
             posterior = vae.encode(x).latent_dist
             error = vae.decode(posterior.sample()).sample.float() - x
         pull = 1e-5 * posterior.kl().mean() / posterior.mean[0].numel()

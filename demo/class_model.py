@@ -15,7 +15,7 @@ from salun_diffusion.models import load_model
 from salun_diffusion.models.class_pipeline import ClassConditionalPipeline
 
 from .class_judge import prepared, processor
-from .training import Average, Checkpoint, loop
+from .training import Average, Checkpoint, in_bf16, loop
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def train(
         if recipe.flip:
             clean = torch.where((torch.rand(recipe.batch) < 0.5).view(-1, 1, 1, 1), clean.flip(3), clean)
         noisy = schedule.add_noise(clean, noise, t)
-        with torch.autocast(device, torch.bfloat16, enabled=recipe.bfloat16):
+        with in_bf16(device, recipe.bfloat16):
             predicted = network(noisy.to(device), t.to(device), told.to(device)).sample
         return (predicted.float() - noise.to(device)).square().mean()
 

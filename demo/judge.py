@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from .scenes import BACKGROUNDS, NUMBERS, OBJECTS, STYLES, Scene, smear
-from .training import TRAIN_SEEDS, Checkpoint, loop, to_model, warm_cosine
+from .training import TRAIN_SEEDS, Checkpoint, in_bf16, loop, to_model, warm_cosine
 
 NOTHING = "nothing"
 GROUPS = {
@@ -104,7 +104,7 @@ def train(
         rows = torch.randint(len(pictures), (BATCH,))
         x = to_model(pictures[rows])
         x[:part] = to_model(blurred[torch.randint(SMEARS, (part,))])
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), in_bf16("cpu"):
             seen = latents[rows[part : BATCH // 2]]
             seen = torch.cat(
                 [
@@ -119,7 +119,7 @@ def train(
             + 0.02 * torch.randn_like(x)
         )
         x = F.interpolate(x.clamp(-1, 1), 128, mode="bilinear")
-        with torch.autocast("cpu", torch.bfloat16):
+        with in_bf16("cpu"):
             logits = split(judge(x).logits.float())
         loss = 0.0
         for group, names in GROUPS.items():

@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .judge import GROUPS, targets
 from .scenes import Scene, caption, said
-from .training import TRAIN_SEEDS, Average, Checkpoint, loop, warm_cosine
+from .training import TRAIN_SEEDS, Average, Checkpoint, in_bf16, loop, warm_cosine
 
 BATCH = 32
 TEXTS = 128  # captions a step of the text encoder
@@ -170,7 +170,7 @@ def train(
         tokens = _tokens(words, [text for _, text in _captions(rows, rng)])
         clean, noise = latents[rows], torch.randn(BATCH, *latents.shape[1:]).to(device)
         t = torch.randint(1000, (BATCH,)).to(device)
-        with torch.autocast(device, torch.bfloat16):
+        with in_bf16(device):
             text = encoder(tokens.to(device))[0]
             predicted = unet(scheduler.add_noise(clean, noise, t), t, text).sample
         snr = compute_snr(scheduler, t)

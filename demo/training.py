@@ -13,6 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from salun_diffusion.process import emulates_bf16
+
 from .scenes import SIZE, Scene, render
 
 TRAIN_SEEDS = range(0, 65_536)
@@ -44,6 +46,11 @@ def pictures(seeds: range, art: dict, cache: Path) -> torch.Tensor:
 def to_model(pictures: torch.Tensor) -> torch.Tensor:
     """uint8 0…255 → float32 −1…1."""
     return pictures.float() / 127.5 - 1
+
+
+def in_bf16(device: str, wanted: bool = True) -> torch.autocast:
+    """Autocast to bf16 where ``wanted``, and where the device computes in it; fp32 elsewhere."""
+    return torch.autocast(device, torch.bfloat16, enabled=wanted and not emulates_bf16(device))
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:

@@ -26,7 +26,7 @@ from .hub import push, remote
 from .methods import find_method
 from .models.base import Model
 from .preparing import base_model, check_counts, check_fit, checkpoints_of, in_scope, resolved
-from .process import Callback, accelerator_for, reporting_to
+from .process import Callback, accelerator_for, emulates_bf16, reporting_to
 from .run import DTYPES, Run, RunFolder
 from .training.adapter import AdapterChange
 from .training.batches import Batches
@@ -92,6 +92,8 @@ def _erase(config: EraseConfig, pipe) -> Run:
         check_counts(config, concepts, accelerator.num_processes)
         say("\n".join(_told(config, concept, method) for concept in concepts))
         say(table(config))
+        if config.mixed_precision == "bf16" and emulates_bf16(accelerator.device):
+            say("This processor has no instructions for bf16 and emulates it: without --mixed_precision it is faster.")
         hub_id = _repository(config) if is_main and config.push_to_hub else None
         with base_model(config, pipe, commit) as model, ExitStack() as undo:
             check_fit(config, method, model)

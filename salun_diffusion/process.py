@@ -58,6 +58,14 @@ def place() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
+def emulates_bf16(device: torch.device | str) -> bool:
+    """Whether a device is a processor without instructions for bf16 (AVX-512 BF16, AMX): it then takes dozens of times
+    as long as in fp32. Older versions of torch cannot tell, and neither can they of other than x86 processors: False.
+    """
+    known = getattr(torch.cpu, "get_capabilities", dict)() if torch.device(device).type == "cpu" else {}
+    return known.get("avx2", False) and not (known.get("avx512_bf16", False) or known.get("amx_bf16", False))
+
+
 def spread_threads(state: Accelerator | PartialState) -> None:
     """Share the processor's cores among the processes: accelerate launch and torchrun leave each one thread unless told
     otherwise. An OMP_NUM_THREADS of the user's own is kept.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import ResNetForImageClassification
 
 from ..class_judge import build, prepared
-from ..training import Checkpoint, loop, to_model, warm_cosine
+from ..training import Checkpoint, in_bf16, loop, to_model, warm_cosine
 
 SIDE = 64  # what a picture is resized to: the network's stem divides by four
 BATCH = 128
@@ -33,7 +33,7 @@ def train(pictures: torch.Tensor, labels: torch.Tensor, names: list[str], work: 
     def loss_of(step: int) -> torch.Tensor:
         rows = torch.randint(len(pictures), (BATCH,))
         x = prepared(_varied(to_model(pictures[rows])), SIDE).to(device)
-        with torch.autocast(device, torch.bfloat16):
+        with in_bf16(device):
             logits = judge(x).logits
         return F.cross_entropy(logits.float(), labels[rows].to(device), label_smoothing=0.05)
 

@@ -10,6 +10,7 @@ from shell import here
 
 from demo import class_model
 from demo.cifar10.recipes import RECIPES, SCHEDULERS
+from demo.training import in_bf16
 from salun_diffusion.models import load_model
 
 NAMES = ("airplane", "frog")
@@ -63,6 +64,18 @@ def test_the_average_is_saved_or_the_raw_weights(tmp_path):
     how = (RECIPES["small"], pictures, labels, 2, "test", tmp_path / "one.safetensors", 3, 0)
     averaged, raw = class_model.train(*how), class_model.train(*how, averaged=False)
     assert not all(torch.equal(one, two) for one, two in zip(averaged.parameters(), raw.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("known, dtype", [
+    ({"avx2": True, "avx512_bf16": True}, torch.bfloat16), ({"avx2": True, "amx_bf16": True}, torch.bfloat16),
+    ({"avx2": True}, torch.float32), ({}, torch.bfloat16),
+])  # fmt: skip
+def test_bf16_is_left_to_processors_that_compute_in_it(known, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    with in_bf16("cpu"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is dtype
+    with in_bf16("cpu", wanted=False):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.float32
 
 
 def test_the_published_network_has_the_published_size():

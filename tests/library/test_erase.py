@@ -368,6 +368,14 @@ def test_the_precision_of_accelerate_launch_is_heeded(monkeypatch):
     assert fill(asked, {}, "cat").mixed_precision == "bf16"
 
 
+@pytest.mark.parametrize("known", [{"avx2": True}, {"avx2": True, "avx512_bf16": True}])
+def test_a_processor_that_only_emulates_bf16_is_told(known, tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    how = {"method": "uce", "mixed_precision": "bf16", "num_forget_images": 2, "num_retain_images": 2}
+    erase(str(tiny_folder), "steam engine", output_dir=tmp_path, **how)
+    assert ("has no instructions for bf16" in capsys.readouterr().out) == (known == {"avx2": True})
+
+
 def test_the_empty_anchor_and_every_name_reach_the_result(tmp_path):
     """Two erasures by closed form, of which the second has one name less: the bits differ, so the name counted."""
     tiny.build(tmp_path / "base")
