@@ -270,9 +270,13 @@ def erase_and_judge(config: dict, wanted: dict, concept: str, folder: Path, imag
     erase(config, concept, *next(iter(wanted.values())), runs[0])  # first alone: it draws what the others share
     with ThreadPoolExecutor(len(CORES)) as pool, tqdm(desc=f"erasing {concept}", total=len(runs), unit="run") as bar:
         jobs = [pool.submit(erase, config, concept, *wanted[name], run) for name, run in zip(wanted, runs, strict=True)]
-        for job in jobs:
-            job.result()
-            bar.update()
+        try:
+            for job in jobs:
+                job.result()
+                bar.update()
+        except BaseException:  # a failed run, or Ctrl-C: those that are under way end, and no other is begun
+            pool.shutdown(cancel_futures=True)
+            raise
     done, asked = folder / "asked.json", {"models": {name: list(what) for name, what in wanted.items()}} | counts
     if not done.exists() or json.loads(done.read_text()) != asked:
         words = [word for name, count in counts.items() for word in (f"--{name}", count)]
