@@ -160,6 +160,7 @@ def tune(config: dict, folder: Path, known: dict) -> dict:
     chosen: dict = {kind: {} for kind in config["tuning"]}
     alike = all(_tuned(known, key) == _tuned({"config": config}, key) for key in ("digest", "settings", "images"))
     trials: dict = {}
+    judged: dict = known.get("judged", {}) if alike else {}
     for kind, concept in config["tuning"].items():
         made: dict = known["trials"].get(kind, {}) if alike and known["config"]["tuning"].get(kind) == concept else {}
         new, trials[kind] = {}, {}
@@ -168,13 +169,15 @@ def tune(config: dict, folder: Path, known: dict) -> dict:
             trials[kind][method] = [held.get(json.dumps(own)) for own in grid]
             new |= {f"{method}-{i}": (method, own) for i, own in enumerate(grid) if not trials[kind][method][i]}
         if new:
-            models = erase_and_judge(config, new, concept, folder / "tuning" / concept, "tuning")["models"][1:]
-            for model, (method, own) in zip(models, new.values(), strict=True):
+            found = erase_and_judge(config, new, concept, folder / "tuning" / concept, "tuning")
+            for model, (method, own) in zip(found["models"][1:], new.values(), strict=True):
                 scores = {key: model[key]["percent"] for key in ("ua", "ira", "cra")}
                 mean = {"score": round(sum(scores.values()) / 3, 2)}
                 trials[kind][method][config["grid"][method].index(own)] = {"settings": own} | mean | scores
+            judged[kind] = {key: found[key] for key in ("versions", "protocol", "classifier")}
+            about = {key: config[key] for key in ("base", "digest", "tuning", "images", "settings")}
             others = known["trials"] if alike else {}
-            write_json(TRIALS, {"config": config, "trials": others | trials})
+            write_json(TRIALS, {"config": about, "judged": judged, "trials": others | trials})
         for method, mine in trials[kind].items():
             chosen[kind][method] = max(mine, key=lambda trial: trial["score"])["settings"]
     return chosen

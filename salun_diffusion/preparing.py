@@ -41,7 +41,11 @@ def resolved(config: EraseConfig, pipe) -> tuple[Path | Vocabulary | None, str |
 
 @contextmanager
 def base_model(config: EraseConfig, pipe, commit: str | None) -> Iterator[Model]:
-    """The base model: loaded, or the caller's pipeline, given back as it was."""
+    """The base model: loaded, or the caller's pipeline, given back as it was.
+
+    Raises:
+        SalunError: it cannot be loaded, or the caller's pipeline is not plainly the base model in the run's precision.
+    """
     if pipe is None:
         name, dtype = config.pretrained_model_name_or_path, DTYPES[config.mixed_precision]
         yield load_model(name, commit, dtype, config.variant)

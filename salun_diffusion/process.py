@@ -59,8 +59,9 @@ def place() -> PartialState:
 
 
 def emulates_bf16(device: torch.device | str) -> bool:
-    """Whether a device is a processor without instructions for bf16 (AVX-512 BF16, AMX): it then takes dozens of times
-    as long as in fp32. Older versions of torch cannot tell, and neither can they of other than x86 processors: False.
+    """Whether a device is a processor without instructions for bf16 (AVX-512 BF16, AMX): it then takes longer than in
+    fp32, with AVX2 alone many times as long. Older versions of torch cannot tell, and none can of other than x86
+    processors: False.
     """
     known = getattr(torch.cpu, "get_capabilities", dict)() if torch.device(device).type == "cpu" else {}
     return known.get("avx2", False) and not (known.get("avx512_bf16", False) or known.get("amx_bf16", False))
