@@ -2,6 +2,7 @@
 
 import copy as copy_module
 import random
+import re
 import tempfile
 from pathlib import Path
 
@@ -150,7 +151,7 @@ def test_soft_prompt_moves_each_prompt_as_if_it_were_alone(target):
     for case, outcome in zip(CASES, found, strict=True):
         clean, own = target.clean([case])[0], target.generator(case, "soft_prompt")
         offset = torch.zeros(77, target.text.table.shape[1], requires_grad=True)
-        optimizer = torch.optim.Adam([offset], lr=0.05)
+        optimizer, passed = torch.optim.Adam([offset], lr=0.05), []
         for _ in range(3):
             t = int(torch.randint(1000, (1,), generator=own))
             eps = torch.randn(clean.shape, generator=own)
@@ -158,8 +159,9 @@ def test_soft_prompt_moves_each_prompt_as_if_it_were_alone(target):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            passed.append(offset.detach().clone())
         moved = outcome.tensors["embeddings"] - target.text.table[target.text.ids([case.prompt])[0]]
-        assert torch.allclose(moved, offset.detach(), atol=1e-3)
+        assert torch.allclose(moved, (passed[1] + passed[2]) / 2, atol=1e-3)
 
 
 def test_unlearndiffatk_steps_and_draws_each_prompt_as_if_it_were_alone(target, monkeypatch):
@@ -495,6 +497,6 @@ def test_numbers_that_are_none_are_refused_before_anything_is_drawn(kind, words)
 @pytest.mark.parametrize("name", ATTACKS)
 def test_every_attack_says_what_it_is(name):
     module = find_attack(name)
-    assert module.ABOUT.protocol.startswith(f"{name}/1: ")
+    assert re.match(rf"{name}/\d+: ", module.ABOUT.protocol)
     assert set(module.SMALL) <= set(module.Options.__dataclass_fields__)
     assert module.__doc__ and module.ABOUT.paper
