@@ -14,7 +14,7 @@ from salun_diffusion.methods import METHODS, find_method
 from salun_diffusion.options import option, run_command
 from salun_diffusion.tables import markdown, put_into
 
-from .methods import CORES, base_digest, run
+from .erasing import CORES, base_digest, run
 from .methods_page import DOCS, shown
 
 RESULTS = DOCS / "results" / "guards.json"

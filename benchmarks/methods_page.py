@@ -93,13 +93,13 @@ def table(found: dict, kind: str) -> str:
 
 def hidden(found: dict, kind: str) -> str:
     """What attacks and fine-tuning bring back, as a table pooled over the kind's concepts."""
-    concepts = found["concepts"][kind]
+    concepts = [concept for concept in found["concepts"][kind] if {"attack", "relearn"} <= concept["protocols"].keys()]
+    if not concepts:
+        return f"**{kind.capitalize()}s**: not measured yet."
     methods = _rows(found, kind)
     models = [
         [next(m for m in concept["models"] if m["method"] == method) for concept in concepts] for method in methods
     ]
-    if not all("attacks" in model and "relearned" in model for mine in models for model in mine):
-        return f"**{kind.capitalize()}s**: not measured with this version of the comparison."
     steps = [step for step in models[0][0]["relearned"] if step != "0"]
     rows = [["", *ATTACKS.values(), *(f"relearned, {step} steps" for step in steps), "steps to half"]]
     ceiling = pooled([model["relearned"]["0"] for model in models[0]])["percent"]
@@ -113,7 +113,7 @@ def hidden(found: dict, kind: str) -> str:
         ])  # fmt: skip
     names = ", ".join(concept["concept"] for concept in concepts)
     return f"**{kind.capitalize()}s** ({names})\n\n{markdown(rows)}\n\n" + " ".join(
-        f"{protocol}." for protocol in concepts[0]["hidden"]
+        f"{concepts[0]['protocols'][measure]}." for measure in ("attack", "relearn")
     )
 
 
@@ -153,10 +153,11 @@ def _protocol(found: dict) -> str:
         "for it. IRA: the other things of its kind; CRA: styles for an object, objects for a style; background, count "
         "and places (left and right, above and below): what else the prompts ask for. Training: the mask too. Whole "
         f"run: loading and encoding too; on one core, {about['cores']} erasures side by side. SalUn came first "
-        f"and drew the pictures that others use again. {first['protocol'].split(':')[0]}, base model "
+        f"and drew the pictures that others use again. {first['protocols']['accuracy'].split(':')[0]}, base model "
         f"{config['digest']}, classifier {first['classifier'][:12]}, torch {first['versions']['torch']}, diffusers "
         f"{first['versions']['diffusers']}. "
-        "Made by `python -m benchmarks.methods`; every number is in `docs/results/methods.json`."
+        "Made by `python -m benchmarks.methods`; every number is in `docs/results/methods.json`, the trials in "
+        "`docs/results/methods-trials.json`."
     )
 
 

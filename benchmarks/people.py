@@ -15,7 +15,7 @@ from salun_diffusion.options import option, run_command
 from salun_diffusion.tables import markdown, put_into
 
 from .classwise_bench import ROOT
-from .methods import CORES, base_digest, run
+from .erasing import CORES, base_digest, run
 from .methods_page import DOCS, pooled, shown
 
 RESULTS = DOCS / "results" / "people.json"

@@ -53,8 +53,6 @@ def measure(options: SaliencyConfig) -> None:
     if not options.write_only:
         config = methods.read(methods.HERE / "methods.json")
         config["hidden"]["attack"] |= {"attack": ["concept_inversion"]}
-        for core in methods.CORES:
-            methods.FREE.put(core)
         wanted = {name: ("salun", config["further"]["object"] | mask) for name, mask in rows().items()}
         folder = Path(options.output_dir) / config["digest"]
         asked = methods.told(config, wanted)
@@ -62,9 +60,9 @@ def measure(options: SaliencyConfig) -> None:
         found = []
         for concept in options.objects:
             entry = held.get(concept, {})
-            if entry.get("asked") != asked:
-                entry = {"asked": asked} | methods.measure(config, wanted, concept, "object", folder)
-            found.append(entry)
+            entry = entry if entry.get("asked") == asked else {"asked": asked}
+            *_, whole = methods.measure(config, wanted, concept, "object", folder, entry)
+            found.append(whole)
             write_json(RESULTS, {"concepts": found})
     put_into(DOCS / "methods.md", "saliency", table(read_json(RESULTS)["concepts"]))
 
@@ -94,7 +92,7 @@ def table(concepts: list[dict]) -> str:
         f"{markdown(lines)}\n\nObjects: {', '.join(concept['concept'] for concept in concepts)}, pooled; "
         f"{images['num_forget_images']} forget and {images['num_retain_images']} retain pictures each; Wilson 95% "
         f"intervals; one seed; base model {concepts[0]['asked']['base']}. "
-        + " ".join(f"{protocol}." for protocol in concepts[0]["hidden"])
+        + " ".join(f"{concepts[0]['protocols'][measure]}." for measure in ("attack", "relearn"))
         + " Made by `python -m benchmarks.saliency`; every number is in `docs/results/saliency.json`."
     )
 

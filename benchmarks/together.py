@@ -15,7 +15,7 @@ from salun_diffusion.files import read_json, write_json
 from salun_diffusion.options import option, run_command
 from salun_diffusion.tables import markdown, put_into
 
-from .methods import base_digest, name_of, run
+from .erasing import base_digest, name_of, run
 from .methods_page import DOCS, shown
 
 RESULTS = DOCS / "results" / "together.json"

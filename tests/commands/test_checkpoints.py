@@ -168,7 +168,7 @@ def lines(folder):
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
-    run(*words(tmp_path / "whole"))
+    here(*words(tmp_path / "whole"))
     folder = tmp_path / "killed"
 
     process = start(*words(folder))  # killed in the middle of its first save
@@ -193,9 +193,9 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     assert process.returncode == 130 and "its state is saved. To go on: the same command with" in said
     assert "Traceback" not in said
 
-    done = run(*words(folder, *resume, "--learning_rate", "1"), check=False)
+    done = here(*words(folder, *resume, "--learning_rate", "1"), check=False)
     assert done.returncode == 1 and "learning_rate is 1.0, was 0.001" in done.stderr
-    done = run(*words(folder), check=False)
+    done = here(*words(folder), check=False)
     assert done.returncode == 1 and "belongs to an unfinished run" in done.stderr
 
     done = run(*words(folder, *resume))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import pytest
@@ -61,7 +62,7 @@ def test_results_hold_a_share_for_each_attack_and_a_line_for_each_prompt(done, b
     assert results["n"] == 3 * 7 and len(samples) == 2 * 21
     assert list(results["attacks"]) == NAMES and results["settings"]["budget"] == "small"
     assert results["attacks"]["tina"]["options"]["steps"] == 3
-    assert all(f"{name}/1: " in results["protocol"] for name in NAMES)
+    assert all(re.search(rf"\b{name}/\d+: ", results["protocol"]) for name in NAMES)
     base, broken_one = results["models"]
     assert base["attacks"]["plain"]["asr"]["percent"] > 50 > broken_one["attacks"]["plain"]["asr"]["percent"]
     for model in results["models"]:
