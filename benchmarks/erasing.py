@@ -36,12 +36,15 @@ def name_of(name: str) -> str:
     return name.replace(" ", "-").replace(",", "")
 
 
-def erase_all(config: dict, wanted: dict, concept: str, folder: Path) -> None:
-    """Erase ``concept`` once for each of ``wanted``, an erasure a core; those that are in ``folder`` are kept."""
+def erase_all(config: dict, kind: str, wanted: dict, concept: str, folder: Path) -> None:
+    """Erase ``concept``, of a ``kind``, once for each of ``wanted`` (name → method and its own settings), an erasure a
+    core. Those that are in ``folder`` are kept.
+    """
     runs = [folder / name_of(name) for name in wanted]
-    erase(config, concept, *next(iter(wanted.values())), runs[0])  # first alone: it draws what the others share
+    how = config | {"settings": config["settings"][kind]}
+    erase(how, concept, *next(iter(wanted.values())), runs[0])  # first alone: it draws what the others share
     with ThreadPoolExecutor(len(CORES)) as pool, tqdm(desc=f"erasing {concept}", total=len(runs), unit="run") as bar:
-        jobs = [pool.submit(erase, config, concept, *wanted[name], run) for name, run in zip(wanted, runs, strict=True)]
+        jobs = [pool.submit(erase, how, concept, *wanted[name], run) for name, run in zip(wanted, runs, strict=True)]
         try:
             for job in jobs:
                 job.result()

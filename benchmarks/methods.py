@@ -6,7 +6,7 @@ one object and one style, which are not in the table; the trial with the highest
 setting for that kind of concept. Then it has to forget the table's concepts; SalUn and its adversarial form once more
 with the settings under "further", which took more trials than others had. Each is then attacked and relearned as
 "hidden" says, for what UA does not show. Each erasure is a process of its own on a core of its own, for its time and
-peak memory. ``docs/results/methods-trials.json`` is written after the trials of each kind of concept;
+peak memory. ``docs/results/methods-trials.json`` is written after the trials of a few methods;
 ``docs/results/methods.json``, and the tables and plot of docs/methods.md, after each measure of a concept. What these
 files or ``--output_dir`` hold already is not made again (``--write_only``: the page from the committed JSON alone).
 """
@@ -29,6 +29,7 @@ from .erasing import CORES, base_digest, erase_all, judge, name_of, run
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "docs" / "results" / "methods.json"
 TRIALS = RESULTS.with_name("methods-trials.json")
+AT_ONCE = 4  # methods, whose trials are judged together
 COUNTS = ("ua", "retained", "ira", "cra", "instead")
 
 
@@ -66,13 +67,15 @@ def compare(options: MethodsConfig) -> None:
         config = read(Path(options.comparison or HERE / "methods.json"))
         folder, known = Path(options.output_dir) / config["digest"], read_json(RESULTS) if RESULTS.exists() else {}
         about = {"processor": platform.processor() or platform.machine(), "cores": len(CORES)}
-        chosen = tune(config, folder, read_json(TRIALS) if TRIALS.exists() else {})
+        trials = read_json(TRIALS) if TRIALS.exists() else {}
+        chosen = {"object": tune(config, "object", folder, trials)}
         found = {"about": about, "config": config, "chosen": chosen, "concepts": {}}
-        found["frontier"] = frontier(config, chosen, folder, known)
+        found["frontier"] = frontier(config, chosen["object"], folder, known)
         held = {(kind, entry["concept"]): entry for kind, mine in known.get("concepts", {}).items() for entry in mine}
         for kind, name in in_turn(config["concepts"]):
+            chosen[kind] = chosen.get(kind) or tune(config, kind, folder, trials)
             wanted = wanted_of(config, chosen, kind)
-            asked, entry = told(config, wanted), held.get((kind, name), {})
+            asked, entry = told(config, wanted, kind), held.get((kind, name), {})
             entry = entry if entry.get("asked") == asked else {"asked": asked}
             for step in measure(config, wanted, name, kind, folder, entry):
                 mine = found["concepts"].setdefault(kind, [])
@@ -105,12 +108,12 @@ def wanted_of(config: dict, chosen: dict, kind: str) -> dict[str, tuple[str, dic
     return wanted | {row: (method, config["further"][kind]) for row, method in methods_page.FURTHER.items()}
 
 
-def told(config: dict, wanted: dict) -> dict:
-    """All that decides what is measured of a concept."""
+def told(config: dict, wanted: dict, kind: str) -> dict:
+    """All that decides what is measured of a concept of a ``kind``."""
     return {
         "base": config["digest"],
         "models": {name: list(what) for name, what in wanted.items()},
-        "settings": config["settings"],
+        "settings": config["settings"][kind],
         "images": config["images"]["table"],
         "hidden": config["hidden"],
     }
@@ -128,50 +131,46 @@ def best_settings(results: dict, further: dict) -> dict[str, dict[str, dict]]:
             if name in ("random_label", "salun_adv"):
                 continue
             method = find_method(name)
-            trained = {} if method.closed_form else config["settings"]["trained"]
-            best[kind][name] = trained | (config["settings"]["retaining"] if method.uses_retain else {}) | settings
+            own = config["settings"][kind]
+            trained = {} if method.closed_form else own["trained"]
+            best[kind][name] = trained | (own["retaining"] if method.uses_retain else {}) | settings
     return best
 
 
-def tune(config: dict, folder: Path, known: dict) -> dict:
-    """By kind of concept and method, the settings of the best trial; TRIALS gets all trials' scores, kind by kind.
+def tune(config: dict, kind: str, folder: Path, trials: dict) -> dict:
+    """By method, the settings of its best trial for a ``kind`` of concept.
 
     Args:
         config: what to measure.
+        kind: which.
         folder: of the trials.
-        known: TRIALS before this; trials in it that are wanted as they were made are taken from there.
+        trials: what TRIALS holds: kind → how they were made ("asked"), how judged, and every trial's scores by method.
+            Those that are wanted as they were made are taken from there; new ones are added, a few methods at a time,
+            and TRIALS is written.
     """
-    chosen: dict = {kind: {} for kind in config["tuning"]}
-    alike = all(_tuned(known, key) == _tuned({"config": config}, key) for key in ("digest", "settings", "images"))
-    trials: dict = {}
-    judged: dict = known.get("judged", {}) if alike else {}
-    for kind, concept in config["tuning"].items():
-        made: dict = known["trials"].get(kind, {}) if alike and known["config"]["tuning"].get(kind) == concept else {}
-        new, trials[kind] = {}, {}
-        for method, grid in config["grid"].items():
-            held = {json.dumps(trial["settings"]): trial for trial in made.get(method, [])}
-            trials[kind][method] = [held.get(json.dumps(own)) for own in grid]
-            new |= {f"{method}-{i}": (method, own) for i, own in enumerate(grid) if not trials[kind][method][i]}
-        if new:
-            erase_all(config, new, concept, folder / "tuning" / concept)
-            found = judge(config, new, concept, folder / "tuning" / concept, "tuning")
-            for model, (method, own) in zip(found["models"][1:], new.values(), strict=True):
-                scores = {key: model[key]["percent"] for key in ("ua", "ira", "cra")}
-                mean = {"score": round(sum(scores.values()) / 3, 2)}
-                trials[kind][method][config["grid"][method].index(own)] = {"settings": own} | mean | scores
-            judged[kind] = {key: found[key] for key in ("versions", "protocol", "classifier")}
-            about = {key: config[key] for key in ("base", "digest", "tuning", "images", "settings")}
-            others = known["trials"] if alike else {}
-            write_json(TRIALS, {"config": about, "judged": judged, "trials": others | trials})
-        for method, mine in trials[kind].items():
-            chosen[kind][method] = max(mine, key=lambda trial: trial["score"])["settings"]
-    return chosen
-
-
-def _tuned(results: dict, key: str):
-    """What the trials were made with."""
-    value = results.get("config", {}).get(key)
-    return value["tuning"] if key == "images" and value else value
+    concept, grids = config["tuning"][kind], config["grid"]
+    asked = {"base": config["digest"], "concept": concept, "images": config["images"]["tuning"]}
+    asked["settings"] = config["settings"][kind]
+    if trials.get(kind, {}).get("asked") != asked:
+        trials[kind] = {"asked": asked, "judged": {}, "trials": {}}
+    made = trials[kind]["trials"]
+    for method, grid in grids.items():
+        held = {json.dumps(trial["settings"]): trial for trial in made.get(method, [])}
+        made[method] = [trial for own in grid if (trial := held.get(json.dumps(own)))]
+    short = [method for method, grid in grids.items() if len(made[method]) < len(grid)]
+    for some in (short[i : i + AT_ONCE] for i in range(0, len(short), AT_ONCE)):
+        mine = folder / "tuning" / f"{concept}-{some[0]}"
+        new = {f"{method}-{i}": (method, own) for method in some for i, own in enumerate(grids[method])}
+        erase_all(config, kind, new, concept, mine)
+        found = judge(config, new, concept, mine, "tuning")
+        for method in some:
+            made[method] = []
+        for model, (method, own) in zip(found["models"][1:], new.values(), strict=True):
+            scores = {key: model[key]["percent"] for key in ("ua", "ira", "cra")}
+            made[method].append({"settings": own, "score": round(sum(scores.values()) / 3, 2)} | scores)
+        trials[kind]["judged"] = {key: found[key] for key in ("versions", "protocol", "classifier")}
+        write_json(TRIALS, trials)
+    return {method: max(made[method], key=lambda trial: trial["score"])["settings"] for method in grids}
 
 
 def measure(config: dict, wanted: dict, concept: str, kind: str, folder: Path, entry: dict) -> Iterator[dict]:
@@ -189,7 +188,7 @@ def measure(config: dict, wanted: dict, concept: str, kind: str, folder: Path, e
     mine = folder / "table" / concept
     missing = [what for what in ("accuracy", *config["hidden"]) if what not in entry.get("protocols", {})]
     if missing:
-        erase_all(config, wanted, concept, mine)
+        erase_all(config, kind, wanted, concept, mine)
     for what in missing:
         if what == "accuracy":
             results = judge(config, wanted, concept, mine, "table")
@@ -246,16 +245,16 @@ def hide(config: dict, measure: str, wanted: dict, concept: str, folder: Path, c
 
 def frontier(config: dict, chosen: dict, folder: Path, known: dict) -> list[dict]:
     """SalUn on objects outside the table, from the table's setting to the one tuned further: what limits it."""
-    own, found = chosen["object"]["salun"], []
+    own, found = chosen["salun"], []
     changes = {name: change for name, change in config["frontier"]["changes"].items() if own | change != own}
     wanted = {name: ("salun", own | change) for name, change in ({"as in the table": {}} | changes).items()}
     wanted["salun_further"] = ("salun", config["further"]["object"])
     held = {entry["concept"]: entry for entry in known.get("frontier", [])}
     for concept in config["frontier"]["object"]:
         entry = held.get(concept, {})
-        asked = {key: value for key, value in told(config, wanted).items() if key != "hidden"}
+        asked = {key: value for key, value in told(config, wanted, "object").items() if key != "hidden"}
         if entry.get("asked") != asked:
-            erase_all(config, wanted, concept, folder / "frontier" / concept)
+            erase_all(config, "object", wanted, concept, folder / "frontier" / concept)
             results = judge(config, wanted, concept, folder / "frontier" / concept, "table")
             models = [{key: model[key] for key in ("ua", "ira", "cra", "retained")} | {"method": model["name"]}
                       for model in results["models"]]  # fmt: skip

@@ -142,14 +142,16 @@ def _chosen(found: dict, kind: str) -> str:
 def _protocol(found: dict) -> str:
     config, about = found["config"], found["about"]
     first = next(iter(found["concepts"].values()))[0]
-    images, settings = config["images"], config["settings"]
+    images, trained = config["images"], {kind: config["settings"][kind]["trained"] for kind in found["concepts"]}
+    steps = ", ".join(f"{own['max_train_steps']} for {kind}s" for kind, own in trained.items())
+    batches = {own["train_batch_size"] for own in trained.values()}
     trials = {len(grid) for grid in config["grid"].values()}
     return (
         f"{images['table']['num_forget_images']} forget and {images['table']['num_retain_images']} retain pictures a "
         f"concept and model ({images['tuning']['num_forget_images']} and {images['tuning']['num_retain_images']} a "
         f"trial), pooled over the concepts; Wilson 95% intervals. {'/'.join(map(str, sorted(trials)))} trials for each "
-        f"method and kind. Trained methods take {settings['trained']['max_train_steps']} steps of "
-        f"{settings['trained']['train_batch_size']} pictures, cosine schedule. UA: pictures without the concept, asked "
+        f"method and kind. Trained methods take as many steps ({steps}) of "
+        f"{'/'.join(map(str, sorted(batches)))} pictures, cosine schedule. UA: pictures without the concept, asked "
         "for it. IRA: the other things of its kind; CRA: styles for an object, objects for a style; background, count "
         "and places (left and right, above and below): what else the prompts ask for. Training: the mask too. Whole "
         f"run: loading and encoding too; on one core, {about['cores']} erasures side by side. SalUn came first "

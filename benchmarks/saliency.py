@@ -55,7 +55,7 @@ def measure(options: SaliencyConfig) -> None:
         config["hidden"]["attack"] |= {"attack": ["concept_inversion"]}
         wanted = {name: ("salun", config["further"]["object"] | mask) for name, mask in rows().items()}
         folder = Path(options.output_dir) / config["digest"]
-        asked = methods.told(config, wanted)
+        asked = methods.told(config, wanted, "object")
         held = {entry["concept"]: entry for entry in read_json(RESULTS)["concepts"]} if RESULTS.exists() else {}
         found = []
         for concept in options.objects:

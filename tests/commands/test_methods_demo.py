@@ -90,9 +90,16 @@ def test_the_table_is_made_of_the_committed_results():
 
 
 def test_what_another_base_model_gave_is_not_taken_over(tmp_path):
-    config = {"digest": "one", "base": "nowhere", "tuning": {"object": "cat"}, "grid": {"uce": [{}]},
-              "settings": {"trained": {}, "retaining": {}, "pictured": {}}, "images": {"tuning": {}}}  # fmt: skip
-    known = {"config": config, "trials": {"object": {"uce": [{"settings": {}, "score": 90.0}]}}}
-    assert comparison.tune(config, tmp_path, known) == {"object": {"uce": {}}}
+    config = {
+        "digest": "one",
+        "base": "nowhere",
+        "tuning": {"object": "cat"},
+        "grid": {"uce": [{}]},
+        "settings": {"object": {"trained": {}, "retaining": {}, "pictured": {}}},
+        "images": {"tuning": {}},
+    }
+    asked = {"base": "one", "concept": "cat", "images": {}, "settings": config["settings"]["object"]}
+    known = {"object": {"asked": asked, "judged": {}, "trials": {"uce": [{"settings": {}, "score": 90.0}]}}}
+    assert comparison.tune(config, "object", tmp_path, known) == {"uce": {}}
     with pytest.raises(SalunError, match="failed; .* says why"):  # measured anew, on a model that is not there
-        comparison.tune(config | {"digest": "another"}, tmp_path, known)
+        comparison.tune(config | {"digest": "another"}, "object", tmp_path, known)
