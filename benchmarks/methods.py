@@ -82,9 +82,8 @@ def compare(options: MethodsConfig) -> None:
                 found["concepts"][kind] = [*(other for other in mine if other["concept"] != name), step]
                 write_json(RESULTS, found)
                 methods_page.write(found)
-        shown = config["concepts"]["object"][0]
-        if (folder / "table" / shown).is_dir():
-            methods_page.pictures(found, folder / "table" / shown, shown)
+            if name == config["concepts"]["object"][0] and (folder / "table" / name).is_dir():
+                methods_page.pictures(found, folder / "table" / name, name)
     results = json.loads(RESULTS.read_text())
     methods_page.write(results)
     shipped = json.loads((HERE.parent / "demo" / "settings.json").read_text())

@@ -164,32 +164,42 @@ def _protocol(found: dict) -> str:
 
 
 def _plot(found: dict, path: Path) -> None:
+    """What is forgotten and what is kept, a method a line, those that do both first."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(found["concepts"]), figsize=(11, 4.6), squeeze=False)
-    for axis, (kind, concepts) in zip(axes[0], found["concepts"].items(), strict=True):
-        base = summary(concepts, BASE)["retained"]["percent"]
-        axis.axhline(base, color="grey", linewidth=0.8, linestyle=":")
-        axis.annotate("base model", (0, base), fontsize=8, color="grey", va="bottom")
-        for number, method in enumerate(_rows(found, kind)[1:]):
-            about = summary(concepts, method)
-            ua, kept = about["UA"], about["retained"]
-            spread = [[[share["percent"] - share["low"]], [share["high"] - share["percent"]]] for share in (ua, kept)]
-            axis.errorbar(
-                ua["percent"], kept["percent"], xerr=spread[0], yerr=spread[1], fmt="osD^vP*X<>p"[number % 11],
-                color=f"C{number % 10}", elinewidth=0.7, markersize=11 if method.startswith("salun") else 7,
-                label=_title(method),
-            )  # fmt: skip
-        axis.set(title=f"{kind}s: {', '.join(concept['concept'] for concept in concepts)}", xlabel="forgotten: UA, %")
-        axis.set_xlim(-4, 104)
-        axis.grid(alpha=0.25)
-    axes[0][0].set_ylabel("kept: IRA, CRA, background and count, %")
-    axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    kinds = list(found["concepts"])
+    about = {
+        (kind, method): summary(found["concepts"][kind], method) for kind in kinds for method in _rows(found, kind)
+    }
+    methods = list(dict.fromkeys(method for _, method in about if method != BASE))
+    methods.sort(key=lambda method: sum(_both(about[kind, method]) for kind in kinds if (kind, method) in about))
+    panels = {"UA": "forgotten: UA, %", "retained": "kept: IRA, CRA, background and count, %"}
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 0.32 * len(methods) + 1.2), sharey=True)
+    for axis, (share, title) in zip(axes, panels.items(), strict=True):
+        for number, kind in enumerate(kinds):
+            mine = [about[kind, method][share] for method in methods]
+            lines = [i + 0.22 * (len(kinds) / 2 - 0.5 - number) for i in range(len(methods))]
+            spread = [[one["percent"] - one["low"] for one in mine], [one["high"] - one["percent"] for one in mine]]
+            names = ", ".join(concept["concept"] for concept in found["concepts"][kind])
+            axis.errorbar([one["percent"] for one in mine], lines, xerr=spread, fmt="os"[number % 2],
+                          color=f"C{number}", elinewidth=1, markersize=5, label=f"{kind}s: {names}")  # fmt: skip
+            base = about[kind, BASE][share]["percent"]
+            axis.axvline(base, color=f"C{number}", linewidth=0.8, linestyle=":")
+        axis.set(title=title, yticks=range(len(methods)), yticklabels=[_title(method) for method in methods])
+        axis.grid(axis="y", alpha=0.25)
+    axes[1].annotate("dotted: base model", (0.02, 0.02), xycoords="axes fraction", fontsize=8, color="grey")
+    axes[0].legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.04), frameon=False)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
+
+
+def _both(about: dict) -> float:
+    """By which the plot's lines are sorted: the worse of what is forgotten and what is kept, then the other."""
+    shares = about["UA"]["percent"], about["retained"]["percent"]
+    return min(shares) + max(shares) / 1000
 
 
 def pictures(found: dict, folder: Path, concept: str, count: int = 7) -> None:

@@ -30,7 +30,7 @@ def test_a_short_run_ends_as_it_did(method, tmp_path):
     words = ["--num_retain_images", "8"] if method != "esd" else []
     words += ["--num_forget_images", "8"] if method != "esd" else []
     words += "--max_train_steps 3 --train_batch_size 4 --num_inference_steps 4".split() if method != "uce" else []
-    words += ["--anchored", "0"] if method == "salun" else []  # as published
+    words += {"salun": ["--anchored", "0"], "uce": ["--preserve", "0.1"]}.get(method, [])  # as when it was recorded
     code = "import sys, torch; torch.set_num_threads(1); sys.argv.pop(0); import runpy; "
     code += "runpy.run_path('erase_concept.py', run_name='__main__')"
     run(
