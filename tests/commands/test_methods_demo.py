@@ -20,6 +20,7 @@ FORGETS = [name for name in METHODS if name not in HARDLY + PEOPLE]
 SHORT = {  # as little as there can be of attacks within the training; and what is slow to forget, faster
     "forget_me_not": "--max_train_steps 24 --train_batch_size 6 --learning_rate 0.003",
     "salun_esd": "--max_train_steps 12 --learning_rate 0.0015",
+    "concept_ablation": "--learning_rate 0.003",
     "gradient_ascent": "--max_train_steps 20 --learning_rate 0.0005",
     "spm": "--max_train_steps 16 --learning_rate 0.015",
     "esd": "--max_train_steps 12",
