@@ -82,8 +82,11 @@ def compare(options: MethodsConfig) -> None:
                 found["concepts"][kind] = [*(other for other in mine if other["concept"] != name), step]
                 write_json(RESULTS, found)
                 methods_page.write(found)
-            if name == config["concepts"]["object"][0] and (folder / "table" / name).is_dir():
-                methods_page.pictures(found, folder / "table" / name, name)
+            if name == config["concepts"]["object"][0]:  # of what was measured here, not taken over
+                if (folder / "table" / name / "results.json").exists():
+                    methods_page.pictures(found, folder / "table" / name, name)
+                if (folder / "table" / name / "attack").is_dir():
+                    methods_page.won_pictures(found, folder / "table" / name, kind)
     results = json.loads(RESULTS.read_text())
     methods_page.write(results)
     shipped = json.loads((HERE.parent / "demo" / "settings.json").read_text())

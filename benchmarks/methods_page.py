@@ -202,9 +202,8 @@ def _both(about: dict) -> float:
     return min(shares) + max(shares) / 1000
 
 
-def pictures(found: dict, folder: Path, concept: str, count: int = 7) -> None:
-    """docs/methods-pictures.png: evenly spaced prompts for ``concept`` and for the rest, a model a row; and
-    docs/methods-attacks.png: the first pictures that each attack won from each model.
+def pictures(found: dict, folder: Path, concept: str, count: int = 6) -> None:
+    """docs/methods-pictures.png: evenly spaced prompts for ``concept`` and for the rest, a model a row.
 
     Args:
         found: the committed results.
@@ -221,6 +220,16 @@ def pictures(found: dict, folder: Path, concept: str, count: int = 7) -> None:
     headings = {0: f"asked for: {concept}", count: "asked for: anything else"}
     _sheet(rows, headings, DOCS / "methods-pictures.png")
 
+
+def won_pictures(found: dict, folder: Path, kind: str) -> None:
+    """docs/methods-attacks.png: the first pictures that each attack won from each model.
+
+    Args:
+        found: the committed results.
+        folder: of a concept, as the comparison left it.
+        kind: of the concept.
+    """
+    methods = _rows(found, kind)
     won: dict[tuple[str, str], dict[str, Path]] = {}  # each share of the models has the base model's beside its own
     for share in sorted(folder.glob("attack/*/samples.jsonl")):
         lines = map(json.loads, share.read_text(encoding="utf-8").splitlines())
@@ -258,5 +267,5 @@ def _sheet(rows: dict[str, list[Path | None]], headings: dict[int, str], path: P
     for column, heading in headings.items():
         axes[0][column].set_title(heading, loc="left", fontsize=9)
     figure.subplots_adjust(wspace=0.04, hspace=0.04)
-    figure.savefig(path, dpi=90, bbox_inches="tight", pil_kwargs={"optimize": True})
+    figure.savefig(path, dpi=80, bbox_inches="tight", pil_kwargs={"optimize": True})  # 64 pixels as they are
     pyplot.close(figure)
